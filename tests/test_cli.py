@@ -1,0 +1,198 @@
+"""train.py as its users run it: real command lines in real processes, killed, resumed, given bad input."""
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from zaya import Tokenizer, Zaya
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHORT = ["--preset", "smoke", "--steps", "pretrain=10,midtrain=6", "--save-every", "4", "--log-every", "1",
+         "--eval-problems", "2", "--eval-samples", "1"]
+
+
+def command(*arguments, **options):
+    return dict(args=[sys.executable, os.path.join(ROOT, "train.py"), *map(str, arguments)], text=True, cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}, **options)
+
+
+def run(*arguments, code=0):
+    done = subprocess.run(**command(*arguments), capture_output=True, timeout=300)
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def run_until_killed(marker, *arguments):
+    """Start a run and kill -9 it as soon as it prints `marker`."""
+    with subprocess.Popen(**command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if marker in line:
+                process.send_signal(signal.SIGKILL)
+                return
+    raise AssertionError(f"the run ended without printing {marker!r}")
+
+
+def log_rows(out):
+    with open(out / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One whole run of the smoke preset: (its folder, what it printed)."""
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    return out, run("--preset", "smoke", "--out", out)
+
+
+def test_a_run_leaves_what_the_readme_says(smoke):
+    out, printed = smoke
+    for name in ("log.csv", "loss.png", "report.md", "report.png", "report.json", "final/config.json",
+                 "final/model.safetensors", "final/tokenizer.json", "pretrain/trainer.pt", "midtrain/trainer.pt"):
+        assert (out / name).stat().st_size > 0
+    assert not [p for p in out.rglob("*") if p.suffix in (".tmp", ".new", ".old")]
+    report = json.loads((out / "report.json").read_text())
+    assert report["preset"] == "smoke" and report["seed"] == 0 and report["ttc"] == []
+    assert report["params"]["total"] > report["params"]["active"] > 0
+    for stage in train.STAGES:
+        entry = report["stages"][stage]
+        assert report["seconds"][stage] > 0 and set(entry["tasks"]) == set(train.TASKS)
+        assert entry["ci95"][0] <= entry["pass@1"] <= entry["ci95"][1] and entry["problems"] == 4 * len(train.TASKS)
+        assert set(entry["loss"]) == {"english", "code", "traces"}
+    first = report["stages"]["pretrain"]["loss"]
+    assert all(loss["after"] < loss["before"] - 0.7 for loss in first.values()), first
+    assert report["stages"]["midtrain"]["loss"]["code"]["late_after"] is not None
+    rows = log_rows(out)
+    assert [row["stage"] for row in rows] == ["pretrain"] * 30 + ["midtrain"] * 15
+    assert all(math.isfinite(float(row[key])) for row in rows for key in row if key != "stage")
+    vocabulary = Tokenizer.from_pretrained(str(out / "final")).vocab_size
+    assert abs(float(rows[0]["loss"]) - math.log(vocabulary)) < 1.5
+    assert "device cpu" in printed and "kept" in printed and re.search(r"wrong \||right \|", printed)
+
+
+def test_a_finished_run_is_not_trained_again(smoke):
+    out, _ = smoke
+    before = (out / "midtrain/model.safetensors").stat().st_mtime_ns
+    assert "midtrain: done before" in run("--preset", "smoke", "--out", out)
+    assert (out / "midtrain/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_transformers_loads_what_was_trained(smoke):
+    transformers = pytest.importorskip("transformers")
+    folder = str(smoke[0] / "final")
+    theirs, ours = transformers.ZayaForCausalLM.from_pretrained(folder).eval(), Zaya.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "sort 3917"}], add_generation_prompt=True,
+                                        return_tensors="pt", return_dict=True)["input_ids"]
+    assert ids.tolist() == [Tokenizer.from_pretrained(folder).render([{"role": "user", "content": "sort 3917"}], True)[0]]
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id and theirs.config.rope_parameters["hybrid"]["rope_theta"] == 1e5
+
+
+def test_resuming_is_exact(tmp_path):
+    """Killed twice within stages, once at a stage border and once before any checkpoint: the same bits as one run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(*SHORT, "--out", whole)
+    run_until_killed("pretrain 2/10", *SHORT, "--out", parts)
+    run_until_killed("pretrain 7/10", *SHORT, "--out", parts)
+    assert torch.load(parts / "pretrain/trainer.pt", weights_only=True)["step"] == 4
+    assert "pretrain: going on after step 4" in run(*SHORT, "--out", parts, "--stages", "pretrain")
+    run_until_killed("midtrain 5/6", *SHORT, "--out", parts)
+    assert "midtrain: going on after step 4" in run(*SHORT, "--out", parts)
+    assert log_rows(parts) == log_rows(whole)
+    for stage in (*train.STAGES, "final"):
+        a, b = (load_file(out / stage / "model.safetensors") for out in (whole, parts))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for stage in train.STAGES:
+        a, b = (torch.load(out / stage / "trainer.pt", weights_only=True) for out in (whole, parts))
+        assert a["loader"] == b["loader"] and a["before"] == b["before"] and a["after"] == b["after"]
+        for x, y in zip((*a["optimizers"], a["balancer"]), (*b["optimizers"], b["balancer"])):
+            for key in x["state"]:
+                for name in x["state"][key]:
+                    assert torch.equal(torch.as_tensor(x["state"][key][name]), torch.as_tensor(y["state"][key][name]))
+    reports = [json.loads((out / "report.json").read_text()) for out in (whole, parts)]
+    assert reports[0]["stages"] == reports[1]["stages"]
+
+
+def test_other_settings_do_not_go_on_silently(smoke):
+    out, _ = smoke
+    said = run("--preset", "smoke", "--out", out, "--seed", "1", code=1)
+    assert "seed=0" in said and "now it is 1" in said and "--out" in said
+    said = run("--preset", "smoke", "--out", out, "--lr", "midtrain=0.5", code=1)
+    assert "midtrain" in said and "lr=" in said
+
+
+def test_own_data_in_every_form(tmp_path):
+    """A text, and a .jsonl of messages and of pairs, one line of it bad; two tasks beside them."""
+    (tmp_path / "words.txt").write_text("Whan that Aprill with his shoures soote 1387\n" * 400)
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"Twice {i}. #### {2 * i}"} for i in range(60)]
+    rows += [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "<think>so</think>yes"}]}
+             for i in range(60)]
+    lines = [json.dumps(row) for row in rows] + ["{not json"]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    data = ["--data", tmp_path / "words.txt", tmp_path / "chats.jsonl", "--tasks", "add,sort", "--vocab-size", "300"]
+    assert "chats.jsonl:121: " in run(*SHORT, *data, "--out", tmp_path / "out", code=1)
+    said = run(*SHORT, *data, "--out", tmp_path / "out", "--skip-bad-lines")
+    assert "skipped 1 bad line" in said and "chats.jsonl, trimmed to 128 tokens: 120 kept" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["stages"]["midtrain"]["loss"]) == {"words.txt", "chats.jsonl", "traces"}
+    assert set(report["stages"]["midtrain"]["tasks"]) == {"add", "sort"}
+
+
+def test_nan_stops_with_the_step_the_samples_and_the_checkpoint(tmp_path):
+    run(*SHORT, "--out", tmp_path / "out", "--stages", "pretrain")
+    folder = tmp_path / "out" / "pretrain"
+    model, tokenizer = Zaya.from_pretrained(str(folder)), Tokenizer.from_pretrained(str(folder))
+    state = torch.load(folder / "trainer.pt", weights_only=True)
+    weight = model.layers[1].self_attn.o_proj.weight
+    weight.data = torch.full_like(weight, float("nan"))
+    train.save_checkpoint(str(folder), model, tokenizer, state)
+    said = run(*SHORT, "--out", tmp_path / "out", code=1)
+    assert "midtrain step 1: loss nan" in said and "traces" in said and "Last good checkpoint: none of this stage" in said
+    state.update(step=8)
+    del state["done"]
+    train.save_checkpoint(str(folder), model, tokenizer, state)
+    said = run(*SHORT, "--out", tmp_path / "out", code=1)
+    assert "pretrain step 9: loss nan" in said and f"{folder} (step 8)" in said
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--sedd", "3"], "did you mean --seed?"),
+    (["--preset", "huge"], "smoke, tiny, small, zaya1-8b"),
+    (["--stages", "pretrian"], "did you mean pretrain?"),
+    (["--stages", "midtrain"], "run --stages pretrain first"),
+    (["--steps", "middle=3"], "'middle' is no stage"),
+    (["--steps", "many"], "--steps"),
+    (["--tasks", "addd"], "did you mean add?"),
+    (["--tasks", "none", "--data", "README.md"], ".txt and .jsonl"),
+    (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--device", "cuda"], "sees no GPU"),
+    (["--dtype", "float8"], "float32 and bfloat16"),
+    (["--tokens-per-step", "1000"], "multiple of the longest context"),
+    (["--num-experts", "0"], "num_experts must be a positive integer"),
+    (["--vocab-size", "10"], "--vocab-size"),
+    (["--tokenizer", "no-such-encoding"], "no-such-encoding"),
+])
+def test_mistakes_get_one_clear_sentence(tmp_path, arguments, says):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    if arguments[0] != "--preset":
+        arguments = ["--preset", "smoke", *arguments]
+    said = run(*arguments, "--out", tmp_path / "out", code=2 if arguments[2] in ("--sedd", "--steps") else 1)
+    assert says in said and "Traceback" not in said
+
+
+def test_help_is_short_and_complete():
+    said = run("-h")
+    flags = re.findall(r"^  (--[a-z-]+)", said, re.M)
+    assert 20 <= len(flags) <= 30 and "--preset" in flags and "--num-experts" in flags
+    assert not [flag for flag in flags if f"{flag}\n" in said and flag in ("--preset", "--data", "--steps")]

@@ -1,0 +1,337 @@
+"""zaya.py against transformers.models.zaya: tiny random models, the same numbers everywhere.
+
+Every parameter and balancing bias is random (see conftest.randomise), so that nothing hides behind a scale of 1 or a
+bias of 0.  The official model is saved and ours is loaded from the file: the layout is tested along with the numbers.
+"""
+import copy
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+
+from zaya import Cache, Tokenizer, Zaya, ZayaConfig
+
+transformers = pytest.importorskip("transformers")
+official_zaya = pytest.importorskip("transformers.models.zaya")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+TOLERANCE = 1e-4                            # on logits of size 2
+LENGTH = 24
+
+BASE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, num_experts=4, moe_intermediate_size=24, router_hidden_size=12, eos_token_id=95,
+            max_position_embeddings=512)
+FULL, SLIDING = "hybrid", "hybrid_sliding"
+CASES = {                                   # changes to BASE, seed of the weights
+    "one_kv_head": (dict(num_key_value_heads=1, num_hidden_layers=2), 5),
+    "two_kv_heads": (dict(rms_norm_eps=0.1), 1),
+    "sliding": (dict(num_hidden_layers=4, layer_types=[SLIDING, FULL, SLIDING, FULL], sliding_window=5,
+                     rope_parameters={FULL: {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
+                                      SLIDING: {"rope_theta": 100.0, "partial_rotary_factor": 0.25}}), 4),
+    "long_kernels": (dict(cca_time0=3, cca_time1=4, num_attention_heads=6, num_key_value_heads=3), 1),
+    "skip": (dict(num_hidden_layers=2, sliding_window=3, layer_types=[FULL, SLIDING]), 4),
+    "untied": (dict(tie_word_embeddings=False, num_attention_heads=2, head_dim=12, num_experts=7), 4),
+}
+
+
+def official_model(config):
+    model = official_zaya.ZayaForCausalLM(official_zaya.ZayaConfig.from_dict(config.to_dict()))
+    model.generation_config.eos_token_id = None         # runs on, as ours does unless it is told to stop
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request, tmp_path_factory):
+    """(official, ours) with the same random weights."""
+    changes, seed = CASES[request.param]
+    official = official_model(ZayaConfig(**{**BASE, **changes}))
+    randomise(official, seed, skip_bias=0.0 if request.param == "skip" else -1.0)
+    directory = tmp_path_factory.mktemp(request.param)
+    official.save_pretrained(directory)
+    ours = Zaya.from_pretrained(directory)
+    ours.case = request.param
+    return official, ours
+
+
+def tokens(batch=3, length=LENGTH, seed=0):
+    """Random ids without the pad id: the official embedding gives that one no gradient."""
+    return torch.randint(1, BASE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(lengths=(LENGTH, 15, 2)):
+    ids, mask = tokens(len(lengths)), torch.zeros(len(lengths), LENGTH, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, LENGTH - length:] = 1
+    return ids.masked_fill(mask == 0, BASE.get("pad_token_id", 0)), mask
+
+
+def positions(mask):
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def close(a, b, tolerance=TOLERANCE):
+    difference = (a - b).abs().max().item()
+    assert difference <= tolerance, f"largest difference {difference:.2e}"
+
+
+@torch.no_grad()
+def ours_in_chunks(model, ids, sizes, mask=None):
+    cache, logits = Cache(model.config.num_hidden_layers), []
+    for part in torch.arange(ids.shape[1]).split(sizes):
+        logits.append(model(ids[:, part], None if mask is None else mask[:, part], cache=cache))
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def official_in_chunks(model, ids, sizes, mask=None):
+    """HF wants the mask of everything so far, and the positions of the new tokens."""
+    cache, logits = transformers.DynamicCache(config=model.config), []
+    for part in torch.arange(ids.shape[1]).split(sizes):
+        extra = {} if mask is None else dict(attention_mask=mask[:, :part[-1] + 1],
+                                             position_ids=positions(mask)[:, part])
+        logits.append(model(ids[:, part], past_key_values=cache, use_cache=True, **extra).logits)
+    return torch.cat(logits, 1)
+
+
+CHUNKS = {"one_by_one": [1] * LENGTH, "chunks": [4, 7, 1, 8, 1, 3], "prefill_then_steps": [15] + [1] * 9}
+
+
+@torch.no_grad()
+def test_full_forward(pair):
+    official, ours = pair
+    close(ours(tokens()), official(tokens()).logits)
+
+
+@torch.no_grad()
+def test_random_models_use_their_experts(pair):
+    """If every token went to one expert, the other tests here would say little about routing."""
+    _, ours = pair
+    routing = []
+    ours.hidden_states(tokens(8), routing=routing)
+    classes = ours.config.router_classes
+    load = torch.stack([choice.flatten().bincount(minlength=classes) for choice in routing])
+    assert ((load > 0).sum(1) >= 3).all(), load
+    if ours.case == "skip":
+        assert (load[:, -1] > 5).all() and (load[:, -1] < load.sum(1) / 2).all(), load
+    state = ours.state_dict()
+    assert all(tensor.std() > 0 for name, tensor in state.items() if tensor.numel() > 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+def test_decoding_with_a_cache(pair, sizes):
+    official, ours = pair
+    full, mine, theirs = official(tokens()).logits, *(
+        run(model, tokens(), sizes) for run, model in ((ours_in_chunks, ours), (official_in_chunks, official)))
+    close(mine, full)
+    close(theirs, full)
+    close(mine, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch(pair, side):
+    official, ours = pair
+    ids, mask = left_padded() if side == "left" else (tensor.flip(1) for tensor in left_padded())
+    mine, theirs = ours(ids, mask), official(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    close(mine[mask == 1], theirs[mask == 1])
+    for row in range(len(ids)):
+        alone = ids[row, mask[row] == 1][None]
+        close(mine[row, mask[row] == 1], ours(alone)[0])
+        close(mine[row, mask[row] == 1], official(alone).logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
+def test_left_padded_batch_with_a_cache(pair, sizes):
+    """HF takes a lone token for a real one whatever the mask says: rows that pad in one-token steps are left out."""
+    official, ours = pair
+    ids, mask = left_padded()
+    mine, theirs = ours_in_chunks(ours, ids, sizes, mask), official_in_chunks(official, ids, sizes, mask)
+    for row in range(len(ids)):
+        close(mine[row, mask[row] == 1], ours(ids[row, mask[row] == 1][None])[0])
+    single = [part[0] for part in torch.arange(LENGTH).split(sizes) if len(part) == 1]
+    fair = (mask[:, single] == 1).all(1)
+    assert fair.sum() > 1 or sizes[0] == 1
+    close(mine[fair][mask[fair] == 1], theirs[fair][mask[fair] == 1])
+
+
+def without_last_biases(state):
+    return {name: tensor[:-1] if name.endswith("balancing_biases") else tensor for name, tensor in state.items()}
+
+
+def restore_last_biases(official, ours):
+    """transformers 5.23 puts every skip bias back to -1 after loading."""
+    for layer, mine in zip(official.model.layers, ours.layers):
+        layer.mlp.gate.balancing_biases.copy_(mine.gate.balancing_biases)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000], ids=["single", "sharded"])
+def test_round_trip_official_ours_official(pair, tmp_path, max_shard_bytes):
+    official, ours = pair
+    ours.save_pretrained(tmp_path, max_shard_bytes)
+    assert len([name for name in os.listdir(tmp_path) if name.endswith(".safetensors")]) > 1 or max_shard_bytes > 1e9
+    back, report = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report
+    assert back.dtype == torch.float32
+    before, after = official.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    for name, tensor in without_last_biases(before).items():
+        assert torch.equal(tensor, without_last_biases(after)[name]), name
+    restore_last_biases(back, ours)
+    close(back(tokens()).logits, official(tokens()).logits, 0)
+    for name in CONFIG_FIELDS:
+        assert getattr(back.config, name) == getattr(official.config, name), name
+
+
+CONFIG_FIELDS = [name for name in ZayaConfig().to_dict() if name not in ("architectures", "dtype")]
+
+
+@torch.no_grad()
+def test_round_trip_ours_official_ours(tmp_path):
+    """From a model born here, with its own initialisation."""
+    first = Zaya(ZayaConfig(**BASE)).eval()
+    first.save_pretrained(tmp_path / "a")
+    official = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path / "a")
+    official.save_pretrained(tmp_path / "b")
+    second = Zaya.from_pretrained(tmp_path / "b")
+    assert first.config == second.config
+    assert first.state_dict().keys() == second.state_dict().keys()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    close(first(tokens()), official(tokens()).logits)
+
+
+def test_fresh_models_are_alike():
+    """The same initialisation: deviations of all matrices, and every other parameter the same but the temperature."""
+    config = ZayaConfig(**BASE)
+    official, ours = official_model(config), Zaya(config)
+    theirs = official.state_dict()
+    for name, mine in ours.state_dict().items():
+        expected = theirs[Zaya.official_name(name)]
+        if name.endswith("temp"):
+            assert (mine == 1).all() and (expected == 0).all()
+        elif expected.ndim < 2:
+            assert torch.equal(mine, expected), name
+        else:
+            few = 4 * config.initializer_range / expected.numel() ** 0.5        # deviation of an estimated deviation
+            assert abs(mine.std() - config.initializer_range) < few, name
+            if "embed" not in name:                                             # theirs has zeros for the pad id
+                assert abs(expected.std() - config.initializer_range) < few, name
+
+
+@torch.no_grad()
+def test_greedy_tokens(pair):
+    official, ours = pair
+    ids = tokens(3, 10)
+    theirs = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+    mine = ours.generate(ids, max_new_tokens=64, temperature=0)
+    assert mine.shape == (3, 74) and torch.equal(mine, theirs)
+    assert len(mine[:, 10:].unique()) > 15, "a model that repeats itself tests little"
+
+
+@torch.no_grad()
+def test_greedy_tokens_of_a_left_padded_batch(pair):
+    official, ours = pair
+    ids, mask = left_padded()
+    theirs = official.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False)
+    mine = ours.generate(ids, max_new_tokens=64, temperature=0, attention_mask=mask)
+    assert torch.equal(mine, theirs)
+
+
+def test_gradients(pair):
+    """Of every parameter, through the same loss on a left-padded batch."""
+    official, ours = (copy.deepcopy(model).train() for model in pair)
+    ids, mask = left_padded((LENGTH, 17, 9))
+    target = tokens(seed=1).masked_fill(mask == 0, -100)
+    for logits in official(ids, attention_mask=mask, position_ids=positions(mask)).logits, ours(ids, mask):
+        F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+    theirs, checked = dict(official.named_parameters()), set()
+    for name, parameter in ours.named_parameters():
+        expected = theirs[Zaya.official_name(name)].grad
+        assert expected.norm() > 0, name
+        error = (parameter.grad - expected).norm() / expected.norm()
+        assert error <= 1e-4, f"{name}: relative error {error:.2e}"
+        checked.add(Zaya.official_name(name))
+    assert checked == set(theirs)
+
+
+@torch.no_grad()
+def bf16_error(model, official):
+    """Mean |logits in bf16 - logits in fp32| over a few inputs."""
+    rounded, errors = copy.deepcopy(model).to(torch.bfloat16), []
+    for seed in range(4):
+        pair_of_logits = [run(tokens(4, seed=seed)) for run in (model, rounded)]
+        exact, approximate = (out.logits for out in pair_of_logits) if official else pair_of_logits
+        errors.append((approximate.float() - exact).abs().mean())
+    return torch.stack(errors).mean().item()
+
+
+BF16_SEEDS = range(4)
+
+
+def test_bf16_is_no_worse_than_the_official_one(tmp_path):
+    """Both cast to bf16, each against its own fp32 logits; averaged, because a flipped expert decides a single case."""
+    mine, theirs = [], []
+    for case, (changes, _) in CASES.items():
+        for seed in BF16_SEEDS:
+            official = randomise(official_model(ZayaConfig(**{**BASE, **changes})), seed)
+            official.save_pretrained(tmp_path)
+            mine.append(bf16_error(Zaya.from_pretrained(tmp_path), False))
+            theirs.append(bf16_error(official, True))
+    mine, theirs = (sum(errors) / len(errors) for errors in (mine, theirs))
+    assert mine <= theirs, f"mean error ours {mine:.4f}, theirs {theirs:.4f}"
+
+
+def test_named_parameters_all_have_an_official_place(pair):
+    official, ours = pair
+    theirs = {name for name in official.state_dict() if name != "lm_head.weight" or not ours.config.tie_word_embeddings}
+    assert {Zaya.official_name(name) for name in ours.state_dict()} == theirs
+
+
+# ---- the tokenizer ---------------------------------------------------------------------------------------------------
+
+VARIED = [
+    "Plain words, numbers 1234567890 and 3.14159; x_1 += (a*b)//c  !!", "", " ", "\n\n\t  indented\n    more\n",
+    "trailing spaces   ", "café naïve — “quotes” … 中文字符 ユニコード Привет שלום", "emoji 🙂👩‍👩‍👧‍👦🇩🇪 e\u0301 combining",
+    "a\u00a0b\u3000c\u2003d\u2028e\u0085f\x0bg\x0ch", "²³¼ ٣٤ Ⅷ 𝟘𝟙", "\x00\x01\x1c\x1d\x1e\x1f\x7f", "don't we've I'M",
+    "  def f(x):\r\n\treturn x ** 2  # comment\r\n", "the the the thethethe THE The", "\ufeffbom \u200bzero\u200d",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    import pydoc_data.topics
+    tokenizer = Tokenizer.train("\n".join(pydoc_data.topics.topics.values())[:40_000] + "1234 café 中文 " * 9, 400)
+    directory = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(directory)
+    return tokenizer, transformers.AutoTokenizer.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("text", [*VARIED, "".join(VARIED)])
+def test_autotokenizer_gives_the_same_ids(tokenizers, text):
+    ours, theirs = tokenizers
+    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+    assert theirs(text)["input_ids"] == ours.encode(text), "no special tokens are added on their own"
+    assert theirs.decode(ours.encode(text)) == text == ours.decode(ours.encode(text))
+
+
+@pytest.mark.parametrize("generation_prompt", [False, True])
+def test_chat_template_gives_the_same_ids(tokenizers, generation_prompt):
+    ours, theirs = tokenizers
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 30?\n"},
+                {"role": "assistant", "content": "<think>12 + 30 = 42\n</think>\n42"},
+                {"role": "user", "content": " and 🙂? "}, {"role": "assistant", "content": ""}]
+    chat = theirs.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
+    assert chat == ours.render(messages, generation_prompt)[0]
+
+
+def test_autotokenizer_knows_the_special_tokens(tokenizers):
+    ours, theirs = tokenizers
+    assert len(theirs) == ours.vocab_size
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (ours.pad, ours.end_of_text, ours.end)
+    assert {token: theirs.convert_tokens_to_ids(token) for token in ours.special} == ours.special

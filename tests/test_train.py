@@ -1,0 +1,471 @@
+"""train.py's parts: tasks, trimming, packing, sources, optimizers, resume and errors (the command line: test_cli.py)."""
+import doctest
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+import zaya
+from train import TASKS, Loader, Muon, Stage, TaskSource, TextSource, trim
+from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
+
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})          # one token per byte: sizes can be read off the text
+EXACT = [name for name, task in TASKS.items() if task.exact]
+
+
+def tiny_stage(**changes):
+    return Stage(**{**dict(steps=4, context=64, rope_theta=1e4, traces=0.5, lr=1e-2, lr_end=1e-3, difficulty=2, turns=1),
+                    **changes})
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size, **changes))
+
+
+@pytest.mark.parametrize("module", [train, zaya])
+def test_docstring_examples(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0
+    assert module is zaya or result.attempted > 8
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", TASKS)
+def test_make_is_a_function_of_seed_and_difficulty(name):
+    task = TASKS[name]
+    for d in (1, 2, 3, 5, 8, 12):
+        assert task.make(7, d) == task.make(7, d)
+        assert len({task.make(seed, d).prompt for seed in range(40)}) > (10 if d > 1 else 3)
+        problem = task.make(7, d)
+        assert json.loads(json.dumps(problem.data)) == problem.data     # a verifier can be rebuilt from JSON
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_teacher_and_the_one_who_slips(name):
+    task, solved, total = TASKS[name], 0, 0
+    for d in (1, 2, 3, 5, 8):
+        for seed in range(30):
+            problem = task.make(seed, d)
+            reward, form = task.verify(problem, task.solve(problem, seed))
+            assert form == 1
+            solved, total = solved + reward, total + 1
+            assert task.verify(problem, task.corrupt(problem, seed)) == (0, 1)
+            assert task.solve(problem, seed) == task.solve(problem, seed)
+    assert solved == total if task.exact else 0 < solved < total
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_harder_is_longer(name):
+    def length(d):
+        return np.mean([len(TASKS[name].solve(TASKS[name].make(seed, d), seed)) for seed in range(40)])
+    assert length(1) < length(3) < length(7)
+
+
+@pytest.mark.parametrize("name, data, right, wrong", [
+    ("column_sums", {"columns": [[7, 5, "c"], [3, 9, "d"]]}, ["c2d2"], ["c2d3", "22", "d2c2", "c2d2d2"]),
+    ("add", {"a": 47, "b": 85}, ["132"], ["0132", "131", "+132", "１３２"]),
+    ("multiply", {"a": 47, "b": 6}, ["282"], ["281", "282.0"]),
+    ("sort", {"digits": "3917"}, ["1379"], ["9731", "137", "13799"]),
+    ("registers", {"lines": ["a=3", "b=a+4", "a=b*2"]}, ["a4b7"], ["a3b7", "b7a4", "a4"]),
+    ("find", {"columns": [[0, 6, "b"], [8, 5, "c"]]}, ["b5c6", "b0c2", "b3c4"], ["b6c6", "b5c.", "b5", "c6b5", "b٣c6"]),
+    ("countdown", {"numbers": [3, 5, 2], "target": 13}, ["3*5-2", "5*3-2"],
+     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "2-5*3", "__import__('os')"]),
+    ("base", {"number": 13, "base": 2}, ["1101"], ["01101", "13", "1102", "-1101", "0b1101"]),
+])
+def test_verdicts_by_hand(name, data, right, wrong):
+    task = TASKS[name]
+    assert all(task.check(data, answer) for answer in right)
+    assert not any(task.check(data, answer) for answer in wrong)
+
+
+@pytest.mark.parametrize("name", TASKS)
+@settings(max_examples=60, deadline=None)
+@given(text=st.one_of(st.text(), st.text("0123456789+-*=<>thinkabc#.,;/|"),
+                      st.binary().map(lambda b: b.decode("utf-8", "surrogateescape"))))
+def test_verifiers_are_total(name, text):
+    problem = TASKS[name].make(3, 3)
+    for reply in (text, f"<think>x</think>{text}", f"<think>{text}</think>{text}<|end|>"):
+        reward, form = TASKS[name].verify(problem, reply)
+        assert reward in (0, 1) and form in (0, 1) and reward <= form
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_verifiers_answer_at_once(name):
+    """A bound no slow machine reaches by honest work: a verdict is linear in a text cut at 1,000 characters."""
+    problem = TASKS[name].make(3, 6)
+    for text in ("9" * 10**6, "<think>" * 10**5, "<think></think>" + "1+" * 500, "<think></think>" + "9" * 1000):
+        begun = time.process_time()
+        TASKS[name].verify(problem, text)
+        assert time.process_time() - begun < 0.05
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_held_out_problems_are_never_trained_on(name):
+    for d in (1, 2, 4):
+        train_set = {train.draw(TASKS[name], f"a{seed}", d, hold=False).prompt for seed in range(150)}
+        held = {train.draw(TASKS[name], f"b{seed}", d, hold=True).prompt for seed in range(50)}
+        assert held and not held & train_set
+
+
+# ---- trimming and packing -------------------------------------------------------------------------------------------
+
+words = st.text("abc é\n", min_size=0, max_size=12)
+turn = st.tuples(words, words, words, st.booleans())
+
+
+@settings(max_examples=300, deadline=None)
+@given(turns=st.lists(turn, min_size=1, max_size=4), context=st.integers(5, 120))
+def test_trimming_keeps_problem_and_answer(turns, context):
+    messages = []
+    for question, reasoning, answer, thinks in turns:
+        messages += [{"role": "user", "content": question},
+                     {"role": "assistant", "content": (f"<think>{reasoning}</think>" if thinks else "") + answer}]
+    before = json.dumps(messages)
+    result, verdict = trim(messages, context, BYTES)
+    assert json.dumps(messages) == before                       # pure
+    bare = [train.split_think(m["content"])[1] if m["role"] == "assistant" else m["content"] for m in messages]
+    size = len(BYTES.render(messages)[0])
+    shortest = len(BYTES.render([{**m, "content": text} for m, text in zip(messages, bare)])[0])
+    if verdict == "dropped":
+        assert result is None and shortest > context
+        return
+    assert len(BYTES.render(result)[0]) <= context
+    assert [m["role"] for m in result] == [m["role"] for m in messages]
+    assert [train.split_think(m["content"])[1] if m["role"] == "assistant" else m["content"] for m in result] == bare
+    assert (verdict == "kept") == (size <= context)
+    if verdict == "kept":
+        assert result == messages
+    kept, full = (train.split_think(m[-1]["content"])[0] for m in (result, messages))
+    assert full.startswith(kept)                                # cut from the tail, at a character
+    if verdict == "cut":
+        assert result[:-1] == messages[:-1]
+        assert len(BYTES.render(result)[0]) > context - 2 or not kept     # it just fits
+
+
+def test_trimming_follows_the_four_rules_in_order():
+    talk = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "<think>first</think>a1"},
+            {"role": "user", "content": "q2"}, {"role": "assistant", "content": "<think>second</think>a2"}]
+    assert len(BYTES.render(talk)[0]) == 31
+    assert trim(talk, 31, BYTES) == (talk, "kept")
+    assert trim(talk, 28, BYTES)[0][3]["content"] == "<think>sec</think>a2"
+    assert trim(talk, 23, BYTES) == ([*talk[:3], {"role": "assistant", "content": "a2"}], "cut")
+    bare = [talk[0], {"role": "assistant", "content": "a1"}, talk[2], {"role": "assistant", "content": "a2"}]
+    assert trim(talk, 22, BYTES) == ([*bare[:3], {"role": "assistant", "content": "<think>seco</think>a2"}], "stripped")
+    assert trim(talk, 16, BYTES) == (bare, "stripped")
+    assert trim(talk, 15, BYTES) == (None, "dropped")
+    short_end = [*talk[:3], {"role": "assistant", "content": "<think>s</think>a2"}]
+    assert trim(short_end, 20, BYTES) == ([*bare[:3], short_end[3]], "stripped")       # the last turn stays whole
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), max_size=40), capacity=st.integers(10, 40), bins=st.integers(1, 6))
+def test_packing_keeps_samples_whole(lengths, capacity, bins):
+    rows = train.pack(lengths, capacity, bins)
+    packed = [index for row in rows for index in row]
+    assert len(rows) <= bins and len(set(packed)) == len(packed)
+    room = [capacity - sum(lengths[i] for i in row) for row in rows]
+    assert min(room, default=0) >= 0
+    left = [lengths[i] for i in range(len(lengths)) if i not in packed and lengths[i] <= capacity]
+    assert all(length > max(room) for length in left) and (not left or len(rows) == bins)
+
+
+def test_packing_is_tight_on_real_lengths():
+    rng = random.Random(0)
+    problems = [rng.choice(list(TASKS.values())).make(rng.random(), rng.randint(1, 4)) for _ in range(600)]
+    lengths = [len(BYTES.encode(problem.prompt + TASKS[problem.task].solve(problem))) for problem in problems]
+    rows = train.pack(lengths, 256, 30)
+    assert sum(lengths) > 1.05 * 30 * 256
+    assert sum(lengths[i] for row in rows for i in row) > 0.97 * 30 * 256
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, says", [
+    ("{", "Expecting property name"), ("[1]", "a list"), ("{}", "no 'messages'"), ('{"prompt": 3}', "no 'messages'"),
+    ('{"messages": []}', "at least one"), ('{"messages": [{"role": "user"}]}', "message 0"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"),
+    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"), (b"\xff", "utf-8")])
+def test_a_bad_line_is_named_or_skipped(tmp_path, capsys, line, says):
+    path = tmp_path / "rows.jsonl"
+    good = b'{"question": "1+1?", "answer": "2"}\n'
+    path.write_bytes(good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
+    with pytest.raises(SystemExit) as stop:
+        list(train.read_jsonl(str(path)))
+    assert f"{path}:3:" in str(stop.value) and says in str(stop.value) and "--skip-bad-lines" in str(stop.value)
+    assert len(list(train.read_jsonl(str(path), skip_bad_lines=True))) == 2
+    assert "skipped 1 bad line" in capsys.readouterr().out
+
+
+def test_pairs_and_messages_become_chats():
+    for question, answer in train.PAIRS:
+        messages = train.to_messages({question: "q", answer: "a", "extra": 1})
+        assert messages == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    assert train.to_messages({"messages": messages}) == messages
+
+
+@pytest.mark.parametrize("length", [5, 64, 65, 640, 1279, 1280, 1281, 5000])
+def test_windows_cover_a_text_once(length):
+    source = TextSource("t", np.arange(length), 64)
+    windows = [source.get(i, hold)[0] for hold in (False, True) for i in range(source.size(hold))]
+    assert sorted(token for window in windows for token in window) == list(range(length))
+    assert source.size(False) > 0
+
+
+def test_files_are_tokenised_once(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("Grüße 123 \U0001f600\r\n" * 100_000, newline="")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"question": f"{i}?", "answer": f"{'so ' * i}#### {i}"}) + "\n"
+                                              for i in range(60)))
+    folder = str(tmp_path / "data")
+    tokens, targets, offsets = train.cached_tokens(str(tmp_path / "a.txt"), folder, BYTES, 64, False)
+    assert BYTES.decode_bytes(tokens.tolist()) == (tmp_path / "a.txt").read_bytes() and targets is None
+    tokens, targets, offsets = train.cached_tokens(str(tmp_path / "b.jsonl"), folder, BYTES, 64, False)
+    assert "cut" in capsys.readouterr().out
+    assert isinstance(tokens, np.memmap) and len(offsets) == 61 and np.diff(offsets).max() == 64
+    source = train.ChatSource("b", tokens, targets, offsets)
+    rows = [source.get(i, hold)[0] for hold in (False, True) for i in range(source.size(hold))]
+    assert len(rows) == 60 and source.size(True) == 3
+    ids, wanted = source.get(2, False)
+    assert BYTES.decode(ids) == "<|user|>2?<|end|><|assistant|><think>so so</think>2<|end|>"
+    assert BYTES.decode([i for i, w in zip(ids, wanted) if w]) == "<think>so so</think>2<|end|>"
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "data").iterdir())
+    train.cached_tokens(str(tmp_path / "b.jsonl"), folder, BYTES, 64, False)
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "data").iterdir())
+    train.cached_tokens(str(tmp_path / "b.jsonl"), folder, BYTES, 48, False)    # trimmed anew for another context
+    assert len(before) < len(list((tmp_path / "data").iterdir()))
+
+
+def make_loader(**changes):
+    stage = tiny_stage(**changes)
+    text = np.frombuffer((zaya.__doc__ * 3).encode(), np.uint8)
+    return Loader([TextSource("text", text, stage.context), TaskSource(list(TASKS), stage, BYTES, 0)], stage, 512, 0, BYTES.pad)
+
+
+@pytest.mark.parametrize("mask_prompts", [False, True])
+def test_batches_hold_whole_samples_apart(mask_prompts):
+    loader = make_loader(mask_prompts=mask_prompts)
+    for _ in range(4):
+        inputs, targets, positions, origins = loader.next()
+        assert inputs.shape == targets.shape == positions.shape == (8, 64)
+        samples = {tuple(loader.sample(*origin)[0]): loader.sample(*origin)[1] for origin in origins}
+        for row in range(8):
+            starts = [i for i in range(64) if positions[row, i] == 0] + [64]
+            for start, end in zip(starts, starts[1:]):
+                length = int((positions[row, start:end] >= 0).sum())
+                ids = inputs[row, start:start + length].tolist()
+                wanted = samples[tuple(ids)]
+                assert positions[row, start:start + length].tolist() == list(range(length))
+                expect = [t if w or not mask_prompts else -100 for t, w in zip(ids[1:], wanted[1:])] + [-100]
+                assert targets[row, start:start + length].tolist() == expect
+            assert (targets[row][positions[row] < 0] == -100).all()
+
+
+def test_the_mixture_is_what_the_stage_asks_for():
+    for share in (0.0, 0.3, 0.86):
+        loader = make_loader(traces=share)
+        for _ in range(30):
+            loader.next()
+        assert abs(loader.given["traces"] / sum(loader.given.values()) - share) < 0.02
+
+
+def test_every_text_is_read_once_before_any_is_read_twice():
+    loader = make_loader(traces=0.0)
+    size, seen = loader.sources["text"].size(False), []
+    while len(seen) < 2 * size:
+        seen += [number for name, number in loader.next()[3] if name == "text"]
+    first = {tuple(loader.sample("text", number)[0]) for number in range(size)}
+    assert len(first) == size
+    order = [[loader.sample("text", number)[0] for number in range(epoch * size, epoch * size + size)] for epoch in (0, 1)]
+    assert sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
+
+
+def test_a_loader_goes_on_where_it_stopped():
+    one, two = make_loader(), make_loader()
+    for _ in range(5):
+        one.next()
+    two.load_state_dict(json.loads(json.dumps(one.state_dict())))
+    for _ in range(5):
+        for a, b in zip(one.next()[:3], two.next()[:3]):
+            assert torch.equal(a, b)
+
+
+def test_packed_samples_get_the_logits_they_get_alone():
+    model, loader = tiny_model(), make_loader()
+    inputs, _, positions, _ = loader.next()
+    with torch.no_grad():
+        packed = model(inputs, position_ids=positions)
+        for row in range(len(inputs)):
+            starts = [i for i in range(64) if positions[row, i] == 0] + [64]
+            for start, end in zip(starts, starts[1:]):
+                end = start + int((positions[row, start:end] >= 0).sum())
+                assert (packed[row, start:end] - model(inputs[row:row + 1, start:end])[0]).abs().max() < 1e-5
+
+
+# ---- optimizers and steps -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 16), (16, 48), (3, 24, 8)])
+def test_orthogonalize_gives_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    result = train.orthogonalize(matrices)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5 and values.max() < 1.35
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert (result - u @ v).norm() / (u @ v).norm() < 0.35      # and the singular vectors are the matrix's own
+    assert torch.allclose(train.orthogonalize(1e4 * matrices), result, atol=1e-4)
+
+
+def test_muon_moves_each_matrix_as_if_alone():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(8, 4, generator=generator), torch.randn(8, 4, generator=generator),
+               torch.randn(3, 8, 4, generator=generator), torch.randn(4, 8, generator=generator)]
+    gradients = [[torch.randn(w.shape, generator=generator) for w in weights] for _ in range(3)]
+    together = [torch.nn.Parameter(w.clone()) for w in weights]
+    optimizer = Muon(together, lr=0.1, momentum=0.9, weight_decay=0.5)
+    for step in gradients:
+        for parameter, gradient in zip(together, step):
+            parameter.grad = gradient.clone()
+        optimizer.step()
+    for i, weight in enumerate(weights):
+        flat = weight.clone().reshape(-1, *weight.shape[-2:])
+        momentum = torch.zeros_like(flat)
+        for step in gradients:
+            gradient = step[i].reshape_as(flat)
+            momentum = 0.9 * momentum + 0.1 * gradient
+            update = torch.stack([train.orthogonalize(0.9 * m + 0.1 * g) for m, g in zip(momentum, gradient)])
+            flat = flat * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 8 ** 0.5 * update
+        assert torch.allclose(together[i].data.reshape_as(flat), flat, atol=1e-5)
+
+
+def test_muon_updates_are_as_large_as_adamw_ones():
+    """AdamW-RMS matching: the same learning rate moves a weight by about 0.2 lr, whatever the matrix's shape."""
+    for shape in ((256, 64), (64, 256), (4, 64, 64)):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = torch.randn(shape)
+        Muon([weight], lr=1.0).step()
+        assert 0.1 < weight.data.square().mean().sqrt() < 0.3
+
+
+def test_every_parameter_has_one_optimizer():
+    model = tiny_model()
+    muon, adamw = train.make_optimizers(model, 1e-3)
+    groups = [[id(p) for group in optimizer.param_groups for p in group["params"]] for optimizer in (muon, adamw)]
+    assert sorted(groups[0] + groups[1]) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    in_muon = {names[i] for i in groups[0]}
+    assert "layers.0.experts.gate_up_proj" in in_muon and "layers.1.gate.fc2.weight" in in_muon
+    assert not any(word in name for name in in_muon for word in ("conv", "embed", "norm", "scale", "bias", "temp"))
+
+
+def step_once(model, batch, micro_batch=10**6, **changes):
+    config = train.resolve(train.TrainConfig(preset="smoke", **changes))
+    config.micro_batch = micro_batch
+    return train.train_step(model, train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2), batch, config,
+                            torch.float32, 1e-2)
+
+
+def test_micro_batches_add_up_to_the_batch():
+    *batch, _ = make_loader(mask_prompts=True).next()
+    models = [tiny_model() for _ in range(2)]
+    rows = [step_once(model, batch, micro) for model, micro in zip(models, (10**6, 128))]
+    assert rows[0].keys() == rows[1].keys()
+    assert all(abs(rows[0][key] - rows[1][key]) < 1e-4 for key in rows[0])
+    for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
+        assert torch.allclose(a, b, atol=2e-4)
+
+
+def test_a_batch_without_targets_has_loss_zero():
+    inputs, targets, positions, _ = make_loader().next()
+    row = step_once(tiny_model(), (inputs, torch.full_like(targets, -100), positions))
+    assert row["loss"] == 0 and row["norm"] == 0
+
+
+def test_a_step_on_nan_changes_nothing():
+    *batch, _ = make_loader().next()
+    model = tiny_model()
+    model.layers[0].experts.down_proj.data[:, 0, 0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    row = step_once(model, batch)
+    assert not np.isfinite(row["loss"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if "down_proj" not in name)
+
+
+def test_prompts_do_not_teach_when_they_are_masked():
+    loader, model = make_loader(mask_prompts=True, traces=1.0), tiny_model()
+    inputs, targets, positions, _ = loader.next()
+    loss = F.cross_entropy(model(inputs, position_ids=positions).flatten(0, 1), targets.flatten())
+    other = inputs.clone()
+    last_of_row = positions == -1                               # nothing reads padding, so nothing changes
+    other[last_of_row] = 7
+    again = F.cross_entropy(model(other, position_ids=positions).flatten(0, 1), targets.flatten())
+    assert abs(loss.item() - again.item()) < 1e-6
+    assert 0.3 < (targets >= 0).float().mean() < 0.9
+
+
+def test_training_learns_and_balances():
+    """Twelve updates on one batch: the loss falls a lot, and every router's choices stay counted."""
+    *batch, _ = make_loader().next()
+    model = tiny_model()
+    config = train.resolve(train.TrainConfig(preset="smoke"))
+    optimizers, balancer = train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2)
+    rows = [train.train_step(model, optimizers, balancer, batch, config, torch.float32, 1e-2) for _ in range(12)]
+    assert rows[-1]["loss"] < 0.75 * rows[0]["loss"]
+    assert all(0 < row["entropy"] <= 1.0001 and row["load"] >= 1 for row in rows)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def test_a_checkpoint_survives_a_kill_between_its_renames(tmp_path):
+    folder, model = str(tmp_path / "stage"), tiny_model()
+    train.save_checkpoint(folder, model, BYTES, {"step": 3})
+    (tmp_path / "stage").rename(tmp_path / "stage.old")         # killed after the first rename
+    (tmp_path / "stage.new").mkdir()
+    loaded, tokenizer, state = train.load_checkpoint(folder, "cpu")
+    assert state == {"step": 3} and tokenizer.vocab_size == BYTES.vocab_size
+    assert [p.name for p in tmp_path.iterdir()] == ["stage"]
+    for a, b in zip(model.state_dict().values(), loaded.state_dict().values()):
+        assert torch.equal(a, b)
+    assert train.load_checkpoint(str(tmp_path / "nothing"), "cpu") is None
+
+
+def test_the_log_forgets_what_will_be_trained_again(tmp_path):
+    log = train.Log(str(tmp_path), "pretrain", 0)
+    for step in (1, 2, 3, 4):
+        log.add(stage="pretrain", step=step, loss=float(step))
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("pretrain,5,1.")                             # a kill in the middle of a row
+    log = train.Log(str(tmp_path), "pretrain", 2)
+    log.add(stage="pretrain", step=3, loss=7.0)
+    assert [(row["step"], row["loss"]) for row in train.read_log(str(tmp_path))] == [("1", "1"), ("2", "2"), ("3", "7")]
+
+
+def test_replies_go_through_the_chat_form():
+    model = tiny_model()
+    texts = train.reply(model, BYTES, ["1+1", "sort 321 and more"], 8, seed=3)
+    assert len(texts) == 2 and texts == train.reply(model, BYTES, ["1+1", "sort 321 and more"], 8, seed=3)
+    result = train.pass_at_1(model, BYTES, ["add", "sort"], problems=3, samples=2)
+    assert result["problems"] == 6 and set(result["tasks"]) == {"add", "sort"} and 0 <= result["pass@1"] <= 1
+
+
+def test_pass_at_1_counts_right_answers(monkeypatch):
+    problems = {}
+
+    def perfect(model, tokenizer, prompts, *_):
+        return [TASKS["add"].solve(problems[p]) if p in problems and TASKS["add"].check(problems[p].data, "x") is False
+                else "no" for p in prompts]
+    for i in range(9):
+        problem = train.draw(TASKS["add"], f"eval {i}", train.EVAL_DIFFICULTIES[i % 3], hold=True)
+        problems[problem.prompt] = problem
+    monkeypatch.setattr(train, "reply", perfect)
+    result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
+    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5
+    low, high = result["ci95"]
+    assert low < 0.5 < high and 0.4 < high - low < 0.6
