@@ -1121,7 +1121,7 @@ def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
 
 
 def show_samples(model, tokenizer, tasks, seed):
-    """Print what the model writes by itself, and how it answers one held-out problem of two tasks."""
+    """Print what the model writes by itself, and how it answers a held-out problem of two tasks."""
     start = torch.tensor([tokenizer.encode("The ")], device=model.norm.weight.device)
     text = tokenizer.decode(model.generate(start, 40, 0.8, generator=torch.Generator().manual_seed(seed))[0].tolist())
     print("    text  | " + repr(text))
@@ -1130,7 +1130,7 @@ def show_samples(model, tokenizer, tasks, seed):
         problem = draw(TASKS[name], f"show {seed}", 2, hold=True)
         answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
         verdict = "right" if TASKS[name].verify(problem, answer)[0] else "wrong"
-        print(f"    {verdict} | {problem.prompt} -> {answer}")
+        print(f"    {verdict} | {problem.prompt} -> {answer!r}")
 
 
 # ---- a stage --------------------------------------------------------------------------------------------------------
@@ -1186,9 +1186,11 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr):
 
 
 def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
-    """Train one stage to its end, from `state` if it was begun.  Returns {"before", "after"}: held-out losses, and
-    the seconds it took; leaves its checkpoint in out/<stage>."""
+    """Train one stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
+
+    Returns the state: "before" and "after" are held-out losses, "seconds" is all it took, data and samples included."""
     folder = os.path.join(config.out, name)
+    clock = time.perf_counter()
     sources = make_sources(config, stage, tokenizer)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
     late = min(config.context[name] for name in STAGES)
@@ -1208,7 +1210,11 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
             optimizer.load_state_dict(saved)
         print(f"{name}: going on after step {state['step']}")
 
+
     def save(step, **more):
+        nonlocal clock
+        state["seconds"] += time.perf_counter() - clock
+        clock = time.perf_counter()
         state.update(step=step, loader=loader.state_dict(), balancer=balancer.state_dict(), settings=settings(config),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers], **more)
         save_checkpoint(folder, model, tokenizer, state)
@@ -1226,7 +1232,6 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
                              f"update. Samples of the batch: {where}{' …' if len(origins) > 6 else ''}. Last good "
                              f"checkpoint: {good}. Try a lower --lr, or look at those samples")
         seconds = time.perf_counter() - begun
-        state["seconds"] += seconds
         speed = config.tokens_per_step / seconds
         log.add(stage=name, step=step, lr=lr, tokens_per_second=speed, **row)
         if step % config.log_every == 0 or step in (1, stage.steps):
@@ -1395,6 +1400,7 @@ def main(arguments=None):
             raise SystemExit(f"--data {path}: no such file")
         if not path.endswith((".txt", ".jsonl")):
             raise SystemExit(f"--data {path}: .txt and .jsonl files are read; rename or convert it")
+    begun = time.perf_counter()
     device, dtype, why = choose_device(config)
     os.makedirs(config.out, exist_ok=True)
     print(why)
@@ -1446,7 +1452,9 @@ def main(arguments=None):
               "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result))
     save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
     with open(os.path.join(config.out, "report.md")) as file:
-        print("\n" + file.read() + f"\n{config.out}: final/ (checkpoint), report.md, report.png, loss.png, log.csv")
+        print("\n" + file.read())
+    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
+          "report.md, report.png, loss.png, log.csv")
 
 
 if __name__ == "__main__":

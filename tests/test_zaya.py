@@ -302,6 +302,31 @@ def test_autocast_and_bf16_run(model):
     assert rounded.generate(ids, 3, temperature=0).shape == (2, 15)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
+    """With bf16 weights, or under autocast: the residual stream, router weights, q-k norm, RoPE and cached latents."""
+    seen = {}
+
+    def watch(name):
+        exact = getattr(CCA, name)
+        monkeypatch.setattr(CCA, name, staticmethod(lambda *given: seen.setdefault(name, given) and exact(*given)))
+
+    watch("unit")
+    watch("rotate")
+    model = model if autocast else model.to(torch.bfloat16)
+    for index, layer in enumerate(model.layers):
+        for part, name in ((layer, "stream"), (layer.gate, "router weight")):
+            part.register_forward_hook(lambda module, given, out, name=(name, index): seen.update({name: out[:1]}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        _, cache = in_chunks(model, tokens(2, 5), [3, 2])
+    seen.update({("cache", i): (layer.packed, layer.delayed) for i, layer in enumerate(cache.layers)})
+    assert len(seen) == 2 + 3 * len(model.layers)
+    for name, tensors in seen.items():
+        assert all(tensor.dtype == torch.float32 for tensor in tensors), name
+    assert cache.layers[0].k.dtype == torch.bfloat16, "the keys and values are what takes the room"
+
+
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 LONG = 70                                                       # beyond the 64 columns of a cache's first buffer
@@ -323,7 +348,6 @@ def test_cache_equals_full_forward(model, sizes, lengths):
     assert cache.columns == LONG and (cache.position is None) == (lengths is None)
     window = model.config.sliding_window
     for layer, kind in zip(cache.layers, model.config.layer_types):
-        assert layer.packed.dtype == layer.delayed.dtype == torch.float32
         if kind == SLIDING and sizes[-1] == 1:
             assert layer.end - layer.start == window and layer.k.shape[2] <= 4 * 64, "old columns are forgotten"
 
@@ -532,7 +556,7 @@ def test_presets_run(name):
     logits = model(torch.randint(0, model.config.vocab_size, (1, 6)))
     assert logits.shape == (1, 6, model.config.vocab_size)
     loss = -logits.log_softmax(-1).mean()
-    assert loss.item() == pytest.approx(math.log(model.config.vocab_size), abs=0.2), "as good as guessing at first"
+    assert 0 < loss.item() - math.log(model.config.vocab_size) < 0.7, "about as good as guessing at first"
 
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
