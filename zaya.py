@@ -220,9 +220,7 @@ class CCA(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
             k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
-        group = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)         # (B, H, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and S > 1)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
     def qk_mean(self, packed):
@@ -249,8 +247,10 @@ class CCA(nn.Module):
         weight = depthwise.weight[:, 0]                        # (C, taps0), the last column for the newest token
         y = depthwise.bias.expand(seen.shape[0], middle, -1)
         for back in range(taps0):
-            tap = seen[:, taps0 - 1 - back:][:, :middle] * weight[:, taps0 - 1 - back]
-            y = y + (tap if reach is None else tap * (reach_middle >= back))
+            tap = seen[:, taps0 - 1 - back:][:, :middle]
+            if reach is not None and back:
+                tap = tap * (reach_middle >= back)
+            y = y + tap * weight[:, taps0 - 1 - back]
         y = y.unflatten(-1, (-1, self.head_dim))               # (B, middle, H + K, D)
         bias = depthwise.bias.unflatten(-1, (-1, self.head_dim)).to(y.dtype)
         weight = grouped.weight.unflatten(0, (-1, self.head_dim))                   # (H + K, D out, D in, taps1)

@@ -92,10 +92,12 @@ def test_transformers_loads_what_was_trained(smoke):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "sort 3917"}], add_generation_prompt=True,
                                         return_tensors="pt", return_dict=True)["input_ids"]
-    assert ids.tolist() == [Tokenizer.from_pretrained(folder).render([{"role": "user", "content": "sort 3917"}], True)[0]]
+    ours_ids, _ = Tokenizer.from_pretrained(folder).render([{"role": "user", "content": "sort 3917"}], True)
+    assert ids.tolist() == [ours_ids]
     with torch.no_grad():
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
-    assert theirs.config.eos_token_id == tokenizer.eos_token_id and theirs.config.rope_parameters["hybrid"]["rope_theta"] == 1e5
+    assert theirs.config.eos_token_id == tokenizer.eos_token_id
+    assert theirs.config.rope_parameters["hybrid"]["rope_theta"] == 1e5
 
 
 def test_resuming_is_exact(tmp_path):
@@ -135,8 +137,8 @@ def test_own_data_in_every_form(tmp_path):
     """A text, and a .jsonl of messages and of pairs, one line of it bad; two tasks beside them."""
     (tmp_path / "words.txt").write_text("Whan that Aprill with his shoures soote 1387\n" * 400)
     rows = [{"question": f"What is {i} and {i}?", "answer": f"Twice {i}. #### {2 * i}"} for i in range(60)]
-    rows += [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "<think>so</think>yes"}]}
-             for i in range(60)]
+    reply = {"role": "assistant", "content": "<think>so</think>yes"}
+    rows += [{"messages": [{"role": "user", "content": f"{i}?"}, reply]} for i in range(60)]
     lines = [json.dumps(row) for row in rows] + ["{not json"]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     data = ["--data", tmp_path / "words.txt", tmp_path / "chats.jsonl", "--tasks", "add,sort", "--vocab-size", "300"]
@@ -157,7 +159,8 @@ def test_nan_stops_with_the_step_the_samples_and_the_checkpoint(tmp_path):
     weight.data = torch.full_like(weight, float("nan"))
     train.save_checkpoint(str(folder), model, tokenizer, state)
     said = run(*SHORT, "--out", tmp_path / "out", code=1)
-    assert "midtrain step 1: loss nan" in said and "traces" in said and "Last good checkpoint: none of this stage" in said
+    assert "midtrain step 1: loss nan" in said and "traces" in said
+    assert "Last good checkpoint: none of this stage" in said
     state.update(step=8)
     del state["done"]
     train.save_checkpoint(str(folder), model, tokenizer, state)
@@ -171,7 +174,7 @@ def test_nan_stops_with_the_step_the_samples_and_the_checkpoint(tmp_path):
     (["--stages", "pretrian"], "did you mean pretrain?"),
     (["--stages", "midtrain"], "run --stages pretrain first"),
     (["--steps", "middle=3"], "'middle' is no stage"),
-    (["--steps", "many"], "--steps"),
+    (["--steps", "many"], "'many' is not a whole number"),
     (["--tasks", "addd"], "did you mean add?"),
     (["--tasks", "none", "--data", "README.md"], ".txt and .jsonl"),
     (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
@@ -187,7 +190,7 @@ def test_mistakes_get_one_clear_sentence(tmp_path, arguments, says):
         pytest.skip("a GPU is there")
     if arguments[0] != "--preset":
         arguments = ["--preset", "smoke", *arguments]
-    said = run(*arguments, "--out", tmp_path / "out", code=2 if arguments[2] in ("--sedd", "--steps") else 1)
+    said = run(*arguments, "--out", tmp_path / "out", code=2 if {"--sedd", "--steps"} & {*arguments} else 1)
     assert says in said and "Traceback" not in said
 
 

@@ -277,7 +277,7 @@ BF16_SEEDS = range(4)
 def test_bf16_is_no_worse_than_the_official_one(tmp_path):
     """Both cast to bf16, each against its own fp32 logits; averaged, because a flipped expert decides a single case."""
     mine, theirs = [], []
-    for case, (changes, _) in CASES.items():
+    for changes, _ in CASES.values():
         for seed in BF16_SEEDS:
             official = randomise(official_model(ZayaConfig(**{**BASE, **changes})), seed)
             official.save_pretrained(tmp_path)
@@ -297,7 +297,8 @@ def test_named_parameters_all_have_an_official_place(pair):
 
 VARIED = [
     "Plain words, numbers 1234567890 and 3.14159; x_1 += (a*b)//c  !!", "", " ", "\n\n\t  indented\n    more\n",
-    "trailing spaces   ", "café naïve — “quotes” … 中文字符 ユニコード Привет שלום", "emoji 🙂👩‍👩‍👧‍👦🇩🇪 e\u0301 combining",
+    "trailing spaces   ", "café naïve — “quotes” … 中文字符 ユニコード Привет שלום",
+    "emoji 🙂👩‍👩‍👧‍👦🇩🇪 e\u0301 combining",
     "a\u00a0b\u3000c\u2003d\u2028e\u0085f\x0bg\x0ch", "²³¼ ٣٤ Ⅷ 𝟘𝟙", "\x00\x01\x1c\x1d\x1e\x1f\x7f", "don't we've I'M",
     "  def f(x):\r\n\treturn x ** 2  # comment\r\n", "the the the thethethe THE The", "\ufeffbom \u200bzero\u200d",
 ]

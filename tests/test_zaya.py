@@ -8,6 +8,7 @@ import pickle
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import safetensors.torch
@@ -234,6 +235,21 @@ def test_router_bias_changes_the_choice_but_not_the_weight():
 
 
 @torch.no_grad()
+def test_router_softmax_is_not_rounded():
+    """Two tokens of nearly the same score must not tie because the weights are bf16."""
+    router, logits = Router(16, 8, 5).to(torch.bfloat16), []
+    router.out_proj.register_forward_hook(lambda module, given, out: logits.append(out))
+    weight, choice, _ = router(torch.randn(2, 6, 16, dtype=torch.bfloat16))
+    assert torch.equal(weight, logits[0].float().softmax(-1).gather(-1, choice[..., None])[..., 0])
+
+
+@torch.no_grad()
+def test_unit_length():
+    x = torch.cat([torch.zeros(1, 8), torch.randn(3, 8)])
+    close(CCA.unit(x).norm(dim=-1), torch.tensor([0, 8 ** 0.5, 8 ** 0.5, 8 ** 0.5]))
+
+
+@torch.no_grad()
 def test_router_state_runs_over_depth_before_its_norm():
     """r_2 = W_2 x_2 + gamma_2 (W_1 x_1 + gamma_1 r_0): what a layer hands on is neither normed nor scaled yet."""
     first, second = Router(16, 8, 5, eda=False), Router(16, 8, 5)
@@ -298,7 +314,8 @@ def test_autocast_and_bf16_run(model):
     assert rounded(ids).dtype == torch.float32 and (rounded(ids) - exact).abs().mean() < 0.2
     hidden, head = rounded.hidden_states(ids), rounded.state_dict()
     head = head.get("lm_head.weight", head["embed_tokens.weight"])
-    assert hidden.dtype == torch.bfloat16 and torch.equal(rounded.logits(hidden), F.linear(hidden.float(), head.float()))
+    assert hidden.dtype == torch.bfloat16
+    assert torch.equal(rounded.logits(hidden), F.linear(hidden.float(), head.float())), "the head computes in fp32"
     assert rounded.generate(ids, 3, temperature=0).shape == (2, 15)
 
 
@@ -315,13 +332,15 @@ def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
     watch("unit")
     watch("rotate")
     model = model if autocast else model.to(torch.bfloat16)
-    for index, layer in enumerate(model.layers):
-        for part, name in ((layer, "stream"), (layer.gate, "router weight")):
-            part.register_forward_hook(lambda module, given, out, name=(name, index): seen.update({name: out[:1]}))
+    for name, module in model.named_modules():
+        if isinstance(module, zaya.RMSNorm):                    # they read the residual stream
+            module.register_forward_hook(lambda module, given, out, name=name: seen.update({name: given}))
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, given, out, name=name: seen.update({name: out[:1]}))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         _, cache = in_chunks(model, tokens(2, 5), [3, 2])
     seen.update({("cache", i): (layer.packed, layer.delayed) for i, layer in enumerate(cache.layers)})
-    assert len(seen) == 2 + 3 * len(model.layers)
+    assert len(seen) == 2 + 1 + 4 * len(model.layers)
     for name, tensors in seen.items():
         assert all(tensor.dtype == torch.float32 for tensor in tensors), name
     assert cache.layers[0].k.dtype == torch.bfloat16, "the keys and values are what takes the room"
@@ -537,7 +556,7 @@ def test_parameter_counts_by_hand(tied):
     assert count["non_embedding"] - count["active"] == 3 * (4 - 1) * expert
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "zaya1-8b"])
+@pytest.mark.parametrize("name", ["small", "zaya1-8b"])          # `tiny` is too narrow for an eighth
 def test_kv_cache_is_an_eighth_of_multi_head_attention(name):
     config = ZayaConfig.preset(name)
     assert 8 * 2 * config.num_key_value_heads * config.head_dim == 2 * config.hidden_size
@@ -948,7 +967,9 @@ def rank_counts(rank, directory):
         routers(slice(0, 200) if rank == 0 else slice(200, None))
         logs.append(balancer.step())
     torch.save({"biases": routers.biases(), "logs": logs}, os.path.join(directory, f"{rank}.pt"))
-    torch.distributed.destroy_process_group()
+    while not os.path.exists(os.path.join(directory, f"{1 - rank}.pt")):        # the other one is done with us
+        time.sleep(0.01)
+    os._exit(0)             # gloo's threads now and then abort in an orderly shutdown (torch 2.13, one run in 25)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
