@@ -65,7 +65,7 @@ PRESETS = {
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         stages=dict(pretrain=Stage(850, 256, 1e4, 0.5, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(450, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8))),
+                    midtrain=Stage(600, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
@@ -927,14 +927,16 @@ def orthogonalize(matrices, steps=5):
     >>> bool((torch.linalg.svdvals(u) - 1).abs().max() < 0.35)
     True
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.reshape(-1, *matrices.shape[-2:])
+    x = x.bfloat16() if matrices.is_cuda else x.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                                     # the small side's Gram matrix is the cheap one
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
@@ -1108,8 +1110,9 @@ EVAL_DIFFICULTIES = (1, 2, 3)
 def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
     """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over difficulties 1-3.
 
-    -> {"pass@1", "ci95": [low, high], "problems", "tasks": {name: pass@1}}; the interval is over problems, whose
-    samples are not independent of each other.
+    -> {"pass@1", "ci95": [low, high], "problems", "tasks": {name: pass@1}, "chance": {name: pass@1}}; the interval is
+    over problems, whose samples are not independent of each other; chance is the teacher's reply to another problem of
+    the same task and difficulty.
     """
     held = [draw(TASKS[name], f"eval {i}", EVAL_DIFFICULTIES[i % 3], hold=True)
             for name in tasks for i in range(problems)]
@@ -1123,9 +1126,12 @@ def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
         for i, problem, text in zip(order[start:start + batch], part, texts):
             scores[i] += TASKS[problem.task].verify(problem, text)[0] / samples
     mean, half = scores.mean(), 1.96 * scores.std(ddof=1) / len(scores) ** 0.5
-    by_task = scores.reshape(len(tasks), problems).mean(1)
+    chance = [np.mean([TASKS[p.task].verify(p, TASKS[p.task].solve(other, i))[0] for other in held
+                       if (other.task, other.difficulty) == (p.task, p.difficulty) and other is not p] or [0])
+              for i, p in enumerate(held)]
+    by_task, chance = (np.reshape(x, (len(tasks), problems)).mean(1).tolist() for x in (scores, chance))
     return {"pass@1": float(mean), "ci95": [float(max(0, mean - half)), float(min(1, mean + half))],
-            "problems": len(held), "tasks": dict(zip(tasks, by_task.tolist()))}
+            "problems": len(held), "tasks": dict(zip(tasks, by_task)), "chance": dict(zip(tasks, chance))}
 
 
 def show_samples(model, tokenizer, sources, seed):
@@ -1344,13 +1350,14 @@ def write_report(out, report):
 
     text = [f"# {report['preset']}, seed {report['seed']}", "",
             f"{params['total']} parameters, {params['active']} active per token (without the embedding)", "",
-            "Held-out pass@1 at temperature 1, difficulties 1 to 3:", ""]
-    text += table(["task", *stages],
-                  *([task, *(f"{r['tasks'].get(task, 0):.2f}" for r in results)] for task in results[-1]["tasks"]),
-                  ["**all** [95 % interval]",
+            "Held-out pass@1 at temperature 1, difficulties 1 to 3 (chance: the teacher's answer to another one):", ""]
+    text += table(["task", "chance", *stages],
+                  *([task, f"{chance:.2f}", *(f"{r['tasks'].get(task, 0):.2f}" for r in results)]
+                    for task, chance in results[-1]["chance"].items()),
+                  ["**all** [95 % interval]", "",
                    *("**{pass@1:.3f}** [{ci95[0]:.3f}, {ci95[1]:.3f}]".format(**r) for r in results)],
-                  ["problems", *(str(result["problems"]) for result in results)],
-                  ["minutes", *(f"{report['seconds'][name] / 60:.1f}" for name in stages)])
+                  ["problems", "", *(str(result["problems"]) for result in results)],
+                  ["minutes", "", *(f"{report['seconds'][name] / 60:.1f}" for name in stages)])
     text += ["Held-out loss per token (late: at positions beyond the first stage's context):", ""]
     text += table(["stage", "source", "before", "after", "late, before", "late, after"],
                   *([name, source, *("-" if loss[key] is None else f"{loss[key]:.3f}"
@@ -1380,6 +1387,8 @@ def draw_report(out, report, stages):
         solved = [report["stages"][stage]["tasks"].get(task, 0) for task in tasks]
         place = np.arange(len(tasks)) + (i - (len(stages) - 1) / 2) * width
         axis.bar_label(axis.bar(place, solved, width, label=f"after {stage}"), fmt="%.2f", fontsize=7)
+    chance = list(report["stages"][stages[-1]]["chance"].values())
+    axis.hlines(chance, np.arange(len(tasks)) - 0.45, np.arange(len(tasks)) + 0.45, "black", "dotted", label="chance")
     axis.set_xticks(range(len(tasks)), tasks, rotation=20)
     axis.set(ylim=(0, 1.05), ylabel="pass@1", title="Held-out problems solved, one sample at temperature 1")
     axis.legend()
@@ -1453,7 +1462,7 @@ def main(arguments=None):
         if not (state and state.get("done")):
             state = run_stage(name, config, stage, model, tokenizer, state, device, dtype)
         result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) if tasks else \
-            {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}}
+            {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}, "chance": {}}
         result["loss"] = {source: {"before": state["before"][source]["loss"], "after": after["loss"],
                                    "late_before": state["before"][source]["late"], "late_after": after["late"]}
                           for source, after in state["after"].items()}

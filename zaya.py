@@ -18,6 +18,7 @@ trains the router's biases, a tokenizer.  Does NOT include: fused kernels (kerne
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -62,17 +63,18 @@ class ZayaConfig:
                  attention_dropout=0.0)
 
     def __post_init__(self):
-        self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
-        rope = {"hybrid": {"rope_theta": 5e6}, "hybrid_sliding": {"rope_theta": 1e4}}
-        for kind in rope:
-            given = (self.rope_parameters or {}).get(kind) or {}
-            rope[kind] = {"rope_type": "default", "partial_rotary_factor": 0.5, **rope[kind], **given}
-        self.rope_parameters = rope
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size", "cca_time0",
                      "cca_time1"):
             value = getattr(self, name)
             self._require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, not {value!r}")
+        self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
+        rope, given = {"hybrid": {"rope_theta": 5e6}, "hybrid_sliding": {"rope_theta": 1e4}}, self.rope_parameters or {}
+        self._require(not given or set(rope) & set(given),
+                      f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
+        for kind in rope:
+            rope[kind] = {"rope_type": "default", "partial_rotary_factor": 0.5, **rope[kind], **(given.get(kind) or {})}
+        self.rope_parameters = rope
         self._require(self.num_attention_heads % self.num_key_value_heads == 0,
                       f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                       f"({self.num_key_value_heads}): each KV head serves a group of query heads of one size")
@@ -250,7 +252,7 @@ class CCA(nn.Module):
             tap = seen[:, taps0 - 1 - back:][:, :middle]
             if reach is not None and back:
                 tap = tap * (reach_middle >= back)
-            y = y + tap * weight[:, taps0 - 1 - back]
+            y = torch.addcmul(y, tap, weight[:, taps0 - 1 - back])
         y = y.unflatten(-1, (-1, self.head_dim))               # (B, middle, H + K, D)
         bias = depthwise.bias.unflatten(-1, (-1, self.head_dim)).to(y.dtype)
         weight = grouped.weight.unflatten(0, (-1, self.head_dim))                   # (H + K, D out, D in, taps1)
@@ -319,7 +321,7 @@ class Router(nn.Module):
         self.out_proj = nn.Linear(router_hidden_size, classes, bias=False)
         self.skip_expert = skip_expert                          # the last class is the skip expert
         self.register_buffer("balancing_biases", torch.zeros(classes))
-        self.register_buffer("load", torch.zeros(classes), persistent=False)
+        self.register_buffer("load", torch.zeros(classes, dtype=torch.long), persistent=False)     # exact in any dtype
         if skip_expert:
             self.balancing_biases[-1] = -1.0                    # as HF: practically never chosen
 
@@ -327,12 +329,13 @@ class Router(nn.Module):
         r = self.down_proj(x)
         if previous is not None and hasattr(self, "router_states_scale"):
             r = r + previous * self.router_states_scale
-        h = F.gelu(self.fc1(self.norm(r)))
+        h = F.rms_norm(r.float(), r.shape[-1:], self.norm.weight.float(), self.norm.eps).to(self.norm.weight.dtype)
+        h = F.gelu(self.fc1(h))
         scores = self.out_proj(F.gelu(self.fc2(h))).float().softmax(-1)             # (B, S, classes)
         if choice is None:
             choice = (scores.detach() + self.balancing_biases.float()).argmax(-1)   # (B, S)
         if self.training:
-            ones = torch.ones_like(choice, dtype=self.load.dtype) if count is None else count.to(self.load.dtype)
+            ones = torch.ones_like(choice) if count is None else count.long()
             self.load.scatter_add_(0, choice.flatten(), ones.flatten())
         return scores.gather(-1, choice[..., None]).squeeze(-1), choice, r
 
@@ -380,8 +383,8 @@ class ResidualScaling(nn.Module):
         self.hidden_states_bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x, y):
-        return (x + self.residual_bias) * self.residual_scale \
-            + (y.float() + self.hidden_states_bias) * self.hidden_states_scale
+        x = (x + self.residual_bias) * self.residual_scale
+        return torch.addcmul(x, y.float() + self.hidden_states_bias, self.hidden_states_scale)
 
 
 class Layer(nn.Module):
@@ -477,7 +480,8 @@ class Cache:
 class Zaya(nn.Module):
     """The language model: embedding, L layers, final norm, tied LM head in fp32.  Equals HF ZayaForCausalLM.
 
-    model(input_ids) -> logits (B, S, V) fp32.  Pasting it needs Layer and what Layer needs, Cache and LayerCache.
+    model(input_ids) -> logits (B, S, V) fp32.  Pasting it needs Layer and what Layer needs, Cache and LayerCache, and
+    for from_pretrained ZayaConfig.
     """
 
     def __init__(self, config):
@@ -512,7 +516,8 @@ class Zaya(nn.Module):
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         """Everything below the LM head: (B, S) int64 -> (B, S, E) in the weights' dtype.
 
-        attention_mask (B, S), 0 for padding: of these tokens only, not of those in the cache.
+        attention_mask (B, S), 0 for padding, which lies before or after a row's tokens, never between them; of these
+        tokens only, not of those in the cache.
         position_ids (B, S), instead of a mask: restart at 0 to pack samples in a row, -1 for padding.
         cache: continue from it, and advance it.
         routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
@@ -570,8 +575,8 @@ class Zaya(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
             raise ValueError(f"generate needs temperature >= 0, 0 < top_p <= 1 and at least one token of prompt; got "
                              f"temperature={temperature}, top_p={top_p}, prompt of {input_ids.shape[1]} tokens")
-        if attention_mask is not None and not attention_mask[:, -1].all():
-            raise ValueError("generate needs padding on the left: the last column of attention_mask has zeros")
+        if attention_mask is not None and not (attention_mask[:, -1].all() and (attention_mask.diff(dim=1) >= 0).all()):
+            raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
         was_training = self.training
         self.eval()
         cache = Cache(len(self.layers))
@@ -663,8 +668,9 @@ class Zaya(nn.Module):
             with open(path + ".tmp", "w") as file:
                 json.dump(text, file, indent=2)
             os.replace(path + ".tmp", path)
-        for name in os.listdir(directory):                      # shards of an earlier save would be loaded too
-            if name.startswith("model") and ".safetensors" in name and name not in (*names, *texts):
+        for name in os.listdir(directory):                      # an earlier save's shards, a killed one's leavings
+            ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?", name)
+            if ours and name not in (*names, *texts):
                 os.remove(os.path.join(directory, name))
 
     @classmethod
@@ -724,7 +730,7 @@ class Zaya(nn.Module):
             raise ValueError(f"{directory}: tensor {missing[0]!r} is missing{more}")
         model.load_state_dict(state, assign=True)
         for layer in model.layers:                              # not in the file: born on the meta device
-            layer.gate.load = torch.zeros(config.router_classes, device=device)
+            layer.gate.load = torch.zeros(config.router_classes, dtype=torch.long, device=device)
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return model.eval()
@@ -737,8 +743,9 @@ class PIDBalancer:
         b      <- AdamW(b, gradient = error)
 
     TR section II.  Read as a controller: Adam's first moment integrates the error, its second adapts the gain, and the
-    bias itself is the accumulated output.  `model`: any module with `Router`s in it, in training mode, so that they
-    count their choices; counts add up over micro-batches and, if torch.distributed runs, over ranks, until `step()`.
+    bias itself is the accumulated output.  `model`: any module with `Router`s in it, its weights already loaded, in
+    training mode so that the routers count their choices; counts add up over micro-batches and, if torch.distributed
+    runs, over ranks, until `step()`.  The biases are kept in fp32 here, whatever the model's dtype.
     lr and betas are unpublished; these are AMD Primus'.  The skip expert: ZAYA1-8B ships with its bias still at -1,
     never chosen, so by default it is left there and the classes are the experts; `balance_skip=True` gives it its
     share.  No official class: HF only runs the trained biases.
@@ -747,7 +754,7 @@ class PIDBalancer:
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), balance_skip=False):
         self.routers = [module for module in model.modules() if hasattr(module, "balancing_biases")]
         skip = any(router.skip_expert for router in self.routers) and not balance_skip
-        self.biases = nn.Parameter(torch.stack([router.balancing_biases for router in self.routers]))  # (L, classes)
+        self.biases = nn.Parameter(torch.stack([router.balancing_biases.float() for router in self.routers]))
         self.classes = self.biases.shape[1] - skip
         self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
 
@@ -756,7 +763,7 @@ class PIDBalancer:
         """Update the biases from the counts and clear them.  Returns what to log: {"load": worst expert's load over
         the mean, "entropy": H(p) / ln(classes) averaged over layers, "bias": largest |bias|, "skip": skipped share}.
         """
-        load = torch.stack([router.load for router in self.routers])                # (L, router classes)
+        load = torch.stack([router.load for router in self.routers])                # (L, router classes) int64
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         if load.sum() == 0:
@@ -858,7 +865,6 @@ class Tokenizer:
 
     def encode(self, text):
         """str or bytes -> ids.  Bytes that are not UTF-8 become one token each."""
-        import re
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         ids = []
         for i, piece in enumerate(re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))):
@@ -881,7 +887,7 @@ class Tokenizer:
         ids, targets = [], []
         for message in messages:
             role, content = message["role"], message["content"]
-            if f"<|{role}|>" not in self.special:
+            if role not in ("system", "user", "assistant"):
                 raise ValueError(f"role {role!r} is not one of system, user, assistant")
             ours = role == "assistant"
             body = self.encoding.encode(content, allowed_special={"<think>", "</think>"}, disallowed_special=()) \
@@ -942,14 +948,16 @@ class Tokenizer:
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} has no tokenizer")
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
         try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             byte_of = {character: byte for byte, character in cls._visible().items()}
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in content["model"]["vocab"].items()}
-            assert [token["content"] for token in content["added_tokens"]] == cls.SPECIAL
-        except (KeyError, TypeError, IndexError, AssertionError):
-            raise ValueError(f"{path} is no tokenizer of this project (byte-level BPE with the special tokens "
-                             f"{' '.join(cls.SPECIAL)})") from None
-        return cls(ranks, pattern)
+            tokenizer = cls(ranks, pattern)
+            if {token["content"]: token["id"] for token in content["added_tokens"]} != tokenizer.special:
+                raise ValueError("other special tokens")
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or no tokenizer of this project, which is byte-level BPE with the "
+                             f"special tokens {' '.join(cls.SPECIAL)} ({type(error).__name__}: {error})") from None
+        return tokenizer

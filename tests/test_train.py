@@ -469,5 +469,6 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
     monkeypatch.setattr(train, "reply", perfect)
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
     assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5
+    assert all(chance < 0.4 for chance in result["chance"].values())
     low, high = result["ci95"]
     assert low < 0.5 < high and 0.4 < high - low < 0.6
