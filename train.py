@@ -64,8 +64,8 @@ PRESETS = {
                     midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
-        stages=dict(pretrain=Stage(850, 256, 1e4, 0.5, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(600, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8))),
+        stages=dict(pretrain=Stage(800, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
+                    midtrain=Stage(520, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
@@ -99,7 +99,7 @@ class TrainConfig:
     context: dict = option(None, "tokens a sample may have, likewise per stage", "training", int)
     lr: dict = option(None, "peak learning rate, likewise per stage (0.2 x lr is an update's RMS)", "training", float)
     tokens_per_step: int = option(None, "tokens in one optimizer step", "training", int)
-    micro_batch: int = option(16384, "most tokens in one forward pass; a step adds up as many as it needs", "training")
+    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", int)
     weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training")
     grad_clip: float = option(1.0, "largest gradient norm", "training")
     balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", float)
@@ -185,6 +185,7 @@ def resolve(config):
         setattr(config, name, {stage: given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
                                for stage in STAGES})
     longest = max(config.context.values())
+    config.micro_batch = config.micro_batch or max(16384, longest)
     if config.tokens_per_step % longest or config.micro_batch < longest:
         raise SystemExit(f"--tokens-per-step {config.tokens_per_step} must be a multiple of the longest context "
                          f"({longest}), and --micro-batch {config.micro_batch} at least as long")
@@ -1125,7 +1126,7 @@ def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
         texts = reply(model, tokenizer, [p.prompt for p in part], max(limit[p.prompt] for p in part), seed + start)
         for i, problem, text in zip(order[start:start + batch], part, texts):
             scores[i] += TASKS[problem.task].verify(problem, text)[0] / samples
-    mean, half = scores.mean(), 1.96 * scores.std(ddof=1) / len(scores) ** 0.5
+    mean, half = scores.mean(), 1.96 * scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 1.0
     chance = [np.mean([TASKS[p.task].verify(p, TASKS[p.task].solve(other, i))[0] for other in held
                        if (other.task, other.difficulty) == (p.task, p.difficulty) and other is not p] or [0])
               for i, p in enumerate(held)]
@@ -1228,7 +1229,6 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
             optimizer.load_state_dict(saved)
         print(f"{name}: going on after step {state['step']}")
 
-
     def save(step, **more):
         nonlocal clock
         state["seconds"] += time.perf_counter() - clock
@@ -1281,12 +1281,12 @@ def settings(config):
     return {name: getattr(config, name) for name in MUST_STAY}
 
 
-def check_same_run(folder, state, config, name):
-    """A run goes on only with the settings it began with; which one differs is said."""
-    for setting, now in settings(config).items():
-        then = state["settings"][setting]
-        if isinstance(then, dict):
-            then, now = then[name], now[name]
+def check_same_run(folder, name, state, model, config, changes):
+    """A run goes on only with the settings and the shape it began with; which one differs is said."""
+    pairs = [(setting, state["settings"][setting], now) for setting, now in settings(config).items()]
+    pairs += [(setting, getattr(model.config, setting), now) for setting, now in changes.items()]
+    for setting, then, now in pairs:
+        then, now = (value[name] if isinstance(value, dict) else value for value in (then, now))
         if then != now:
             raise SystemExit(f"{folder} was made with {setting}={then}, and now it is {now}. Go on with the old value, "
                              f"take another --out, or delete {folder}")
@@ -1439,7 +1439,7 @@ def main(arguments=None):
         found = load_checkpoint(folder, device)
         if found:
             model, tokenizer, state = found
-            check_same_run(folder, state, config, name)
+            check_same_run(folder, name, state, model, config, changes)
         elif name == STAGES[0]:
             tokenizer = make_tokenizer(config, changes.get("vocab_size", ZayaConfig.preset(config.preset).vocab_size))
             model, state = new_model(config, changes, tokenizer).to(device), None
@@ -1461,7 +1461,8 @@ def main(arguments=None):
             continue
         if not (state and state.get("done")):
             state = run_stage(name, config, stage, model, tokenizer, state, device, dtype)
-        result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) if tasks else \
+        result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) \
+            if tasks and config.eval_problems and config.eval_samples else \
             {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}, "chance": {}}
         result["loss"] = {source: {"before": state["before"][source]["loss"], "after": after["loss"],
                                    "late_before": state["before"][source]["late"], "late_after": after["late"]}
@@ -1479,4 +1480,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; the same command goes on from the last checkpoint") from None

@@ -131,6 +131,8 @@ def test_other_settings_do_not_go_on_silently(smoke):
     assert "seed=0" in said and "now it is 1" in said and "--out" in said
     said = run("--preset", "smoke", "--out", out, "--lr", "midtrain=0.5", code=1)
     assert "midtrain" in said and "lr=" in said
+    said = run("--preset", "smoke", "--out", out, "--num-experts", "8", code=1)
+    assert "num_experts=4" in said and "now it is 8" in said
 
 
 def test_own_data_in_every_form(tmp_path):

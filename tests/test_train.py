@@ -412,6 +412,16 @@ def test_prompts_do_not_teach_when_they_are_masked():
     assert 0.3 < (targets >= 0).float().mean() < 0.9
 
 
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_is_consistent(preset):
+    config = train.resolve(train.TrainConfig(preset=preset))
+    shape = ZayaConfig.preset(preset)
+    contexts = [config.context[stage] for stage in train.STAGES]
+    assert contexts == sorted(contexts) and config.micro_batch >= contexts[-1] <= shape.max_position_embeddings
+    bases = [train.stage_settings(config, stage).rope_theta for stage in train.STAGES]
+    assert bases[0] < bases[1]
+
+
 def test_training_learns_and_balances():
     """Twelve updates on one batch: the loss falls a lot, and every router's choices stay counted."""
     *batch, _ = make_loader().next()
