@@ -140,7 +140,9 @@ def parse_arguments(arguments):
         about = setting.metadata
         group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
         groups[about["group"]] = group
-        flag, shown = "--" + setting.name.replace("_", "-"), {"help": about["help"], "default": argparse.SUPPRESS}
+        default = "" if setting.default in (None, False, dataclasses.MISSING) else f" (default {setting.default})"
+        flag = "--" + setting.name.replace("_", "-")
+        shown = {"help": about["help"] + default, "default": argparse.SUPPRESS}
         if setting.type is bool:
             group.add_argument(flag, action="store_true", **shown)
         elif setting.type is list:
@@ -149,7 +151,8 @@ def parse_arguments(arguments):
             kind = about["type"]
             group.add_argument(flag, type=lambda text, kind=kind: parse_stage_values(text, kind), metavar="N", **shown)
         else:
-            group.add_argument(flag, type=about["type"] or setting.type, metavar=setting.name.upper()[:8], **shown)
+            kind = about["type"] or setting.type
+            group.add_argument(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "NAME"), **shown)
     shape = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
     for setting in dataclasses.fields(ZayaConfig):
         if setting.type is int:
@@ -1128,7 +1131,7 @@ def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
             scores[i] += TASKS[problem.task].verify(problem, text)[0] / samples
     mean, half = scores.mean(), 1.96 * scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 1.0
     chance = [np.mean([TASKS[p.task].verify(p, TASKS[p.task].solve(other, i))[0] for other in held
-                       if (other.task, other.difficulty) == (p.task, p.difficulty) and other is not p] or [0])
+                       if (other.task, other.difficulty) == (p.task, p.difficulty) and other.prompt != p.prompt] or [0])
               for i, p in enumerate(held)]
     by_task, chance = (np.reshape(x, (len(tasks), problems)).mean(1).tolist() for x in (scores, chance))
     return {"pass@1": float(mean), "ci95": [float(max(0, mean - half)), float(min(1, mean + half))],
