@@ -155,7 +155,7 @@ def parse_arguments(arguments):
             group.add_argument(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "NAME"), **shown)
     shape = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
     for setting in dataclasses.fields(ZayaConfig):
-        if setting.type is int:
+        if setting.type is int and not setting.name.endswith("token_id"):       # those are the tokenizer's
             shape.add_argument("--" + setting.name.replace("_", "-"), type=int, metavar="N", default=argparse.SUPPRESS,
                                help="" if setting.name in SHAPE_FLAGS else argparse.SUPPRESS)
     values, unknown = parser.parse_known_args(arguments)
@@ -187,11 +187,23 @@ def resolve(config):
         given = getattr(config, name) or {}
         setattr(config, name, {stage: given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
                                for stage in STAGES})
-    longest = max(config.context.values())
-    config.micro_batch = config.micro_batch or max(16384, longest)
-    if config.tokens_per_step % longest or config.micro_batch < longest:
-        raise SystemExit(f"--tokens-per-step {config.tokens_per_step} must be a multiple of the longest context "
-                         f"({longest}), and --micro-batch {config.micro_batch} at least as long")
+    config.micro_batch = config.micro_batch or max(16384, *config.context.values())
+    least = dict(tokens_per_step=1, micro_batch=1, log_every=1, save_every=1, seed=0, eval_problems=0, eval_samples=0)
+    values = [(name, getattr(config, name), limit) for name, limit in least.items()]
+    values += [(name, value, 1 if name == "steps" else 2) for name in ("steps", "context")
+               for value in getattr(config, name).values()]
+    for name, value, limit in values:
+        if value < limit:
+            raise SystemExit(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+    for name in config.stages.split(","):
+        context = config.context[name]
+        if config.tokens_per_step % context or config.micro_batch < context:
+            raise SystemExit(f"--tokens-per-step {config.tokens_per_step} must be a multiple of {name}'s context "
+                             f"({context}), and --micro-batch {config.micro_batch} at least as long")
+    if config.device not in ("auto", "cpu", "cuda", "mps"):
+        raise SystemExit(f"--device {config.device}: there are auto, cpu, cuda and mps")
+    if len(set(config.data)) < len(config.data):
+        raise SystemExit("--data names a file twice")
     return config
 
 
@@ -391,7 +403,7 @@ class Sort(Task):
 class Registers(Task):
     """Predict what a program of d + 1 lines leaves in its registers (all arithmetic mod 10).
 
-    run a=3;b=a+4;a=b*2 -> <think>a3;a3b7;a4b7</think>a4b7
+    run a=3;b=7;a=b*2 -> <think>a3;a3b7;a4b7</think>a4b7
     """
 
     def pose(self, rng, d):
@@ -431,7 +443,7 @@ class Registers(Task):
 class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (a + x) mod 10 < t.  Many valid answers.
 
-    find 06b85c -> <think>b555c58.#b5c.</think>b5c.   (label, guess, (a + x) mod 10, the guess if it holds, else a dot)
+    find 06b85c -> <think>b555c08.#b5c.</think>b5c.   (label, guess, (a + x) mod 10, the guess if it holds, else a dot)
     The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
     """
     exact = False
@@ -656,9 +668,11 @@ def to_messages(row):
         if pair is None:
             raise ValueError("no 'messages', and no pair of texts such as " + ", ".join("/".join(p) for p in PAIRS[:3])
                              + f"; its keys are {', '.join(map(str, list(row)[:6])) or 'none'}")
-        reasoning, mark, final = row[pair[1]].rpartition("####")
-        reply = f"<think>{reasoning.strip()}</think>{final.strip()}" if mark else row[pair[1]]
-        return [{"role": "user", "content": row[pair[0]]}, {"role": "assistant", "content": reply}]
+        reply = row[pair[1]]
+        gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", reply, re.S)                # a last line with the answer
+        if gsm8k and "<think>" not in reply and "\n#### " not in gsm8k[1]:
+            reply = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
+        row = {"messages": [{"role": "user", "content": row[pair[0]]}, {"role": "assistant", "content": reply}]}
     messages = row["messages"]
     if not isinstance(messages, list) or not messages:
         raise ValueError("'messages' must be a list with at least one message")
@@ -667,7 +681,8 @@ def to_messages(row):
             raise ValueError(f"message {number} needs a 'role' and a 'content' that is a text")
         if message.get("role") not in ("system", "user", "assistant"):
             raise ValueError(f"message {number} has role {message.get('role')!r}; there are system, user, assistant")
-        if message["content"].count("<think>") != message["content"].count("</think>"):
+        tags = re.findall("</?think>", message["content"])
+        if message["role"] == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
             raise ValueError(f"message {number} opens or closes <think> without the other")
     return messages
 
@@ -708,12 +723,19 @@ def python_text(limit):
 # None without end.  Held-out samples (hold=True) are never trained on.
 
 
+def fingerprint(tokens):
+    """What tells one array of tokens from another: its length and a hash of up to a million of them."""
+    sample = np.ascontiguousarray(tokens[::max(1, len(tokens) // 1_000_000)])
+    return f"{len(tokens)} {hashlib.md5(sample.tobytes()).hexdigest()}"
+
+
 class TextSource:
     """Windows of `context` tokens of one long text, every twentieth held out."""
     is_traces = False
 
     def __init__(self, name, tokens, context):
         self.name, self.tokens, self.context = name, tokens, context
+        self.fingerprint = fingerprint(tokens)
         self.windows = math.ceil(len(tokens) / context)
         few = self.windows < 20                                 # a short text gives its last window, if it has two
         self.held = [self.windows - 1] * (self.windows > 1) if few else list(range(19, self.windows, 20))
@@ -733,6 +755,7 @@ class ChatSource:
 
     def __init__(self, name, tokens, targets, offsets):
         self.name, self.tokens, self.targets, self.offsets = name, tokens, targets, offsets
+        self.fingerprint = fingerprint(tokens)
 
     def size(self, hold):
         count = len(self.offsets) - 1
@@ -750,6 +773,7 @@ class TaskSource:
 
     def __init__(self, tasks, stage, tokenizer, seed):
         self.tasks, self.stage, self.tokenizer, self.seed = tasks, stage, tokenizer, seed
+        self.fingerprint = ",".join(tasks)
         self.verdicts = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0)
 
     def size(self, hold):
@@ -822,6 +846,7 @@ def make_sources(config, stage, tokenizer):
     for path in config.data:
         tokens, targets, offsets = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
         name = os.path.basename(path)
+        name = path if name in [os.path.basename(other) for other in config.data if other != path] else name
         sources.append(ChatSource(name, tokens, targets, offsets) if path.endswith(".jsonl")
                        else TextSource(name, tokens, stage.context))
     if not config.data:
@@ -1090,6 +1115,8 @@ def held_out_loss(model, sources, stage, pad, late, tokens=16384):
             logits = model.logits(model.hidden_states(x, position_ids=p))
             losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").cpu())
         losses, counted = torch.cat(losses), targets.flatten() >= 0
+        if not counted.any():
+            continue
         far = counted & (positions.flatten() >= late)
         result[source.name] = {"loss": losses[counted].mean().item(),
                                "late": losses[far].mean().item() if far.any() else None}
@@ -1118,8 +1145,15 @@ def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
     over problems, whose samples are not independent of each other; chance is the teacher's reply to another problem of
     the same task and difficulty.
     """
-    held = [draw(TASKS[name], f"eval {i}", EVAL_DIFFICULTIES[i % 3], hold=True)
-            for name in tasks for i in range(problems)]
+    held, seen = [], set()
+    for name in tasks:
+        for i in range(problems):
+            for attempt in range(1000):                         # no problem twice; easy ones run out, then harder ones
+                problem = draw(TASKS[name], f"eval {i} {attempt}", EVAL_DIFFICULTIES[i % 3] + attempt // 50, hold=True)
+                if (name, problem.prompt) not in seen:
+                    break
+            seen.add((name, problem.prompt))
+            held.append(problem)
     # A reply may be half as long again as the teacher's; sorted by that, so a batch ends together.
     limit = {p.prompt: len(tokenizer.encode(TASKS[p.task].solve(p))) * 3 // 2 + 16 for p in held}
     order = sorted((i for i in range(len(held)) for _ in range(samples)), key=lambda i: limit[held[i].prompt])
@@ -1129,7 +1163,9 @@ def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
         texts = reply(model, tokenizer, [p.prompt for p in part], max(limit[p.prompt] for p in part), seed + start)
         for i, problem, text in zip(order[start:start + batch], part, texts):
             scores[i] += TASKS[problem.task].verify(problem, text)[0] / samples
-    mean, half = scores.mean(), 1.96 * scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else 1.0
+    # All right or all wrong is no proof of 0 or 1: the interval is never narrower than one problem's worth.
+    half = 1.96 * max(scores.std(ddof=1) / len(scores) ** 0.5, 1 / len(scores)) if len(scores) > 1 else 1.0
+    mean = scores.mean()
     chance = [np.mean([TASKS[p.task].verify(p, TASKS[p.task].solve(other, i))[0] for other in held
                        if (other.task, other.difficulty) == (p.task, p.difficulty) and other.prompt != p.prompt] or [0])
               for i, p in enumerate(held)]
@@ -1168,9 +1204,9 @@ def choose_device(config):
         raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
     dtype, why = config.dtype, "as asked"
     if dtype == "auto":
-        fast = device == "cuda" and torch.cuda.is_bf16_supported()
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
-        why = "this GPU multiplies it fast" if fast else "at these widths casting costs more than bf16 products win"
+        why = "this GPU multiplies it fast" if fast else "nothing here is known to be faster in bfloat16"
     if dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"--dtype {dtype}: there are float32 and bfloat16")
     return device, getattr(torch, dtype), f"device {device} ({because}), dtype {dtype} ({why}), " \
@@ -1216,16 +1252,21 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     sources = make_sources(config, stage, tokenizer)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
     late = min(config.context[name] for name in STAGES)
+    for later in (os.path.join(config.out, other) for other in STAGES[STAGES.index(name) + 1:]):
+        if os.path.exists(later):
+            raise SystemExit(f"{name} is still to be trained, but {later} was made from another one: delete it, or "
+                             "take another --out")
     if state is None:
-        for later in (os.path.join(config.out, other) for other in STAGES[STAGES.index(name) + 1:]):
-            if os.path.exists(later):
-                raise SystemExit(f"{name} would be trained anew, but {later} was made from another one: delete it, "
-                                 "or take another --out")
         state = {"step": 0, "seconds": 0.0, "before": held_out_loss(model, sources, stage, tokenizer.pad, late)}
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
+    prints = {source.name: source.fingerprint for source in sources}
     if "loader" in state:
+        if state["data"] != prints:
+            changed = sorted(key for key in {*prints, *state["data"]} if prints.get(key) != state["data"].get(key))
+            raise SystemExit(f"{folder} was begun on other data: {', '.join(changed)} changed since. Bring the old "
+                             f"data back, take another --out, or delete {folder}")
         loader.load_state_dict(state["loader"])
         balancer.load_state_dict(state["balancer"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -1236,7 +1277,8 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
         nonlocal clock
         state["seconds"] += time.perf_counter() - clock
         clock = time.perf_counter()
-        state.update(step=step, loader=loader.state_dict(), balancer=balancer.state_dict(), settings=settings(config),
+        state.update(step=step, settings=settings(config), data=prints, loader=loader.state_dict(),
+                     balancer=balancer.state_dict(),
                      optimizers=[optimizer.state_dict() for optimizer in optimizers], **more)
         save_checkpoint(folder, model, tokenizer, state)
 
@@ -1296,11 +1338,10 @@ def check_same_run(folder, name, state, model, config, changes):
 
 
 def make_tokenizer(config, vocab_size):
-    """The run's tokenizer, from out/tokenizer; at first trained on the data (digits stay single) or named."""
-    folder = os.path.join(config.out, "tokenizer")
-    if os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-        return Tokenizer.from_pretrained(folder)
+    """A new run's tokenizer: named, or trained on the data (digits stay single).  Every checkpoint keeps it."""
     if config.tokenizer:
+        if vocab_size:
+            raise SystemExit("--tokenizer brings its own vocabulary: leave out --vocab-size")
         try:
             tokenizer = Tokenizer.named(config.tokenizer)
         except (RuntimeError, ValueError) as error:
@@ -1312,7 +1353,7 @@ def make_tokenizer(config, vocab_size):
                 budget = 4_000_000
                 for messages in read_jsonl(path, config.skip_bad_lines):
                     texts += [message["content"] for message in messages]
-                    budget -= len(texts[-1])
+                    budget -= sum(len(message["content"]) + 1 for message in messages)
                     if budget < 0:
                         break
             else:
@@ -1320,11 +1361,10 @@ def make_tokenizer(config, vocab_size):
                     texts.append(file.read(4_000_000))
         texts = texts or list(python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values())
         try:
-            tokenizer = Tokenizer.train("\n".join(texts), vocab_size,
+            tokenizer = Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size,
                                         lambda merges: tqdm(merges, desc="learning tokens", leave=False, disable=None))
         except ValueError as error:
             raise SystemExit(f"--vocab-size: {error}") from None
-    tokenizer.save_pretrained(folder)
     return tokenizer
 
 
@@ -1434,7 +1474,7 @@ def main(arguments=None):
     report = {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
     if os.path.exists(report_path):
         with open(report_path) as file:
-            report = json.load(file)
+            report = {**json.load(file), "preset": config.preset, "seed": config.seed}
     wanted, model = [name for name in STAGES if name in config.stages.split(",")], None
     tasks = task_names(config.tasks)
     for name in wanted:
@@ -1444,7 +1484,7 @@ def main(arguments=None):
             model, tokenizer, state = found
             check_same_run(folder, name, state, model, config, changes)
         elif name == STAGES[0]:
-            tokenizer = make_tokenizer(config, changes.get("vocab_size", ZayaConfig.preset(config.preset).vocab_size))
+            tokenizer = make_tokenizer(config, changes.get("vocab_size"))
             model, state = new_model(config, changes, tokenizer).to(device), None
             print(f"the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}, "
                   "or up to half a nat above it: random logits have a variance near 1")
@@ -1453,12 +1493,20 @@ def main(arguments=None):
             if not (found := load_checkpoint(os.path.join(config.out, before), device)):
                 raise SystemExit(f"{name} goes on from {before}, but that is not in {config.out}: "
                                  f"run --stages {before} first")
-            model, tokenizer, state = *found[:2], None
+            model, tokenizer, state = found
+            if not (state and state.get("done")):
+                raise SystemExit(f"{before} in {config.out} is not finished: run --stages {before} first")
+            check_same_run(os.path.join(config.out, before), before, state, model, config, changes)
+            state = None
         if name == wanted[0]:
             counts = model.parameter_counts()
             report["params"] = {"total": counts["total"], "active": counts["active"]}
             print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without "
                   f"the embedding), vocabulary {tokenizer.vocab_size}")
+        if state is None:                                       # what an older run in this folder reported is gone
+            for later in STAGES[STAGES.index(name):]:
+                report["stages"].pop(later, None)
+                report["seconds"].pop(later, None)
         if state and state.get("done") and name in report["stages"]:
             print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
             continue
@@ -1475,7 +1523,8 @@ def main(arguments=None):
         losses = ", ".join(f"{source} {l['before']:.2f} -> {l['after']:.2f}" for source, l in result["loss"].items())
         print(f"{name}: {state['seconds']:.0f} s | held-out loss {losses} | "
               "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result))
-    save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
+    if not any(os.path.exists(os.path.join(config.out, later)) for later in STAGES[STAGES.index(name) + 1:]):
+        save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
     with open(os.path.join(config.out, "report.md")) as file:
         print("\n" + file.read())
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "

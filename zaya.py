@@ -575,7 +575,8 @@ class Zaya(nn.Module):
         if temperature < 0 or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
             raise ValueError(f"generate needs temperature >= 0, 0 < top_p <= 1 and at least one token of prompt; got "
                              f"temperature={temperature}, top_p={top_p}, prompt of {input_ids.shape[1]} tokens")
-        if attention_mask is not None and not (attention_mask[:, -1].all() and (attention_mask.diff(dim=1) >= 0).all()):
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if not (real[:, -1].all() and (real.diff(dim=1) >= 0).all()):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
         was_training = self.training
         self.eval()
@@ -788,7 +789,7 @@ class PIDBalancer:
 
 
 class Tokenizer:
-    """Byte-level BPE with tiktoken inside; digits are always single tokens, any bytes round-trip.
+    """Byte-level BPE with tiktoken inside; digits are single tokens (not so in `named` ones), any bytes round-trip.
 
     encode(str or bytes) -> list[int];  decode(list[int]) -> str;  decode_bytes -> the exact bytes.  Special tokens are
     never made from ordinary text, only by `render`, which lays out a chat:

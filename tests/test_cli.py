@@ -83,6 +83,9 @@ def test_a_finished_run_is_not_trained_again(smoke):
     before = (out / "midtrain/model.safetensors").stat().st_mtime_ns
     assert "midtrain: done before" in run("--preset", "smoke", "--out", out)
     assert (out / "midtrain/model.safetensors").stat().st_mtime_ns == before
+    run("--preset", "smoke", "--out", out, "--stages", "pretrain")
+    final, last = (load_file(out / name / "model.safetensors") for name in ("final", "midtrain"))
+    assert all(torch.equal(final[name], last[name]) for name in last)   # final/ stays the last stage
 
 
 def test_transformers_loads_what_was_trained(smoke):
@@ -107,6 +110,7 @@ def test_resuming_is_exact(tmp_path):
     run_until_killed("pretrain 2/10", *SHORT, "--out", parts)
     run_until_killed("pretrain 7/10", *SHORT, "--out", parts)
     assert torch.load(parts / "pretrain/trainer.pt", weights_only=True)["step"] == 4
+    assert "is not finished: run --stages pretrain" in run(*SHORT, "--out", parts, "--stages", "midtrain", code=1)
     assert "pretrain: going on after step 4" in run(*SHORT, "--out", parts, "--stages", "pretrain")
     run_until_killed("midtrain 5/6", *SHORT, "--out", parts)
     assert "midtrain: going on after step 4" in run(*SHORT, "--out", parts)
@@ -138,7 +142,7 @@ def test_other_settings_do_not_go_on_silently(smoke):
 def test_own_data_in_every_form(tmp_path):
     """A text, and a .jsonl of messages and of pairs, one line of it bad; two tasks beside them."""
     (tmp_path / "words.txt").write_text("Whan that Aprill with his shoures soote 1387\n" * 400)
-    rows = [{"question": f"What is {i} and {i}?", "answer": f"Twice {i}. #### {2 * i}"} for i in range(60)]
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(60)]
     reply = {"role": "assistant", "content": "<think>so</think>yes"}
     rows += [{"messages": [{"role": "user", "content": f"{i}?"}, reply]} for i in range(60)]
     lines = [json.dumps(row) for row in rows] + ["{not json"]
@@ -170,6 +174,14 @@ def test_nan_stops_with_the_step_the_samples_and_the_checkpoint(tmp_path):
     assert "pretrain step 9: loss nan" in said and f"{folder} (step 8)" in said
 
 
+def test_a_run_on_changed_data_does_not_go_on(tmp_path):
+    (tmp_path / "words.txt").write_text("Whan that Aprill with his shoures soote 1387\n" * 400)
+    data = ["--data", tmp_path / "words.txt", "--vocab-size", "280", "--out", tmp_path / "out"]
+    run_until_killed("pretrain 6/10", *SHORT, *data)
+    (tmp_path / "words.txt").write_text("The droghte of March hath perced to the roote 1387\n" * 400)
+    assert "words.txt changed since" in run(*SHORT, *data, code=1)
+
+
 @pytest.mark.parametrize("arguments, says", [
     (["--sedd", "3"], "did you mean --seed?"),
     (["--preset", "huge"], "smoke, tiny, small, zaya1-8b"),
@@ -181,6 +193,10 @@ def test_nan_stops_with_the_step_the_samples_and_the_checkpoint(tmp_path):
     (["--tasks", "none", "--data", "README.md"], ".txt and .jsonl"),
     (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
     (["--device", "cuda"], "sees no GPU"),
+    (["--device", "gpu"], "there are auto, cpu, cuda and mps"),
+    (["--save-every", "0"], "--save-every 0 must be at least 1"),
+    (["--context", "0"], "--context 0 must be at least 2"),
+    (["--tokenizer", "gpt2", "--vocab-size", "300"], "leave out --vocab-size"),
     (["--dtype", "float8"], "float32 and bfloat16"),
     (["--tokens-per-step", "1000"], "multiple of the longest context"),
     (["--num-experts", "0"], "num_experts must be a positive integer"),

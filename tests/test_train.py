@@ -193,7 +193,8 @@ def test_packing_is_tight_on_real_lengths():
     ("{", "Expecting property name"), ("[1]", "a list"), ("{}", "no 'messages'"), ('{"prompt": 3}', "no 'messages'"),
     ('{"messages": []}', "at least one"), ('{"messages": [{"role": "user"}]}', "message 0"),
     ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"),
-    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"), (b"\xff", "utf-8")])
+    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"),
+    ('{"prompt": "q", "completion": "</think>x<think>"}', "<think>"), (b"\xff", "utf-8")])
 def test_a_bad_line_is_named_or_skipped(tmp_path, capsys, line, says):
     path = tmp_path / "rows.jsonl"
     good = b'{"question": "1+1?", "answer": "2"}\n'
@@ -209,8 +210,10 @@ def test_pairs_and_messages_become_chats():
     for question, answer in train.PAIRS:
         messages = train.to_messages({question: "q", answer: "a", "extra": 1})
         assert messages == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what does <think> mean?"}]
     assert train.to_messages({"messages": messages}) == messages
+    for text in ("Intro.\n#### Step 1\nDo it.\n#### Step 2\nDone.", "a #### b", "<think>a\n#### b</think>4", "#### 5"):
+        assert train.to_messages({"prompt": "q", "completion": text})[1]["content"] == text    # headings, not answers
 
 
 @pytest.mark.parametrize("length", [5, 64, 65, 640, 1279, 1280, 1281, 5000])
@@ -223,7 +226,7 @@ def test_windows_cover_a_text_once(length):
 
 def test_files_are_tokenised_once(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("Grüße 123 \U0001f600\r\n" * 100_000, newline="")
-    rows = [{"question": f"{i}?", "answer": f"{'so ' * i}#### {i}"} for i in range(60)]
+    rows = [{"question": f"{i}?", "answer": f"{'so ' * i}\n#### {i}"} for i in range(60)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     folder = str(tmp_path / "data")
     tokens, targets, offsets = train.cached_tokens(str(tmp_path / "a.txt"), folder, BYTES, 64, False)
@@ -474,8 +477,10 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
         return [TASKS["add"].solve(problems[p]) if p in problems and TASKS["add"].check(problems[p].data, "x") is False
                 else "no" for p in prompts]
     for i in range(9):
-        problem = train.draw(TASKS["add"], f"eval {i}", train.EVAL_DIFFICULTIES[i % 3], hold=True)
-        problems[problem.prompt] = problem
+        for attempt in range(60):                               # whichever of these are asked
+            d = train.EVAL_DIFFICULTIES[i % 3] + attempt // 50
+            problem = train.draw(TASKS["add"], f"eval {i} {attempt}", d, hold=True)
+            problems[problem.prompt] = problem
     monkeypatch.setattr(train, "reply", perfect)
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
     assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5
