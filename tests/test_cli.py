@@ -198,7 +198,7 @@ def test_a_run_on_changed_data_does_not_go_on(tmp_path):
     (["--context", "0"], "--context 0 must be at least 2"),
     (["--tokenizer", "gpt2", "--vocab-size", "300"], "leave out --vocab-size"),
     (["--dtype", "float8"], "float32 and bfloat16"),
-    (["--tokens-per-step", "1000"], "multiple of the longest context"),
+    (["--tokens-per-step", "1000"], "multiple of pretrain's context"),
     (["--num-experts", "0"], "num_experts must be a positive integer"),
     (["--vocab-size", "10"], "--vocab-size"),
     (["--tokenizer", "no-such-encoding"], "no-such-encoding"),
