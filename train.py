@@ -4,17 +4,22 @@
     python train.py --preset smoke      the same path in under a minute
     python train.py --data my.jsonl --out out/mine --stages pretrain,midtrain
 
-TR sections III-IV: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
-long chains of thought, each trimmed so that the answer survives.  A run is a pure function of its settings and seed:
+TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
+long chains of thought, each trimmed so that the answer survives, then SFT on chats.  A run is a pure function of its settings and seed:
 the data order has no hidden state, so a killed run goes on bit for bit.
 
-Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage, evaluation, main.
-Does NOT include: SFT and the RL stages, more than one process.
+The RL stages (TR section IV) share one spine: Actor samples groups of rollouts, rl_step learns from them.  Stages:
+pretrain, midtrain, sft, warmup, rlve, mathcode, behavior.
+
+Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage, the RL formulas, Actor, rl_step, run_rl,
+evaluation, main.  Does NOT include: more than one process.
 """
 import argparse
+import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -23,6 +28,7 @@ import random
 import re
 import shutil
 import time
+import zlib
 from dataclasses import dataclass, field
 
 # Threads that wait asleep: on a busy machine spinning ones made a step 3 to 60 times slower, on an idle one they gain
@@ -34,7 +40,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
+from rsa import cut_tail, terse_prompt
+from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -51,9 +58,44 @@ class Stage:
     difficulty: int                         # generated problems go up to this difficulty …
     turns: int                              # … and conversations up to this many problems
     mask_prompts: bool = False              # only what the assistant says counts in the loss
+    aggregation: float = 0.0                # share of problems that come with other candidates' tails …
+    tail: int = 24                          # … of this many tokens
 
 
-STAGES = ["pretrain", "midtrain"]
+@dataclass
+class RLStage:
+    """What one RL stage asks, and how long.  A step trains on `groups` prompts with `group_size` rollouts each."""
+    steps: int
+    context: int                            # of a reply, tokens
+    rope_theta: float
+    lr: float
+    lr_end: float
+    tasks: tuple
+    groups: int
+    group_size: int
+    aggregation: float = 0.0                # share of prompts made of the model's own earlier tails …
+    tail: int = 24                          # … of this many tokens
+    adaptive: bool = False
+    length_reward: float = 0.1
+    reward_model_steps: int = 0             # 0: rewards are the verifiers'
+
+
+STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
+MATH, PUZZLES = ("column_sums", "add", "multiply", "countdown"), ("sort", "sat")
+CODE = ("registers", "find", "program", "synthesize", "falsify")        # CodeI/O both ways, standard, CodeARC, breaking
+REASONING = MATH + PUZZLES + CODE                                       # base and path stay out: they show transfer
+
+
+def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_steps):
+    """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest shared."""
+    def stage(index, tasks, **more):
+        return RLStage(steps[index], context, rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
+                       **more)
+    return dict(warmup=stage(0, MATH + PUZZLES, aggregation=0.15), rlve=stage(1, REASONING, adaptive=True),
+                mathcode=stage(2, MATH + CODE, aggregation=0.15),
+                behavior=stage(3, ("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
+
+
 # lr: one value for Muon and AdamW, whose update sizes are matched.  balancer_lr: AMD Primus' 1e-3 at full size; a run
 # of a thousand steps needs larger ones.  zaya1-8b has the report's own contexts, bases and rates (TR section III), but
 # not its 13.2T tokens.
@@ -61,19 +103,27 @@ PRESETS = {
     "smoke": dict(
         tokens_per_step=1024, text_bytes=300_000, balancer_lr=1e-2, eval_problems=4, eval_samples=2,
         stages=dict(pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
-                    midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3))),
+                    midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
+                    sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, 0.1, 8),
+                    **rl_stages((4, 4, 4, 4), 64, 5e5, (1e-3,) * 4, 2, 4, 4))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         stages=dict(pretrain=Stage(800, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(520, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8))),
+                    midtrain=Stage(520, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
+                    sft=Stage(800, 512, 5e5, 1.0, 6e-3, 5e-4, 6, 2, True, 0.25),
+                    **rl_stages((40, 60, 60, 30), 128, 5e5, (3e-3,) * 4, 8, 16, 60))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
-                    midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16))),
+                    midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
+                    sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
+                    **rl_stages((200, 400, 400, 200), 1024, 5e6, (1e-4,) * 4, 32, 16, 500))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
-                    midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64))),
+                    midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
+                    sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
+                    **rl_stages((232, 400, 848, 384), 65536, 5e6, (1e-5, 1e-5, 5e-6, 2e-6), 128, 16, 1000))),
 }
 
 
@@ -100,6 +150,8 @@ class TrainConfig:
     lr: dict = option(None, "peak learning rate, likewise per stage (0.2 x lr is an update's RMS)", "training", float)
     tokens_per_step: int = option(None, "tokens in one optimizer step", "training", int)
     micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", int)
+    groups: int = option(None, "prompts in one step of reinforcement learning", "training", int)
+    group_size: int = option(None, "rollouts of one prompt", "training", int)
     weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training")
     grad_clip: float = option(1.0, "largest gradient norm", "training")
     balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", float)
@@ -183,12 +235,16 @@ def resolve(config):
     for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples"):
         if getattr(config, name) is None:
             setattr(config, name, preset[name])
+    for name in ("groups", "group_size"):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(preset["stages"]["warmup"], name))
     for name in ("steps", "context", "lr"):
         given = getattr(config, name) or {}
         setattr(config, name, {stage: given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
                                for stage in STAGES})
     config.micro_batch = config.micro_batch or max(16384, *config.context.values())
-    least = dict(tokens_per_step=1, micro_batch=1, log_every=1, save_every=1, seed=0, eval_problems=0, eval_samples=0)
+    least = dict(tokens_per_step=1, micro_batch=1, groups=1, group_size=2, log_every=1, save_every=1, seed=0,
+                 eval_problems=0, eval_samples=0)
     values = [(name, getattr(config, name), limit) for name, limit in least.items()]
     values += [(name, value, 1 if name == "steps" else 2) for name in ("steps", "context")
                for value in getattr(config, name).values()]
@@ -197,7 +253,8 @@ def resolve(config):
             raise SystemExit(f"--{name.replace('_', '-')} {value} must be at least {limit}")
     for name in config.stages.split(","):
         context = config.context[name]
-        if config.tokens_per_step % context or config.micro_batch < context:
+        supervised = not isinstance(preset["stages"][name], RLStage)
+        if supervised and (config.tokens_per_step % context or config.micro_batch < context):
             raise SystemExit(f"--tokens-per-step {config.tokens_per_step} must be a multiple of {name}'s context "
                              f"({context}), and --micro-batch {config.micro_batch} at least as long")
     if config.device not in ("auto", "cpu", "cuda", "mps"):
@@ -207,10 +264,26 @@ def resolve(config):
     return config
 
 
+def stages_to_run(config):
+    """The stages there are, and those of them that were asked for; an RL stage without any of --tasks is left out."""
+    there = []
+    for name in STAGES:
+        asks = getattr(stage_settings(config, name), "tasks", None)
+        if asks != ():
+            there.append(name)
+        elif name in config.stages.split(","):
+            print(f"{name} is left out: --tasks {config.tasks} has none of what it asks, "
+                  + ", ".join(PRESETS[config.preset]["stages"][name].tasks))
+    return there, [name for name in there if name in config.stages.split(",")]
+
+
 def stage_settings(config, name):
     """The preset's Stage with the command line's changes in it; the final rate keeps its ratio to the peak."""
     stage = PRESETS[config.preset]["stages"][name]
     lr = config.lr[name]
+    if isinstance(stage, RLStage):
+        names = [n for n in task_names(config.tasks) if n in stage.tasks or n.startswith("reasoning_gym:")]
+        stage = dataclasses.replace(stage, tasks=tuple(names), groups=config.groups, group_size=config.group_size)
     return dataclasses.replace(stage, steps=config.steps[name], context=config.context[name], lr=lr,
                                lr_end=lr * stage.lr_end / stage.lr)
 
@@ -245,8 +318,9 @@ class Task:
     A subclass gives `pose(rng, d)` -> (prompt, data); `reason(data, rng, slip)` -> (reasoning, answer), where each step
     goes wrong with probability `slip`; and `check(data, answer)` -> bool, total: any string gets a verdict.
     `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
+    `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.
     """
-    exact = True
+    exact, levels = True, (1, 2, 3)
 
     def __init__(self, name):
         self.name = name
@@ -269,14 +343,52 @@ class Task:
         return f"<think>{reasoning}</think>{answer}"
 
     def corrupt(self, problem, seed=0):
-        """A plausible reply with a wrong answer, by a teacher who slips."""
+        """A plausible reply with a wrong answer, by a teacher who slips; if that never spoils the answer, one to
+        another problem."""
         rng = random.Random(f"corrupt {seed}")
-        slip = 0.1
-        while True:
-            reasoning, answer = self.reason(problem.data, rng, slip)
+        slip, data = 0.1, problem.data
+        for attempt in range(10_000):
+            if attempt > 30:
+                data = self.make(rng.getrandbits(48), problem.difficulty).data
+            reasoning, answer = self.reason(data, rng, slip)
             if not self.check(problem.data, answer):
                 return f"<think>{reasoning}</think>{answer}"
             slip = min(1.0, slip + 0.1)
+        raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
+
+    def aggregate(self, problem, replies, seed=0):
+        """A correct reply by someone who has read other replies; None if 100 attempts give none."""
+        for attempt in range(100):
+            text = self.solve(problem, f"{seed} {attempt}")
+            if self.verify(problem, text)[0]:
+                return text
+
+
+class Search(Task):
+    """A task whose teacher guesses and checks: guess(data, rng) -> answer, trial(data, answer, rng, slip) -> (text,
+    whether it seems to work).  After a failed trial it gives up with probability `gives_up`, so that imitating it is
+    capped: only reward can teach to guess better and to go on.
+    """
+    exact = False
+    gives_up, most = 0.3, 8
+
+    def reason(self, data, rng, slip):
+        trials = []
+        while True:
+            answer = self.guess(data, rng)
+            text, works = self.trial(data, answer, rng, slip)
+            trials.append(text)
+            if works or len(trials) == self.most or rng.random() < self.gives_up:
+                return ";".join(trials), answer
+
+    def aggregate(self, problem, replies, seed=0):
+        """If one of the replies is right, its trial is made again and nothing else."""
+        good = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
+        if not good:
+            return super().aggregate(problem, replies, seed)
+        rng = random.Random(f"aggregate {seed}")
+        answer = rng.choice(good)
+        return f"<think>{self.trial(problem.data, answer, rng, 0.0)[0]}</think>{answer}"
 
 
 def slipped(value, rng, slip, base=10):
@@ -329,6 +441,7 @@ class Add(Task):
 
     47+85 -> <think>7+5+0=12,4+8+1=13</think>132
     """
+    levels = (4, 5, 6)
 
     def pose(self, rng, d):
         a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for _ in range(2))
@@ -347,6 +460,7 @@ class Multiply(Task):
 
     47*6 -> <think>6:7*6+0=42,4*6+4=28:282</think>282
     """
+    levels = (2, 3, 4)
 
     def pose(self, rng, d):
         first, second = (d + 2) // 2, (d + 1) // 2
@@ -380,6 +494,7 @@ class Sort(Task):
 
     sort 3917 -> <think>1:397,3:97,7:9,9:</think>1379
     """
+    levels = (4, 5, 6)
 
     def pose(self, rng, d):
         digits = "11"
@@ -400,10 +515,52 @@ class Sort(Task):
         return answer == "".join(sorted(data["digits"]))
 
 
-class Registers(Task):
-    """Predict what a program of d + 1 lines leaves in its registers (all arithmetic mod 10).
+def evaluate(text, registers, rng=None, slip=0.0):
+    """The values an expression goes through, left to right, all mod 10: the language of every program here.
 
-    run a=3;b=7;a=b*2 -> <think>a3;a3b7;a4b7</think>a4b7
+        expression := operand (operator operand)*      operand := digit | register      operator := + - *
+
+    `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
+    100 characters: nothing else can happen, the work is linear in the text and numbers stay below 10.
+
+    >>> evaluate("x*2+3", {"x": 4}), evaluate("y+1", {"x": 4}), evaluate("__import__('os')", {})
+    ([8, 1], None, None)
+    """
+    if len(text) > 100 or len(text) % 2 == 0:
+        return None
+    values = []
+    for i in range(0, len(text), 2):
+        operand = int(text[i]) if text[i] in "0123456789" else registers.get(text[i])
+        if operand is None:
+            return None
+        if i == 0:
+            value = operand
+            continue
+        if text[i - 1] not in "+-*":
+            return None
+        value = {"+": value + operand, "-": value - operand, "*": value * operand}[text[i - 1]] % 10
+        value = slipped(value, rng, slip)
+        values.append(value)
+    return values or [value]
+
+
+def run_program(text, registers, rng=None, slip=0.0):
+    """The registers after each line of 'a=x+3;b=a*2', for at most 32 lines; None if a line is none."""
+    states, lines = [dict(registers)], text.split(";", 32)
+    if len(lines) > 32:
+        return None
+    for line in lines:
+        values = evaluate(line[2:], states[-1], rng, slip)
+        if values is None or line[1] != "=" or line[0] not in "abcdex":
+            return None
+        states.append({**states[-1], line[0]: values[-1]})
+    return states[1:]
+
+
+class Registers(Task):
+    """Output prediction: what a program of d + 1 lines leaves in its registers.
+
+    run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
     """
 
     def pose(self, rng, d):
@@ -417,27 +574,108 @@ class Registers(Task):
                 lines.append(f"{rng.choice(known)}={rng.choice(known)}{rng.choice('+-*')}{other}")
         return "run " + ";".join(lines), {"lines": lines}
 
-    def run(self, lines, rng=None, slip=0.0):
-        """The state after each line, as text."""
-        state, texts = {}, []
-        for line in lines:
-            def value(name):
-                return int(name) if name.isdigit() else state[name]
-            if len(line) == 3:
-                result = value(line[2])
-            else:
-                a, b = value(line[2]), value(line[4])
-                result = {"+": a + b, "-": a - b, "*": a * b}[line[3]] % 10
-            state[line[0]] = slipped(result, rng, slip)
-            texts.append("".join(f"{name}{state[name]}" for name in sorted(state)))
-        return texts
-
     def reason(self, data, rng, slip):
-        texts = self.run(data["lines"], rng, slip)
-        return ";".join(texts), texts[-1]
+        states = run_program(";".join(data["lines"]), {}, rng, slip)
+        texts = ["".join(f"{name}{state[name]}" for name in sorted(state)) for state in states]
+        return ";".join(f"{line}>{text}" for line, text in zip(data["lines"], texts)), texts[-1]
 
     def check(self, data, answer):
-        return answer == self.run(data["lines"])[-1]
+        return answer == self.reason(data, None, 0.0)[1]
+
+
+class Program(Task):
+    """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
+
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3)
+    """
+    levels = (4, 5, 6)
+
+    def pose(self, rng, d):
+        formula, lines, inner = "x", [], "x"
+        for _ in range(d + 1):
+            other, operator = rng.choice("x123456789"), rng.choice("+-*")
+            swap = rng.random() < 0.5
+            formula = f"({other}{operator}{formula})" if swap else f"({formula}{operator}{other})"
+            lines.append(f"a={other}{operator}{inner}" if swap else f"a={inner}{operator}{other}")
+            inner = "a"
+        return f"code {formula}", {"lines": lines}
+
+    def reason(self, data, rng, slip):
+        lines = [line if rng.random() >= slip else f"{line[:3]}{rng.choice('+-*')}{line[4]}" for line in data["lines"]]
+        x = rng.randrange(10)
+        states = run_program(";".join(lines), {"x": x}, rng, slip)
+        return f"{x}:" + ",".join(str(state["a"]) for state in states), ";".join(lines)
+
+    def check(self, data, answer):
+        for x in range(10):
+            states = run_program(answer, {"x": x})
+            if states is None or states[-1].get("a") != run_program(";".join(data["lines"]), {"x": x})[-1]["a"]:
+                return False
+        return True
+
+
+def random_chain(rng, count):
+    """An expression of `count` operations on x: x*2+3."""
+    return "x" + "".join(rng.choice("+-*") + str(rng.randrange(2, 10)) for _ in range(count))
+
+
+class Synthesize(Search):
+    """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
+
+    fit 0>3,4>7 -> <think>x*2:00;x+3:03,47</think>x+3           (input, the value after each operation)
+    A trial stops at the first example that does not hold.
+    """
+    gives_up = 0.15
+
+    def pose(self, rng, d):
+        hidden = self.guess({"count": (d + 1) // 2}, rng)
+        examples = [[x, evaluate(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
+        return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": (d + 1) // 2}
+
+    def guess(self, data, rng):
+        return "x" + "".join(rng.choice("+*") + str(rng.randrange(2, 6)) for _ in range(data["count"]))
+
+    def trial(self, data, answer, rng, slip):
+        parts, works = [], True
+        for x, y in data["examples"]:
+            values = evaluate(answer, {"x": x}, rng, slip)
+            parts.append(f"{x}" + "".join(map(str, values)))
+            works = values[-1] == y
+            if not works:
+                break
+        return f"{answer}:" + ",".join(parts), works
+
+    def check(self, data, answer):
+        values = [evaluate(answer, {"x": x}) for x, _ in data["examples"]]
+        return all(value is not None and value[-1] == y for value, (_, y) in zip(values, data["examples"]))
+
+
+class Falsify(Search):
+    """Find an input on which a wrong program differs from the right one; d + 1 operations each.  Many valid answers.
+
+    break x*2+3,x*7+3 -> <think>2:47,47;3:69,14</think>3       (input, the values of the one, those of the other)
+    """
+    gives_up = 0.6
+
+    def pose(self, rng, d):
+        while True:
+            right, wrong = random_chain(rng, d + 1), random_chain(rng, d + 1)
+            differs = sum(evaluate(right, {"x": x})[-1] != evaluate(wrong, {"x": x})[-1] for x in range(10))
+            if 1 <= differs <= 5:
+                return f"break {right},{wrong}", {"programs": [right, wrong]}
+
+    def guess(self, data, rng):
+        return str(rng.randrange(10))
+
+    def trial(self, data, answer, rng, slip):
+        values = [evaluate(program, {"x": int(answer)}, rng, slip) for program in data["programs"]]
+        return f"{answer}:" + ",".join("".join(map(str, v)) for v in values), values[0][-1] != values[1][-1]
+
+    def check(self, data, answer):
+        if answer not in list("0123456789"):
+            return False
+        right, wrong = (evaluate(program, {"x": int(answer)})[-1] for program in data["programs"])
+        return right != wrong
 
 
 class Find(Task):
@@ -469,52 +707,134 @@ class Find(Task):
         return all(mark == label and x in "0123456789" and (a + int(x)) % 10 < t
                    for (a, t, label), mark, x in zip(columns, answer[::2], answer[1::2]))
 
+    def aggregate(self, problem, replies, seed=0):
+        """Column by column, a valid value that one of the replies has, else the first that holds."""
+        rng, steps, answer = random.Random(f"aggregate {seed}"), "", ""
+        found = [pair for reply in replies for pair in re.findall("([a-zA-Z])([0-9])", split_answer(reply) or "")]
+        for a, t, label in problem.data["columns"]:
+            valid = [x for mark, x in found if mark == label and (a + int(x)) % 10 < t]
+            x = rng.choice(valid or [str(x) for x in range(10) if (a + x) % 10 < t])
+            steps += f"{label}{x}{(a + int(x)) % 10}{x}"
+            answer += label + x
+        return f"<think>{steps}#{answer}</think>{answer}"
 
-class Countdown(Task):
+
+class Countdown(Search):
     """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
 
     make 13 of 3,5,2 -> <think>3+2-5=0;3*5-2=13</think>3*5-2
-    The teacher tries up to eight random expressions and keeps the first that works, else the last.
     """
-    exact = False
-    tries = 8
 
     def pose(self, rng, d):
         while True:
             numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            expression, target = self.guess(numbers, rng)
+            expression = self.guess({"numbers": numbers}, rng)
+            target = self.value(expression)
             if target <= 99:
                 return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
 
-    def guess(self, numbers, rng):
-        """A random expression over all numbers that never goes below 0, and its value."""
-        numbers = rng.sample(numbers, len(numbers))
-        text, value = str(numbers[0]), numbers[0]
-        for number in numbers[1:]:
-            operator = rng.choice("+-*" if value >= number else "+*")
-            text += f"{operator}{number}"
-            value = {"+": value + number, "-": value - number, "*": value * number}[operator]
-        return text, value
+    @staticmethod
+    def value(expression):
+        total = int(expression[0])
+        for operator, number in zip(expression[1::2], map(int, expression[2::2])):
+            total = {"+": total + number, "-": total - number, "*": total * number}[operator]
+        return total
 
-    def reason(self, data, rng, slip):
-        tried = []
-        for _ in range(self.tries):
-            text, value = self.guess(data["numbers"], rng)
-            value = slipped(value, rng, slip)
-            tried.append(f"{text}={value}")
-            if value == data["target"]:
-                break
-        return ";".join(tried), text
+    def guess(self, data, rng):
+        """A random expression over all numbers that never goes below 0."""
+        numbers = rng.sample(data["numbers"], len(data["numbers"]))
+        text = str(numbers[0])
+        for number in numbers[1:]:
+            text += f"{rng.choice('+-*' if self.value(text) >= number else '+*')}{number}"
+        return text
+
+    def trial(self, data, answer, rng, slip):
+        value = slipped(self.value(answer), rng, slip)
+        return f"{answer}={value}", value == data["target"]
 
     def check(self, data, answer):
-        if not re.fullmatch(r"[0-9]([-+*][0-9])*", answer):
+        return re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer) is not None and \
+            sorted(map(int, answer[::2])) == sorted(data["numbers"]) and self.value(answer) == data["target"]
+
+
+class Sat(Search):
+    """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals (a minus negates).  Many valid answers.
+
+    sat 12,1-2,-1-2 -> <think>1+2+:12y,1-2y,-1-2n;1+2-:12y,1-2y,-1-2y</think>1+2-
+    A trial stops at the first clause that does not hold.
+    """
+
+    def pose(self, rng, d):
+        count, clauses = min(d + 1, 9), []
+        planted = {v: rng.random() < 0.5 for v in range(1, count + 1)}
+        while len(clauses) < d + 2:
+            clause = sorted((v, rng.random() < 0.5) for v in rng.sample(range(1, count + 1), 2))
+            if any(planted[v] == sign for v, sign in clause):
+                clauses.append("".join(f"{'' if sign else '-'}{v}" for v, sign in clause))
+        return "sat " + ",".join(clauses), {"count": count, "clauses": clauses}
+
+    def guess(self, data, rng):
+        return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
+
+    @staticmethod
+    def holds(clause, values):
+        """Whether '1-2' holds under {'1': '+', '2': '+'}: a literal does if its sign is the variable's."""
+        return any(values[v] == (minus or "+") for minus, v in re.findall("(-?)([1-9])", clause))
+
+    def trial(self, data, answer, rng, slip):
+        values, parts = dict(zip(answer[::2], answer[1::2])), []
+        for clause in data["clauses"]:
+            works = self.holds(clause, values) != (rng.random() < slip)
+            parts.append(clause + "ny"[works])
+            if not works:
+                break
+        return f"{answer}:" + ",".join(parts), works
+
+    def check(self, data, answer):
+        form = "".join(f"{v}[+-]" for v in range(1, data["count"] + 1)).replace("[+-]", "[-+]")
+        if not re.fullmatch(form, answer):
             return False
-        numbers, value = [int(c) for c in answer[::2]], int(answer[0])
-        if sorted(numbers) != sorted(data["numbers"]):
-            return False
-        for operator, number in zip(answer[1::2], numbers[1:]):
-            value = {"+": value + number, "-": value - number, "*": value * number}[operator]
-        return value == data["target"]
+        values = dict(zip(answer[::2], answer[1::2]))
+        return all(self.holds(clause, values) for clause in data["clauses"])
+
+
+class Path(Task):
+    """A shortest path between two of d + 3 places, from a list of roads.  Several answers may be valid.
+
+    path 3>7 31,14,47,52 -> <think>3:1,1:4,4:7</think>3147       (breadth first: place, its new neighbours)
+    """
+
+    def pose(self, rng, d):
+        while True:
+            places = rng.sample("0123456789", min(d + 3, 10))
+            roads = [p + rng.choice(places[:i]) for i, p in enumerate(places) if i]     # a tree, and some more
+            roads += ["".join(rng.sample(places, 2)) for _ in range(1 + d // 2)]
+            roads = sorted({"".join(rng.sample(sorted(road), 2)) for road in {"".join(sorted(r)) for r in roads}})
+            rng.shuffle(roads)
+            a, b = rng.sample(places, 2)
+            if len(self.search(roads, a, b)[1]) > 2:
+                return f"path {a}>{b} {','.join(roads)}", {"roads": roads, "ends": [a, b]}
+
+    def search(self, roads, a, b, rng=None, slip=0.0):
+        """Breadth-first search -> (steps, path)."""
+        paths, queue, steps = {a: a}, [a], []
+        while b not in paths and queue:
+            here = queue.pop(0)
+            near = [road.replace(here, "", 1) for road in roads if here in road]
+            new = [p for p in near if p not in paths and not (slip and rng.random() < slip)]
+            for place in new:
+                paths[place] = paths[here] + place
+            queue += new
+            steps.append(f"{here}:{''.join(new)}")
+        return ",".join(steps), paths.get(b, a + b)
+
+    def reason(self, data, rng, slip):
+        return self.search(data["roads"], *data["ends"], rng, slip)
+
+    def check(self, data, answer):
+        roads, (a, b) = data["roads"], data["ends"]
+        return len(answer) == len(self.search(roads, a, b)[1]) and answer[0] == a and answer[-1] == b and \
+            all(x + y in roads or y + x in roads for x, y in zip(answer, answer[1:]))
 
 
 class Base(Task):
@@ -541,9 +861,114 @@ class Base(Task):
             all(int(c) < data["base"] for c in answer) and int(answer, data["base"]) == data["number"]
 
 
+WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
+WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "stone", "lamp", "gray", "door", "milk",
+                "north", "quick", "glass", "bird", "old"]
+
+
+class Constraints(Task):
+    """Follow instructions: a reply of words that obeys up to d + 1 rules (from d = 4 on, four, and longer replies).
+
+    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
+    Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
+    `check` is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
+    """
+    levels = (2, 3, 4)
+
+    def pose(self, rng, d):
+        low = 2 + max(0, d - 4)
+        rules = {"count": rng.randrange(low, low + 3)}
+        for kind in rng.sample(["no", "begins", "ends", "has"], min(d, 3)):
+            rules[kind] = {"no": rng.choice("aeio"), "begins": rng.choice("dmrgsb"), "ends": rng.choice("!?."),
+                           "has": rng.choice(WORDS)}[kind]
+        if not self.fitting(rules) or rules.get("no", "#") in rules.get("has", ""):
+            rules.pop("no", None)
+        text = {"no": "no {}", "begins": "begins {}", "ends": "ends {}", "has": "has {}"}
+        return ",".join([f"write {rules['count']} words", *(text[kind].format(rules[kind]) for kind in text
+                                                             if kind in rules)]), {"rules": rules}
+
+    @staticmethod
+    def fitting(rules, first=True):
+        """The words that may stand at a place."""
+        return [word for word in WORDS if rules.get("no", "#") not in word
+                and (not first or word.startswith(rules.get("begins", "")))]
+
+    def reason(self, data, rng, slip):
+        rules = data["rules"]
+        count = rules["count"] + (rng.choice((-1, 1)) if rng.random() < slip else 0)
+        words = [rng.choice(self.fitting(rules, i == 0) if rng.random() >= slip else WORDS) for i in range(count)]
+        if "has" in rules and rng.random() >= slip:
+            words[0 if rules["has"].startswith(rules.get("begins", "#")) or count == 1 else
+                  rng.randrange(1, count)] = rules["has"]
+        end = rules.get("ends", "") if rng.random() >= slip else rng.choice("!?.")
+        return " ".join(f"{i + 1}{word}" for i, word in enumerate(words)), " ".join(words) + end
+
+    def check(self, data, answer):
+        rules, body = data["rules"], answer.rstrip("!?.")
+        words = body.split(" ")
+        return re.fullmatch("[a-z]+( [a-z]+)*", body) is not None and len(words) == rules["count"] and \
+            answer[len(body):] == rules.get("ends", "") and rules.get("no", "#") not in answer and \
+            answer.startswith(rules.get("begins", "")) and rules.get("has", words[0]) in words
+
+
+def warmth(answer):
+    """What the simulated reader of the behavioral stage likes: the number of warm words."""
+    return sum(word in WARM for word in re.findall("[a-z]+", answer))
+
+
+class ReasoningGym(Task):
+    """Any dataset of reasoning-gym (pip install reasoning-gym) as a task: --tasks reasoning_gym:chain_sum
+
+    The difficulty is the level of the dataset's curriculum, where it has one.  Its teacher knows the answer and no
+    trace.  A score of 0.99 or more is right; the verifiers are reasoning-gym's, so neither ours nor bounded in time.
+    """
+
+    def __init__(self, name):
+        super().__init__(name)
+        try:
+            import reasoning_gym.factory as factory
+        except ImportError:
+            raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
+        self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
+        if self.dataset not in factory.DATASETS:
+            close = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
+            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close[0]}?")
+
+    def entry(self, seed, level):
+        settings = {}
+        if self.factory.has_curriculum(self.dataset):
+            curriculum = self.factory.create_curriculum(self.dataset)
+            curriculum.set_global_level(min(level - 1, curriculum.get_max_level()))
+            settings = vars(curriculum.generate_configuration())
+        dataset = self.factory.create_dataset(self.dataset, **{**settings, "seed": seed, "size": 1})
+        return dataset, dataset[0]
+
+    def pose(self, rng, d):
+        data = {"seed": rng.getrandbits(31), "level": d}
+        return self.entry(**data)[1]["question"].strip(), data
+
+    def reason(self, data, rng, slip):
+        entry = self.entry(data["seed"] if rng.random() >= slip else rng.getrandbits(31), data["level"])[1]
+        return "", entry["answer"]
+
+    def check(self, data, answer):
+        dataset, entry = self.entry(**data)
+        try:
+            return dataset.score_answer(answer, entry) >= 0.99
+        except Exception:                                       # a verifier of theirs that did not expect this text
+            return False
+
+
 TASKS = {task.name: task for task in (
     ColumnSums("column_sums"), Add("add"), Multiply("multiply"), Sort("sort"), Registers("registers"), Find("find"),
-    Countdown("countdown"), Base("base"))}
+    Program("program"), Synthesize("synthesize"), Falsify("falsify"), Countdown("countdown"), Sat("sat"), Base("base"),
+    Path("path"), Constraints("constraints"))}
+
+
+@functools.cache
+def find_task(name):
+    """A task by its name, one of ours or reasoning_gym:…"""
+    return ReasoningGym(name) if name.startswith("reasoning_gym:") else TASKS[name]
 
 
 def held_out(problem):
@@ -784,15 +1209,27 @@ class TaskSource:
             rng = random.Random(f"{self.seed} {hold} {index} {attempt}")
             messages = []
             for _ in range(rng.randint(1, self.stage.turns)):
-                task = TASKS[rng.choice(self.tasks)]
-                problem = draw(task, rng.getrandbits(48), rng.randint(1, self.stage.difficulty), hold)
-                messages += [{"role": "user", "content": problem.prompt},
-                             {"role": "assistant", "content": task.solve(problem, rng.getrandbits(48))}]
+                question, answer = self.exchange(rng, hold)
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             messages, verdict = trim(messages, self.stage.context, self.tokenizer)
             self.verdicts[verdict] += 1
             if messages:
                 return self.tokenizer.render(messages)
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
+
+    def exchange(self, rng, hold):
+        """A problem and the teacher's reply; for a share `aggregation` of them the problem comes with the tails of
+        right and of wrong replies, and the answer is a right one by someone who has read those."""
+        task = find_task(rng.choice(self.tasks))
+        problem = draw(task, rng.getrandbits(48), rng.randint(1, self.stage.difficulty), hold)
+        if self.stage.aggregation and rng.random() < self.stage.aggregation:
+            replies = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
+                       for _ in range(rng.choice((1, 2, 3, 4, 4)))]
+            answer = task.aggregate(problem, replies, rng.getrandbits(48))
+            if answer:
+                tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
+                return terse_prompt(problem.prompt, tails), answer
+        return problem.prompt, task.solve(problem, rng.getrandbits(48))
 
 
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
@@ -864,7 +1301,9 @@ def task_names(text):
     """--tasks -> names; unknown ones are an error with the closest match."""
     names = {"all": list(TASKS), "none": []}.get(text, text.split(","))
     for name in names:
-        if name not in TASKS:
+        if name.startswith("reasoning_gym:"):
+            find_task(name)                                     # says what is missing
+        elif name not in TASKS:
             raise SystemExit(f"--tasks {text}: no task {name!r}; did you mean "
                              f"{difflib.get_close_matches(name, TASKS, 1, 0)[0]}? There are {', '.join(TASKS)}")
     return names
@@ -1069,7 +1508,9 @@ def load_checkpoint(folder, device):
 
 class Log:
     """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
-    COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second"]
+    COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
+               "reward", "length", "no_end", "repetitive", "zero_groups", "staleness", "masked", "flips", "kl",
+               "kl_live", "rollouts_per_second", "difficulty"]
 
     def __init__(self, out, stage, step):
         path = os.path.join(out, "log.csv")
@@ -1135,43 +1576,64 @@ def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
     return [tokenizer.decode(row[:row.index(tokenizer.end)] if tokenizer.end in row else row) for row in out.tolist()]
 
 
-EVAL_DIFFICULTIES = (1, 2, 3)
-
-
-def pass_at_1(model, tokenizer, tasks, problems, samples, seed=0, batch=128):
-    """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over difficulties 1-3.
-
-    -> {"pass@1", "ci95": [low, high], "problems", "tasks": {name: pass@1}, "chance": {name: pass@1}}; the interval is
-    over problems, whose samples are not independent of each other; chance is the teacher's reply to another problem of
-    the same task and difficulty.
-    """
-    held, seen = [], set()
+def held_out_problems(tasks, count, levels=None):
+    """`count` held-out problems a task, over its levels in turn; none twice: easy ones run out, then harder ones take
+    their place."""
+    problems, seen = [], set()
     for name in tasks:
-        for i in range(problems):
-            for attempt in range(1000):                         # no problem twice; easy ones run out, then harder ones
-                problem = draw(TASKS[name], f"eval {i} {attempt}", EVAL_DIFFICULTIES[i % 3] + attempt // 50, hold=True)
+        task = find_task(name)
+        for i in range(count):
+            for attempt in range(1000):
+                d = (levels or task.levels)[i % len(levels or task.levels)] + attempt // 50
+                problem = draw(task, f"eval {i} {attempt}", d, hold=True)
                 if (name, problem.prompt) not in seen:
                     break
             seen.add((name, problem.prompt))
-            held.append(problem)
-    # A reply may be half as long again as the teacher's; sorted by that, so a batch ends together.
-    limit = {p.prompt: len(tokenizer.encode(TASKS[p.task].solve(p))) * 3 // 2 + 16 for p in held}
-    order = sorted((i for i in range(len(held)) for _ in range(samples)), key=lambda i: limit[held[i].prompt])
-    scores = np.zeros(len(held))
+            problems.append(problem)
+    return problems
+
+
+def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, batch=128):
+    """The share of `samples` replies to each problem that are right: (problems,) array."""
+    # A reply may be half as long again as the teacher's, and a search longer; in this order a batch ends together.
+    limit = [max(160, len(tokenizer.encode(find_task(p.task).solve(p))) * 3 // 2 + 16) for p in problems]
+    order = sorted((i for i in range(len(problems)) for _ in range(samples)), key=lambda i: (limit[i], i))
+    rates = np.zeros(len(problems))
     for start in tqdm(range(0, len(order), batch), desc="held-out problems", leave=False, disable=None):
-        part = [held[i] for i in order[start:start + batch]]
-        texts = reply(model, tokenizer, [p.prompt for p in part], max(limit[p.prompt] for p in part), seed + start)
-        for i, problem, text in zip(order[start:start + batch], part, texts):
-            scores[i] += TASKS[problem.task].verify(problem, text)[0] / samples
-    # All right or all wrong is no proof of 0 or 1: the interval is never narrower than one problem's worth.
-    half = 1.96 * max(scores.std(ddof=1) / len(scores) ** 0.5, 1 / len(scores)) if len(scores) > 1 else 1.0
-    mean = scores.mean()
-    chance = [np.mean([TASKS[p.task].verify(p, TASKS[p.task].solve(other, i))[0] for other in held
+        part = order[start:start + batch]
+        texts = reply(model, tokenizer, [problems[i].prompt for i in part], max(limit[i] for i in part), seed + start,
+                      temperature)
+        for i, text in zip(part, texts):
+            rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
+    return rates
+
+
+def interval(rates):
+    """95 % interval of the mean over problems, whose samples depend on each other.  All right or all wrong is no proof
+    of 1 or 0: never narrower than one problem's worth."""
+    if len(rates) < 2:
+        return [0.0, 1.0]
+    half = 1.96 * max(rates.std(ddof=1) / len(rates) ** 0.5, 1 / len(rates))
+    return [float(max(0, rates.mean() - half)), float(min(1, rates.mean() + half))]
+
+
+def pass_at_1(model, tokenizer, tasks, problems, samples):
+    """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over its levels.
+
+    -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
+    "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
+    """
+    held = held_out_problems(tasks, problems)
+    rates = solve_rates(model, tokenizer, held, samples)
+    greedy = solve_rates(model, tokenizer, held, 1, temperature=0.0)
+    chance = [np.mean([find_task(p.task).verify(p, find_task(p.task).solve(other, i))[0] for other in held
                        if (other.task, other.difficulty) == (p.task, p.difficulty) and other.prompt != p.prompt] or [0])
               for i, p in enumerate(held)]
-    by_task, chance = (np.reshape(x, (len(tasks), problems)).mean(1).tolist() for x in (scores, chance))
-    return {"pass@1": float(mean), "ci95": [float(max(0, mean - half)), float(min(1, mean + half))],
-            "problems": len(held), "tasks": dict(zip(tasks, by_task)), "chance": dict(zip(tasks, chance))}
+    by_task = np.reshape(rates, (len(tasks), problems))
+    means = [dict(zip(tasks, np.reshape(x, (len(tasks), problems)).mean(1).tolist())) for x in (rates, greedy, chance)]
+    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean()),
+            "problems": len(held), "tasks": means[0], "tasks_ci95": dict(zip(tasks, map(interval, by_task))),
+            "greedy_tasks": means[1], "chance": means[2]}
 
 
 def show_samples(model, tokenizer, sources, seed):
@@ -1185,9 +1647,9 @@ def show_samples(model, tokenizer, sources, seed):
         print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids[-200:]):])!r}")
     tasks = [name for source in sources if isinstance(source, TaskSource) for name in source.tasks]
     for name in rng.sample(tasks, min(2, len(tasks))):
-        problem = draw(TASKS[name], f"show {seed}", 2, hold=True)
+        problem = draw(find_task(name), f"show {seed}", 2, hold=True)
         answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
-        verdict = "right" if TASKS[name].verify(problem, answer)[0] else "wrong"
+        verdict = "right" if find_task(name).verify(problem, answer)[0] else "wrong"
         print(f"    {verdict} | {problem.prompt} -> {answer!r}")
 
 
@@ -1213,9 +1675,24 @@ def choose_device(config):
         f"{torch.get_num_threads()} threads"
 
 
+def update(model, optimizers, balancer, config, lr, loss):
+    """Clip, step all optimizers, clear the gradients -> its norm, and the balancer's health.  Does not step if the loss
+    or the gradient is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+    health = {}
+    if math.isfinite(loss) and math.isfinite(norm):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        health = balancer.step()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return norm, health
+
+
 def train_step(model, optimizers, balancer, batch, config, dtype, lr):
-    """One optimizer step over micro-batches -> {"loss", "norm", "load", "entropy", "bias", "skip"}.  Does not step if
-    the loss or the gradient is not finite."""
+    """One optimizer step over micro-batches -> {"loss", "norm", "load", "entropy", "bias", "skip"}."""
     inputs, targets, positions = batch
     device = model.norm.weight.device
     rows = max(1, config.micro_batch // inputs.shape[1])
@@ -1229,74 +1706,80 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr):
         loss = F.cross_entropy(model.logits(hidden).flatten(0, 1), y.flatten(), reduction="sum") / count.to(device)
         loss.backward()
         total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-    if math.isfinite(total) and math.isfinite(norm):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-        health = balancer.step()
-    else:
-        health = {}
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    norm, health = update(model, optimizers, balancer, config, lr, total)
     return {"loss": total, "norm": norm, **health}
 
 
+class Keeper:
+    """One stage's checkpoint: its trainer state, its parts (anything with a state_dict), and the seconds spent."""
+
+    def __init__(self, name, config, model, tokenizer, state):
+        self.name, self.config, self.model, self.tokenizer = name, config, model, tokenizer
+        self.folder, self.clock, self.parts = os.path.join(config.out, name), time.perf_counter(), {}
+        self.state = state if state is not None else {"step": 0, "seconds": 0.0}
+        self.saved = self.state["step"] if "parts" in self.state else None
+        for later in (os.path.join(config.out, other) for other in STAGES[STAGES.index(name) + 1:]):
+            if os.path.exists(later):
+                raise SystemExit(f"{name} is still to be trained, but {later} was made from another one: delete it, or "
+                                 "take another --out")
+
+    def resume(self, **parts):
+        """Name the parts; if the stage was begun, they go on from its checkpoint -> whether it was."""
+        self.parts = parts
+        if self.saved is None:
+            return False
+        for name, part in parts.items():
+            part.load_state_dict(self.state["parts"][name])
+        print(f"{self.name}: going on after step {self.saved}")
+        return True
+
+    def save(self, step, **more):
+        self.state["seconds"] += time.perf_counter() - self.clock
+        self.clock, self.saved = time.perf_counter(), step
+        self.state.update(step=step, settings=settings(self.config),
+                          parts={name: part.state_dict() for name, part in self.parts.items()}, **more)
+        save_checkpoint(self.folder, self.model, self.tokenizer, self.state)
+
+    def check(self, row, step, samples):
+        """Stop before a step whose loss or gradient is not finite does any harm."""
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["norm"])):
+            good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
+            raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped "
+                             f"before the update. Samples of the batch: {', '.join(samples[:6])}"
+                             f"{' …' if len(samples) > 6 else ''}. Last good checkpoint: {good}. Try a lower --lr, or "
+                             "look at those samples")
+
+
 def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
-    """Train one stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
+    """Train one supervised stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
 
     Returns the state: "before" and "after" are held-out losses, "seconds" is all it took, data and samples included."""
-    folder = os.path.join(config.out, name)
-    clock = time.perf_counter()
+    keeper = Keeper(name, config, model, tokenizer, state)
+    state = keeper.state
     sources = make_sources(config, stage, tokenizer)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
-    late = min(config.context[name] for name in STAGES)
-    for later in (os.path.join(config.out, other) for other in STAGES[STAGES.index(name) + 1:]):
-        if os.path.exists(later):
-            raise SystemExit(f"{name} is still to be trained, but {later} was made from another one: delete it, or "
-                             "take another --out")
-    if state is None:
-        state = {"step": 0, "seconds": 0.0, "before": held_out_loss(model, sources, stage, tokenizer.pad, late)}
+    late = config.context[STAGES[0]]
+    prints = {source.name: source.fingerprint for source in sources}
+    if "before" not in state:
+        state.update(before=held_out_loss(model, sources, stage, tokenizer.pad, late), data=prints)
+    elif state["data"] != prints:
+        changed = sorted(key for key in {*prints, *state["data"]} if prints.get(key) != state["data"].get(key))
+        raise SystemExit(f"{keeper.folder} was begun on other data: {', '.join(changed)} changed since. Bring the old "
+                         f"data back, take another --out, or delete {keeper.folder}")
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
-    prints = {source.name: source.fingerprint for source in sources}
-    if "loader" in state:
-        if state["data"] != prints:
-            changed = sorted(key for key in {*prints, *state["data"]} if prints.get(key) != state["data"].get(key))
-            raise SystemExit(f"{folder} was begun on other data: {', '.join(changed)} changed since. Bring the old "
-                             f"data back, take another --out, or delete {folder}")
-        loader.load_state_dict(state["loader"])
-        balancer.load_state_dict(state["balancer"])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        print(f"{name}: going on after step {state['step']}")
-
-    def save(step, **more):
-        nonlocal clock
-        state["seconds"] += time.perf_counter() - clock
-        clock = time.perf_counter()
-        state.update(step=step, settings=settings(config), data=prints, loader=loader.state_dict(),
-                     balancer=balancer.state_dict(),
-                     optimizers=[optimizer.state_dict() for optimizer in optimizers], **more)
-        save_checkpoint(folder, model, tokenizer, state)
-
-    log, saved = Log(config.out, name, state["step"]), state["step"] if "loader" in state else None
+    keeper.resume(loader=loader, balancer=balancer, muon=optimizers[0], adamw=optimizers[1])
+    log = Log(config.out, name, state["step"])
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
         *batch, origins = loader.next()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
         row = train_step(model, optimizers, balancer, batch, config, dtype, lr)
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["norm"])):
-            where = ", ".join(f"{source} {number}" for source, number in origins[:6])
-            good = f"{folder} (step {saved})" if saved else "none of this stage yet"
-            raise SystemExit(f"{name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped before the "
-                             f"update. Samples of the batch: {where}{' …' if len(origins) > 6 else ''}. Last good "
-                             f"checkpoint: {good}. Try a lower --lr, or look at those samples")
+        keeper.check(row, step, [f"{source} {number}" for source, number in origins])
         seconds = time.perf_counter() - begun
         speed = config.tokens_per_step / seconds
-        log.add(stage=name, step=step, lr=lr, tokens_per_second=speed, **row)
+        log.add(stage=name, step=step, lr=lr, tokens_per_second=speed, seconds=seconds, **row)
         if step % config.log_every == 0 or step in (1, stage.steps):
             print(f"{name} {step}/{stage.steps} | loss {row['loss']:.3f} | norm {row['norm']:.2f} | lr {lr:.1e} | "
                   f"load {row['load']:.2f} entropy {row['entropy']:.3f} bias {row['bias']:.3f} | "
@@ -1304,11 +1787,10 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
         if step % max(1, stage.steps // 4) == 0 and step < stage.steps:
             show_samples(model, tokenizer, sources, step)
         if step % config.save_every == 0 or step == stage.steps:    # the last one too, before anything is evaluated
-            save(step)
-            saved = step
+            keeper.save(step)
     state["after"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
     show_samples(model, tokenizer, sources, stage.steps)
-    save(stage.steps, done=True)
+    keeper.save(stage.steps, done=True)
     for source in sources:
         if isinstance(source, TaskSource):
             print(f"{name}: generated conversations trimmed to {stage.context} tokens: "
@@ -1316,10 +1798,588 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     return state
 
 
+# ---- reinforcement learning: the formulas ---------------------------------------------------------------------------
+
+
+def maxrl_advantage(rewards, bonus=0.0):
+    """(r - mean + bonus) / mean over each group, r in {0, 1}: a success weighs the more the rarer it is.  (P, G).
+
+    >>> maxrl_advantage(torch.tensor([[1., 0, 0, 0], [1, 1, 1, 0]]))
+    tensor([[ 3.0000, -1.0000, -1.0000, -1.0000],
+            [ 0.3333,  0.3333,  0.3333, -1.0000]])
+    """
+    mean = rewards.mean(-1, keepdim=True)
+    return torch.where(mean > 0, (rewards - mean + bonus) / mean.clamp_min(1e-6), 0.0)
+
+
+def grpo_advantage(rewards, bonus=0.0):
+    """(r - mean + bonus) / std over each group, for rewards that are no yes or no.  (P, G) -> (P, G).
+
+    >>> grpo_advantage(torch.tensor([[0.2, 0.4, 0.6]]))
+    tensor([[-1.2247,  0.0000,  1.2247]])
+    """
+    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, keepdim=True, correction=0)
+    return (rewards - mean + bonus) / std.clamp_min(1e-4)
+
+
+def length_reward(lengths, correct, best, coefficient=0.1, tolerance=0.1, near=0.1):
+    """What shorter correct rollouts of a group get on top: c p m lambda, and nothing for the others.  (G,) -> (G,).
+
+    p: the group's solve rate.  lambda = 1/2 - (length - shortest) / (longest - shortest), from 1/2 to -1/2, over the
+    correct ones; 1/2 for all within `tolerance` of the shortest.  m = 1 only if more than one is correct and p is
+    within `near` of `best`, the highest solve rate of this source so far: learn it first, then be brief.
+
+    >>> length_reward(torch.tensor([10., 20, 30, 5]), torch.tensor([1., 1, 1, 0]), best=0.75, coefficient=0.4)
+    tensor([ 0.1500,  0.0000, -0.1500,  0.0000])
+    """
+    p = correct.mean().item()
+    if correct.sum() < 2 or p < best - near:
+        return torch.zeros_like(lengths)
+    shortest, longest = lengths[correct > 0].min(), lengths[correct > 0].max()
+    scale = 0.5 - ((lengths - shortest) / (longest - shortest).clamp_min(1)).clamp(0, 1)
+    scale = torch.where(lengths <= shortest * (1 + tolerance), 0.5, scale)
+    return coefficient * p * scale * (correct > 0)
+
+
+def dppo_mask(pi, mu, advantage, delta=0.1):
+    """Which tokens still count: those whose probability has not moved more than `delta` from the sampler's `mu` in the
+    direction the advantage pushes (binary total variation).  All (N,) -> (N,) bool.
+
+    >>> dppo_mask(torch.tensor([.7, .5, .7, .1]), torch.tensor([.5, .5, .5, .5]), torch.tensor([1., 1, -1, -1]))
+    tensor([False,  True,  True, False])
+    """
+    return torch.where(advantage > 0, pi - mu <= delta, pi - mu >= -delta)
+
+
+def policy_loss(logp, sampled_logp, advantage, rollouts, divisor=64, delta=0.1):
+    """Token losses summed per rollout, averaged over rollouts, by a constant divisor: no 1 / length anywhere.
+
+        sum over tokens of  -A stopgrad(min(pi / mu, 20)) log pi [dppo mask]  / rollouts / divisor
+
+    logp, sampled_logp, advantage (N,): all tokens of `rollouts` rollouts, the trainer's and the sampler's log
+    probability, and the advantage of the token's rollout.
+
+    >>> logp = torch.tensor([0.5, 0.25]).log().requires_grad_()
+    >>> policy_loss(logp, logp.detach(), torch.tensor([3., -1.]), rollouts=2, divisor=1).backward(); logp.grad
+    tensor([-1.5000,  0.5000])
+    """
+    now = logp.detach()
+    keep = dppo_mask(now.exp(), sampled_logp.exp(), advantage, delta)
+    ratio = (now - sampled_logp).exp().clamp_max(20)
+    return -(advantage * ratio * logp * keep).sum() / rollouts / divisor
+
+
+def has_signal(rewards):
+    """Dynamic sampling: a group whose rewards are all equal carries no gradient, and another takes its place."""
+    return max(rewards) - min(rewards) > 1e-3
+
+
+def repetitive(text, chunk=2048, ratio=0.05):
+    """The canary's gate: a piece of the text that zlib makes 20 times smaller says nothing new.
+
+    >>> repetitive("7+5=12," * 80), repetitive("7+5=12,")
+    (True, False)
+    """
+    pieces = [text[i:i + chunk].encode("utf-8", "replace") for i in range(0, len(text), chunk)]
+    return any(len(zlib.compress(piece)) < ratio * len(piece) for piece in pieces)
+
+
+def next_difficulty(d, solve_rate):
+    """RLVE's rule for a group at the current difficulty: up above 0.7, down at 0.
+
+    >>> [next_difficulty(3, rate) for rate in (0.75, 0.7, 0.1, 0.0)], next_difficulty(1, 0.0)
+    ([4, 3, 3, 2], 1)
+    """
+    return d + 1 if solve_rate > 0.7 else max(1, d - 1) if solve_rate == 0 else d
+
+
+class LogisticBelief:
+    """Where an environment's pass rate is one half: a posterior over curves p(d) = sigmoid(slope (middle - d)).
+
+    Thompson sampling: `propose` draws one curve and tries its middle, so the search is wide at first and narrow later.
+    """
+    curves = [(middle / 4, slope) for middle in range(2, 53) for slope in (0.5, 1.0, 2.0)]
+
+    def __init__(self):
+        self.log_weight = np.zeros(len(self.curves))
+
+    def update(self, d, right, wrong):
+        """`right` and `wrong` rollouts were seen at difficulty d."""
+        z = np.array([slope * (middle - d) for middle, slope in self.curves])
+        self.log_weight -= right * np.logaddexp(0, -z) + wrong * np.logaddexp(0, z)
+
+    def weights(self):
+        weight = np.exp(self.log_weight - self.log_weight.max())
+        return weight / weight.sum()
+
+    def propose(self, rng):
+        return max(1, round(rng.choices(self.curves, self.weights())[0][0]))
+
+    def middle(self):
+        return max(1, round(float(self.weights() @ np.array([middle for middle, _ in self.curves]))))
+
+
+# ---- reinforcement learning: rollouts -------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """A prompt and its rollouts: everything the trainer and the log need, in lists that torch.save keeps."""
+    problem: Problem
+    prompt: list                            # token ids
+    version: int = 0                        # of the sampler's weights
+    tokens: list = field(default_factory=list)              # of each rollout
+    logps: list = field(default_factory=list)               # (length,) fp32 each: the sampler's log probabilities
+    choices: list = field(default_factory=list)             # (L, prompt + length - 1) uint8 each: the experts taken
+    texts: list = field(default_factory=list)
+    ended: list = field(default_factory=list)               # whether the end token came in time
+    rewards: list = field(default_factory=list)
+
+
+@torch.no_grad()
+def roll_out(model, prompts, group_size, context, end, generator):
+    """Sample `group_size` replies of up to `context` tokens at temperature 1 to each prompt (lists of ids) -> per
+    prompt a list of (tokens, log probabilities, expert choices).
+
+    A prompt is prefilled once and its cache rows repeated; rows that ended leave the batch once they are an eighth
+    of it (leaving costs a copy of the cache); every token's expert is recorded for the replay.
+    """
+    device, width, layers = model.norm.weight.device, max(map(len, prompts)), len(model.layers)
+    ids = torch.tensor([[model.config.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    model.eval()
+    cache, routing = Cache(layers), []
+    hidden = model.hidden_states(ids, mask, cache=cache, routing=routing)[:, -1]
+    before = torch.stack(routing).to(torch.uint8).cpu()                         # (L, P, width)
+    rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+    cache.select(rows)
+    hidden, total = hidden[rows], len(rows)
+    tokens = torch.zeros(total, context, dtype=torch.long, device=device)
+    logps = torch.zeros(total, context, device=device)
+    choices = torch.zeros(layers, total, context, dtype=torch.uint8, device=device)
+    length = torch.full((total,), context, device=device)
+    here, alive = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
+    for step in range(context):
+        logits = model.logits(hidden)
+        uniform = torch.rand(total, generator=generator).to(device)[here]
+        token = model.sample(logits, 1.0, 1.0, uniform)
+        tokens[here, step] = token
+        logps[here, step] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+        ends = alive & (token == end)
+        length[here[ends]] = step + 1
+        alive &= ~ends
+        if alive.sum() <= 0.875 * len(alive):
+            keep = alive.nonzero()[:, 0]
+            here, token, alive = here[keep], token[keep], alive[keep]
+            cache.select(keep)
+        if len(here) == 0 or step == context - 1:
+            break
+        routing = []
+        hidden = model.hidden_states(token[:, None], cache=cache, routing=routing)[:, -1]
+        choices[:, here, step] = torch.stack(routing)[:, :, 0].to(torch.uint8)
+    result, tokens, logps, choices = [], tokens.cpu(), logps.cpu(), choices.cpu()
+    for p, prompt in enumerate(prompts):
+        group = []
+        for i in range(p * group_size, (p + 1) * group_size):
+            n = int(length[i])
+            group.append((tokens[i, :n].tolist(), logps[i, :n].clone(),
+                          torch.cat((before[:, p, width - len(prompt):], choices[:, i, :n - 1]), 1)))
+        result.append(group)
+    return result
+
+
+def verdicts(group):
+    """The usual reward: what the verifier says."""
+    return [find_task(group.problem.task).verify(group.problem, text)[0] for text in group.texts]
+
+
+class Actor:
+    """PipelineRL in small: a sampler whose weights lag behind the trainer's, the environments it asks, and a buffer.
+
+    `score(group)` -> rewards, `adapt(d, solve rate)` -> next difficulty; both can be swapped.  What it holds between
+    steps is in state_dict, so a killed run goes on bit for bit.
+    """
+    sync_every, most_stale, pool_size, dead_after = 2, 2, 64, 25
+
+    def __init__(self, model, tokenizer, stage, seed, score=verdicts, adapt=next_difficulty):
+        self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
+        self.score, self.adapt = score, adapt
+        self.environments = {name: {"d": 1, "groups": 0, "best": 0.0} for name in stage.tasks}
+        self.buffer, self.pool = [], []         # groups to train on; (problem, tails) to aggregate
+        self.version = self.rounds = self.dead = 0
+
+    def sync(self, model, version):
+        """The sampler gets the trainer's weights."""
+        self.sampler.load_state_dict(model.state_dict())
+        self.version = version
+
+    def prompt_ids(self, prompt):
+        return self.tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0]
+
+    def pose(self, rng):
+        """The least-sampled environment's next problem; or, for a share of them, an earlier problem with C of the
+        model's own tails."""
+        if self.pool and rng.random() < self.stage.aggregation:
+            problem, tails = self.pool[rng.randrange(len(self.pool))]
+            return Group(problem, self.prompt_ids(terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))))
+        name = min(self.environments, key=lambda n: self.environments[n]["groups"])
+        environment = self.environments[name]
+        levels = find_task(name).levels
+        d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
+        environment["groups"] += 1
+        problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
+        return Group(problem, self.prompt_ids(problem.prompt))
+
+    def sample(self, groups, group_size):
+        """Fill in the groups' rollouts and rewards."""
+        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} sample {self.rounds}").getrandbits(60))
+        end = self.tokenizer.end
+        rolled = roll_out(self.sampler, [g.prompt for g in groups], group_size, self.stage.context, end, generator)
+        for group, rollouts in zip(groups, rolled):
+            group.version = self.version
+            group.tokens, group.logps, group.choices = (list(part) for part in zip(*rollouts))
+            group.ended = [tokens[-1] == end for tokens in group.tokens]
+            group.texts = [self.tokenizer.decode(tokens[:-1] if done else tokens)
+                           for tokens, done in zip(group.tokens, group.ended)]
+            rewards = [r * done * (not repetitive(text))
+                       for r, done, text in zip(self.score(group), group.ended, group.texts)]
+            group.rewards = [float(r) for r in rewards]
+        self.rounds += 1
+        return groups
+
+    def find_start(self, rounds=6, group_size=8):
+        """Set each environment's first difficulty to where half of the rollouts pass."""
+        beliefs = {name: LogisticBelief() for name in self.environments}
+        for i in range(rounds):
+            rng, groups = random.Random(f"{self.seed} start {i}"), []
+            for name, belief in beliefs.items():
+                problem = draw(find_task(name), rng.getrandbits(48), belief.propose(rng), hold=False)
+                groups.append(Group(problem, self.prompt_ids(problem.prompt)))
+            for group in self.sample(groups, group_size):
+                right = sum(r > 0 for r in group.rewards)
+                beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
+        for name, belief in beliefs.items():
+            self.environments[name]["d"] = belief.middle()
+
+    def generate(self):
+        """One round of rollouts for `sync_every` trainer steps, into the buffer -> all its groups."""
+        rng = random.Random(f"{self.seed} round {self.rounds}")
+        asked = [self.pose(rng) for _ in range(self.sync_every * self.stage.groups)]
+        groups = self.sample(asked, self.stage.group_size)
+        for group in groups:
+            name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
+            environment = self.environments[name]
+            plain = group.prompt == self.prompt_ids(group.problem.prompt)
+            if self.stage.adaptive and plain and group.problem.difficulty >= environment["d"]:
+                environment["d"] = self.adapt(environment["d"], rate)
+            if plain and self.stage.aggregation and rate < 1:
+                tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
+                self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
+            environment["best"] = max(environment["best"], rate)
+        self.buffer += [group for group in groups if has_signal(group.rewards)]
+        self.dead = 0 if any(max(group.rewards) > 0 for group in groups) else self.dead + 1
+        if self.dead == self.dead_after:
+            self.stop(groups)
+        return groups
+
+    def stop(self, groups):
+        ended = np.mean([done for group in groups for done in group.ended])
+        formed = np.mean([split_answer(text) is not None for group in groups for text in group.texts])
+        asked = ", ".join(sorted({f"{group.problem.task} (difficulty {group.problem.difficulty})" for group in groups}))
+        raise SystemExit(f"no rollout earned a reward in {self.dead} rounds; the last round asked {asked}. "
+                         f"{ended:.0%} of its replies ended within {self.stage.context} tokens, {formed:.0%} had the "
+                         f"form <think>…</think>answer. One of them: {groups[-1].texts[0][:80]!r}. Reinforcement "
+                         "learning starts from successes: train sft for longer, or leave out what it cannot do yet")
+
+    def take(self, version):
+        """Up to `groups` groups for the trainer at `version`, the oldest first, none too stale; what was generated."""
+        generated, attempts = [], 0
+        while True:
+            self.buffer = [g for g in self.buffer if version - g.version <= self.most_stale]
+            if len(self.buffer) >= self.stage.groups or attempts == 3:
+                break
+            generated += self.generate()
+            attempts += 1
+        taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
+        return taken, generated
+
+    def state_dict(self):
+        # Groups as plain dictionaries: trainer.pt is read with weights_only.
+        return {"sampler": self.sampler.state_dict(), "environments": self.environments, "version": self.version,
+                "rounds": self.rounds, "dead": self.dead,
+                "buffer": [dataclasses.asdict(group) for group in self.buffer],
+                "pool": [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]}
+
+    def load_state_dict(self, state):
+        self.sampler.load_state_dict(state["sampler"])
+        self.environments = state["environments"]
+        self.version, self.rounds, self.dead = state["version"], state["rounds"], state["dead"]
+        self.buffer = [Group(**{**group, "problem": Problem(**group["problem"])}) for group in state["buffer"]]
+        self.pool = [(Problem(**problem), tails) for problem, tails in state["pool"]]
+
+
+# ---- reinforcement learning: the trainer ----------------------------------------------------------------------------
+
+
+def collate(rollouts, pad, device):
+    """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `token_logps`:
+    input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
+    """
+    R, S = len(rollouts), max(len(prompt) + len(tokens) for prompt, tokens, *_ in rollouts) - 1
+    inputs = torch.full((R, S), pad)
+    targets, positions = torch.full((R, S), -100), torch.full((R, S), -1)
+    choices = torch.zeros(rollouts[0][3].shape[0], R, S, dtype=torch.long)
+    for row, (prompt, tokens, _, choice, _) in enumerate(rollouts):
+        n = len(prompt) + len(tokens) - 1
+        inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
+        targets[row, len(prompt) - 1:n] = torch.tensor(tokens)
+        positions[row, :n] = torch.arange(n)
+        choices[:, row, :n] = choice
+    logps = torch.cat([logp for _, _, logp, _, _ in rollouts])
+    advantage = torch.cat([torch.full((len(tokens),), a) for _, tokens, _, _, a in rollouts])
+    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)), logps.to(device),
+            advantage.to(device))
+
+
+def token_logps(model, inputs, targets, positions, routing):
+    """The model's log probability of each target: (N,) fp32.  `routing`: as in hidden_states, to replay or to fill."""
+    hidden = model.hidden_states(inputs, position_ids=positions, routing=routing)[targets >= 0]
+    return model.logits(hidden).log_softmax(-1).gather(1, targets[targets >= 0][:, None])[:, 0]
+
+
+def kl(sampled_logp, logp):
+    """KL(sampler || trainer) a token, from the sampler's samples: mean of x - 1 - log x, x = pi / mu; never below 0."""
+    log_ratio = (logp - sampled_logp).float()
+    return (log_ratio.exp() - 1 - log_ratio).mean().item()
+
+
+@torch.no_grad()
+def replay_gap(model, batch):
+    """What the replay is for, on one batch: (share of the sampler's expert choices that the trainer's own router would
+    change, sampler-trainer KL with the replay, and without it)."""
+    inputs, targets, positions, choices, sampled, _ = batch
+    was_training = model.training
+    model.eval()                                                # not counted as load
+    live = []
+    alone, replayed = (token_logps(model, inputs, targets, positions, r) for r in (live, list(choices)))
+    model.train(was_training)
+    real = positions >= 0
+    flips = torch.stack([(a != b)[real].float().mean() for a, b in zip(live, choices)]).mean().item()
+    return flips, kl(sampled, replayed), kl(sampled, alone)
+
+
+def rl_step(model, optimizers, balancer, groups, advantages, config, dtype, lr, measure=True):
+    """One trainer step on groups and their advantages (P, G) -> its row of the log; `measure` adds the replay gap."""
+    device = model.norm.weight.device
+    rollouts = [(group.prompt, tokens, logp, choice, a) for group, row in zip(groups, advantages.tolist())
+                for tokens, logp, choice, a in zip(group.tokens, group.logps, group.choices, row)]
+    rollouts.sort(key=lambda r: len(r[0]) + len(r[1]))          # rows of a micro-batch are about as long as each other
+    parts, most = [[]], max(len(rollouts) // 4, 1)
+    for rollout in rollouts:
+        width = len(rollout[0]) + len(rollout[1])
+        if parts[-1] and (len(parts[-1]) == most or width * (len(parts[-1]) + 1) > config.micro_batch):
+            parts.append([])
+        parts[-1].append(rollout)
+    model.train()
+    total, kept, tokens, gap = 0.0, 0, 0, (None, None, None)
+    for i, part in enumerate(parts):
+        batch = collate(part, model.config.pad_token_id, device)
+        inputs, targets, positions, choices, sampled, advantage = batch
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            if measure and i == len(parts) // 2:
+                gap = replay_gap(model, batch)
+            logp = token_logps(model, inputs, targets, positions, list(choices))
+        loss = policy_loss(logp, sampled, advantage, len(rollouts))
+        loss.backward()
+        total += loss.item()
+        kept += dppo_mask(logp.detach().exp(), sampled.exp(), advantage).sum().item()
+        tokens += len(logp)
+    norm, health = update(model, optimizers, balancer, config, lr, total)
+    return {"loss": total, "norm": norm, "masked": 1 - kept / tokens, "flips": gap[0], "kl": gap[1], "kl_live": gap[2],
+            **health}
+
+
+# ---- the behavioral stage's reward model ----------------------------------------------------------------------------
+
+
+class RewardModel(torch.nn.Module):
+    """A copy of the backbone with a scalar head on the last token: ids of conversations -> scores (B,) fp32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = copy.deepcopy(model)
+        self.head = torch.nn.Linear(model.config.hidden_size, 1)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+
+    def forward(self, conversations):
+        width, device = max(map(len, conversations)), self.head.weight.device
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in conversations], device=device)
+        length = torch.tensor([len(ids) for ids in conversations], device=device)
+        column = torch.arange(width, device=device).expand(len(length), width)
+        hidden = self.backbone.hidden_states(ids, position_ids=column.where(column < length[:, None], -1))
+        return self.head(hidden[torch.arange(len(length)), length - 1].float())[:, 0]
+
+
+def bradley_terry_loss(better, worse):
+    """-log sigmoid(score of the preferred - score of the other), mean.  (B,), (B,) -> ().
+
+    >>> round(bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0])).item(), 4)
+    0.3133
+    """
+    return -F.logsigmoid(better - worse).mean()
+
+
+def preference_pair(rng, hold=False):
+    """A problem and two replies, the one with more warm words first: what a simulated reader prefers, whether or not a
+    reply does what was asked."""
+    task = find_task("constraints")
+    problem = draw(task, rng.getrandbits(48), rng.randint(1, 4), hold)
+    while True:
+        pair = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48)) for _ in range(2)]
+        warm = [warmth(split_answer(reply)) for reply in pair]
+        if warm[0] != warm[1]:
+            return problem, *(pair if warm[0] > warm[1] else reversed(pair))
+
+
+def conversation(tokenizer, problem, reply):
+    return tokenizer.render([{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": reply}])[0]
+
+
+def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
+    """Bradley-Terry on generated preferences -> the reward model, and its accuracy on held-out pairs."""
+    torch.manual_seed(seed)
+    judge, rng = RewardModel(model).to(model.norm.weight.device), random.Random(f"{seed} preferences")
+    optimizers = make_optimizers(judge, lr)
+
+    def scores(hold, count):
+        drawn = [preference_pair(rng, hold) for _ in range(count)]
+        return judge([conversation(tokenizer, drawn[i % count][0], drawn[i % count][1 + i // count])
+                      for i in range(2 * count)]).split(count)
+
+    judge.train()
+    for step in tqdm(range(steps), desc="reward model", leave=False, disable=None):
+        bradley_terry_loss(*scores(False, pairs)).backward()
+        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr, lr / 10)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    judge.eval()
+    with torch.no_grad():
+        better, worse = scores(True, 200)
+    return judge, (better > worse).float().mean().item()
+
+
+class JudgedReward:
+    """score(group) of the behavioral stage: the reward model's sigmoid, gated to 0 by the binary checker."""
+
+    def __init__(self, judge, tokenizer, gate=verdicts):
+        self.judge, self.tokenizer, self.gate = judge, tokenizer, gate
+
+    @torch.no_grad()
+    def __call__(self, group):
+        liked = self.judge([conversation(self.tokenizer, group.problem, text) for text in group.texts]).sigmoid()
+        return [obeys * score for obeys, score in zip(self.gate(group), liked.tolist())]
+
+
+def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verdicts):
+    """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
+
+    `adapt` and `gate` are what notebooks/post_training.py swaps: the difficulty rule, and the reward model's gate."""
+    keeper = Keeper(name, config, model, tokenizer, state)
+    state = keeper.state
+    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
+    score, advantage, seed = verdicts, maxrl_advantage, f"{config.seed} {name}"
+    if stage.reward_model_steps:
+        advantage = grpo_advantage
+        if "judge" in state:
+            judge = RewardModel(model).to(device).eval()
+            judge.load_state_dict(state["judge"])
+        else:
+            lr = config.lr["sft"] / 4
+            judge, state["judged"] = train_reward_model(model, tokenizer, stage.reward_model_steps, lr, config.seed)
+            state["judge"] = judge.state_dict()
+            print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
+        score = JudgedReward(judge, tokenizer, gate)
+    optimizers = make_optimizers(model, stage.lr, momentum=0.0)
+    actor = Actor(model, tokenizer, stage, seed, score, adapt)
+    # A tenth of the balancer's rate: a few tasks' prompts are not what the experts should be levelled on.
+    balancer = PIDBalancer(model, config.balancer_lr / 10)
+    if not keeper.resume(actor=actor, balancer=balancer, muon=optimizers[0], adamw=optimizers[1]) and stage.adaptive:
+        actor.find_start()
+        state["start"] = {task: environment["d"] for task, environment in actor.environments.items()}
+        print(f"{name}: starts at difficulty " + " ".join(f"{task}={d}" for task, d in state["start"].items()))
+    log, begun = Log(config.out, name, state["step"]), time.perf_counter()
+    for step in range(state["step"] + 1, stage.steps + 1):
+        if (step - 1) % actor.sync_every == 0:
+            actor.sync(model, step - 1)
+        groups, generated = actor.take(step - 1)
+        sampled = time.perf_counter() - begun
+        lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
+        row = {"loss": 0.0, "norm": 0.0}
+        shows = step % max(1, config.log_every // 4) == 0 or step in (1, stage.steps)
+        if groups:
+            rewards = torch.tensor([group.rewards for group in groups])
+            bonus = torch.stack([length_reward(torch.tensor([float(len(t)) for t in group.tokens]), r,
+                                               actor.environments[group.problem.task]["best"], stage.length_reward)
+                                 for group, r in zip(groups, rewards)]) if stage.length_reward else 0.0
+            row = rl_step(model, optimizers, balancer, groups, advantage(rewards, bonus), config, dtype, lr, shows)
+            keeper.check(row, step, [group.problem.prompt for group in groups])
+        seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        row |= rollout_health(generated, groups, step - 1)
+        row["rollouts_per_second"] = sum(len(g.tokens) for g in generated) / sampled if generated else None
+        if stage.adaptive:
+            row["difficulty"] = " ".join(f"{task}={e['d']}" for task, e in actor.environments.items())
+        log.add(stage=name, step=step, lr=lr, seconds=seconds, **row)
+        if shows:
+            print_rl(name, step, stage.steps, row, seconds)
+        if step % max(1, stage.steps // 4) == 0 and generated:
+            show_rollouts(generated)
+        if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
+            keeper.save(step)
+    state["end"] = {task: environment["d"] for task, environment in actor.environments.items()}
+    keeper.save(stage.steps, done=True)
+    return state
+
+
+def rollout_health(generated, taken, version):
+    """What the log says about the rollouts just generated, and about those trained on."""
+    rollouts = [(r, len(t), done, text) for g in generated
+                for r, t, done, text in zip(g.rewards, g.tokens, g.ended, g.texts)]
+    row = {"staleness": float(np.mean([version - g.version for g in taken])) if taken else None}
+    if rollouts:
+        reward, length, ended, texts = zip(*rollouts)
+        row |= {"reward": float(np.mean(reward)), "length": float(np.mean(length)), "no_end": 1 - float(np.mean(ended)),
+                "repetitive": float(np.mean([repetitive(text) for text in texts])),
+                "zero_groups": float(np.mean([not has_signal(g.rewards) for g in generated]))}
+    return row
+
+
+def print_rl(name, step, steps, row, seconds):
+    def shown(key, form):
+        return format(row[key], form) if row.get(key) is not None else "-"
+    print(f"{name} {step}/{steps} | reward {shown('reward', '.3f')} | norm {shown('norm', '.2f')} | "
+          f"length {shown('length', '.0f')} no end {shown('no_end', '.3f')} repetitive {shown('repetitive', '.3f')} | "
+          f"groups without signal {shown('zero_groups', '.2f')} stale {shown('staleness', '.1f')} "
+          f"masked {shown('masked', '.3f')} | flips {shown('flips', '.3f')} kl {shown('kl', '.1e')}, "
+          f"without replay {shown('kl_live', '.1e')} | {seconds:.1f} s, "
+          f"{shown('rollouts_per_second', '.0f')} rollouts/s", flush=True)
+
+
+def show_rollouts(groups):
+    """Print the best and the worst rollout of the last round's first and last problem."""
+    for group in (groups[0], groups[-1]):
+        for i in sorted({int(np.argmax(group.rewards)), int(np.argmin(group.rewards))}):
+            print(f"    reward {group.rewards[i]:.2f} | {group.problem.prompt} -> {group.texts[i][:200]!r}")
+
+
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 MUST_STAY = ["preset", "seed", "data", "tasks", "tokenizer", "context", "tokens_per_step", "micro_batch",
-             "weight_decay", "grad_clip", "balancer_lr", "lr", "steps", "dtype"]
+             "weight_decay", "grad_clip", "balancer_lr", "lr", "steps", "dtype", "groups", "group_size"]
 
 
 def settings(config):
@@ -1393,14 +2453,32 @@ def write_report(out, report):
 
     text = [f"# {report['preset']}, seed {report['seed']}", "",
             f"{params['total']} parameters, {params['active']} active per token (without the embedding)", "",
-            "Held-out pass@1 at temperature 1, difficulties 1 to 3 (chance: the teacher's answer to another one):", ""]
+            "Held-out pass@1 at temperature 1, at each task's three levels (chance: the teacher's answer to another "
+            "one):", ""]
     text += table(["task", "chance", *stages],
                   *([task, f"{chance:.2f}", *(f"{r['tasks'].get(task, 0):.2f}" for r in results)]
                     for task, chance in results[-1]["chance"].items()),
-                  ["**all** [95 % interval]", "",
-                   *("**{pass@1:.3f}** [{ci95[0]:.3f}, {ci95[1]:.3f}]".format(**r) for r in results)],
+                  ["**all**", "", *(f"**{r['pass@1']:.3f}**" for r in results)],
+                  ["95 % interval", "", *("{:.3f}-{:.3f}".format(*r["ci95"]) for r in results)],
+                  ["greedy", "", *(f"{r['greedy']:.3f}" for r in results)],
                   ["problems", "", *(str(result["problems"]) for result in results)],
                   ["minutes", "", *(f"{report['seconds'][name] / 60:.1f}" for name in stages)])
+    last, asked = results[-1], [task for task in REASONING if task in results[-1]["tasks"]]
+    if stages[-1] in STAGES[3:] and asked:
+        sft = report["stages"]["sft"]
+        text += ["Reinforcement learning, per task, with 95 % intervals (and greedy):", ""]
+        text += table(["task", "after sft", f"after {stages[-1]}"],
+                      *([task, *("{:.2f} [{:.2f}, {:.2f}] ({:.2f})".format(
+                          r["tasks"][task], *r["tasks_ci95"][task], r["greedy_tasks"][task]) for r in (sft, last))]
+                        for task in last["tasks"]),
+                      ["**the tasks of the RL stages**", *(f"**{np.mean([r['tasks'][t] for t in asked]):.3f}** "
+                                                      f"({np.mean([r['greedy_tasks'][t] for t in asked]):.3f})"
+                                                      for r in (sft, last))])
+    if "rlve" in stages and "start" in report["stages"]["rlve"]:
+        rlve = report["stages"]["rlve"]
+        text += ["Difficulty of the adaptive environments, first and last:", ""]
+        text += table(["environment", "found", "reached"], *([task, str(d), str(rlve["end"][task])]
+                                                             for task, d in rlve["start"].items()))
     text += ["Held-out loss per token (late: at positions beyond the first stage's context):", ""]
     text += table(["stage", "source", "before", "after", "late, before", "late, after"],
                   *([name, source, *("-" if loss[key] is None else f"{loss[key]:.3f}"
@@ -1425,11 +2503,11 @@ def draw_report(out, report, stages):
         os.replace(os.path.join(out, name + ".tmp"), os.path.join(out, name))
 
     tasks, width = list(report["stages"][stages[-1]]["tasks"]), 0.8 / len(stages)
-    figure, axis = plt.subplots(figsize=(9, 4))
+    figure, axis = plt.subplots(figsize=(12, 4))
     for i, stage in enumerate(stages):
         solved = [report["stages"][stage]["tasks"].get(task, 0) for task in tasks]
         place = np.arange(len(tasks)) + (i - (len(stages) - 1) / 2) * width
-        axis.bar_label(axis.bar(place, solved, width, label=f"after {stage}"), fmt="%.2f", fontsize=7)
+        axis.bar(place, solved, width, label=f"after {stage}", color=plt.cm.viridis(i / len(stages)))
     chance = list(report["stages"][stages[-1]]["chance"].values())
     axis.hlines(chance, np.arange(len(tasks)) - 0.45, np.arange(len(tasks)) + 0.45, "black", "dotted", label="chance")
     axis.set_xticks(range(len(tasks)), tasks, rotation=20)
@@ -1437,23 +2515,51 @@ def draw_report(out, report, stages):
     axis.legend()
     save(figure, "report.png")
 
-    log, start = read_log(out), 0
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), sharex=True, height_ratios=[2, 1])
-    for stage in STAGES:
+    log = read_log(out)
+    draw_curves(log, [("loss", "training loss (nats per token)"), ("entropy", "expert load entropy\n(1 = even)")],
+                [name for name in stages if name in STAGES[:3]], f"{report['preset']}, seed {report['seed']}",
+                lambda figure: save(figure, "loss.png"))
+    cascade = [name for name in stages if name in STAGES[3:]]
+    if cascade:
+        draw_curves(log, [("reward", "mean reward"), ("zero_groups", "groups\nwithout signal"),
+                          ("no_end", "replies\nwithout end"), ("norm", "gradient norm"),
+                          ("difficulty", "difficulty of the\nenvironments (rlve)")], cascade,
+                    f"Reinforcement learning: {report['preset']}, seed {report['seed']}",
+                    lambda figure: save(figure, "rewards.png"))
+
+
+def draw_curves(log, curves, stages, title, save):
+    """One panel per (column, label) over the steps of all stages; a column of task=value texts gets a line a task."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(len(curves), 1, figsize=(9, 2.2 * len(curves) + 1), sharex=True,
+                                height_ratios=[1.6] + [1] * (len(curves) - 1))
+    start = 0
+    for number, stage in enumerate(stages):
         rows = [row for row in log if row["stage"] == stage]
-        if rows:
-            steps = [start + int(row["step"]) for row in rows]
-            loss = np.array([float(row["loss"]) for row in rows])
-            smooth = np.convolve(np.pad(loss, 7, "edge"), np.ones(15) / 15, "valid")
-            line, = top.plot(steps, smooth, label=stage)
-            top.plot(steps, loss, color=line.get_color(), alpha=0.25, linewidth=0.7)
-            bottom.plot(steps, [float(row["entropy"]) for row in rows], color=line.get_color())
-            start = steps[-1]
-    top.set(ylabel="training loss (nats per token)", title=f"{report['preset']}, seed {report['seed']}")
-    top.legend()
-    bottom.set(xlabel="step", ylabel="expert load entropy\n(1 = even)", ylim=(None, 1.01))
-    bottom.axhline(1, color="gray", linewidth=0.5)
-    save(figure, "loss.png")
+        for axis, (column, _) in zip(axes, curves):
+            seen = [(start + int(row["step"]), row[column]) for row in rows if row[column]]
+            if not seen:
+                continue
+            steps, values = zip(*seen)
+            color = f"C{number}"
+            if "=" in values[0]:
+                lines = [dict(part.split("=") for part in value.split()) for value in values]
+                for i, task in enumerate(lines[0]):
+                    path, = axis.plot(steps, [int(line[task]) for line in lines], color=plt.cm.tab20(i), label=task)
+                axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+                continue
+            values = np.array(values, float)
+            width = min(15, 2 * (len(values) // 8) + 1)
+            smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
+            axis.plot(steps, smooth, color=color, label=stage)
+            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+        start += int(rows[-1]["step"]) if rows else 0
+    for axis, (_, label) in zip(axes, curves):
+        axis.set_ylabel(label)
+    axes[0].set_title(title)
+    axes[0].legend()
+    axes[-1].set_xlabel("step")
+    save(figure)
 
 
 def main(arguments=None):
@@ -1475,8 +2581,9 @@ def main(arguments=None):
     if os.path.exists(report_path):
         with open(report_path) as file:
             report = {**json.load(file), "preset": config.preset, "seed": config.seed}
-    wanted, model = [name for name in STAGES if name in config.stages.split(",")], None
-    tasks = task_names(config.tasks)
+    (there, wanted), tasks, model = stages_to_run(config), task_names(config.tasks), None
+    if not wanted:
+        raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
     for name in wanted:
         folder, stage = os.path.join(config.out, name), stage_settings(config, name)
         found = load_checkpoint(folder, device)
@@ -1489,7 +2596,7 @@ def main(arguments=None):
             print(f"the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}, "
                   "or up to half a nat above it: random logits have a variance near 1")
         else:
-            before = STAGES[STAGES.index(name) - 1]
+            before = there[there.index(name) - 1]
             if not (found := load_checkpoint(os.path.join(config.out, before), device)):
                 raise SystemExit(f"{name} goes on from {before}, but that is not in {config.out}: "
                                  f"run --stages {before} first")
@@ -1511,18 +2618,22 @@ def main(arguments=None):
             print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
             continue
         if not (state and state.get("done")):
-            state = run_stage(name, config, stage, model, tokenizer, state, device, dtype)
+            run = run_rl if isinstance(stage, RLStage) else run_stage
+            state = run(name, config, stage, model, tokenizer, state, device, dtype)
         result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) \
             if tasks and config.eval_problems and config.eval_samples else \
-            {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}, "chance": {}}
+            {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": 0, "tasks": {}, "tasks_ci95": {},
+             "greedy_tasks": {}, "chance": {}}
+        result |= {key: state[key] for key in ("start", "end", "judged") if key in state}
         result["loss"] = {source: {"before": state["before"][source]["loss"], "after": after["loss"],
                                    "late_before": state["before"][source]["late"], "late_after": after["late"]}
-                          for source, after in state["after"].items()}
+                          for source, after in state.get("after", {}).items()}
         report["seconds"][name], report["stages"][name] = state["seconds"], result
         write_report(config.out, report)
         losses = ", ".join(f"{source} {l['before']:.2f} -> {l['after']:.2f}" for source, l in result["loss"].items())
-        print(f"{name}: {state['seconds']:.0f} s | held-out loss {losses} | "
-              "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result))
+        print(f"{name}: {state['seconds']:.0f} s | " + (f"held-out loss {losses} | " if losses else "")
+              + "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}], greedy {greedy:.3f}, on {problems} held-out "
+              "problems".format(**result))
     if not any(os.path.exists(os.path.join(config.out, later)) for later in STAGES[STAGES.index(name) + 1:]):
         save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
     with open(os.path.join(config.out, "report.md")) as file:

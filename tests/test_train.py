@@ -1,7 +1,10 @@
 """train.py's parts: tasks, trimming, packing, sources, optimizers, checkpoints (the command line: test_cli.py)."""
+import builtins
 import doctest
 import json
+import os
 import random
+import re
 import time
 
 import numpy as np
@@ -65,8 +68,11 @@ def test_the_teacher_and_the_one_who_slips(name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_harder_is_longer(name):
+    """In the teacher's replies; up to d = 4 constraints only get more rules, so there the prompts count too."""
     def length(d):
-        return np.mean([len(TASKS[name].solve(TASKS[name].make(seed, d), seed)) for seed in range(40)])
+        problems = [TASKS[name].make(seed, d) for seed in range(40)]
+        return np.mean([len(TASKS[name].solve(problem, seed)) + (name == "constraints") * len(problem.prompt)
+                        for seed, problem in enumerate(problems)])
     assert length(1) < length(3) < length(7)
 
 
@@ -77,9 +83,33 @@ def test_harder_is_longer(name):
     ("sort", {"digits": "3917"}, ["1379"], ["9731", "137", "13799"]),
     ("registers", {"lines": ["a=3", "b=a+4", "a=b*2"]}, ["a4b7"], ["a3b7", "b7a4", "a4"]),
     ("find", {"columns": [[0, 6, "b"], [8, 5, "c"]]}, ["b5c6", "b0c2", "b3c4"], ["b6c6", "b5c.", "b5", "c6b5", "b٣c6"]),
-    ("countdown", {"numbers": [3, 5, 2], "target": 13}, ["3*5-2", "5*3-2"],
-     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "2-5*3", "__import__('os')"]),
-    ("base", {"number": 13, "base": 2}, ["1101"], ["01101", "13", "1102", "-1101", "0b1101"]),
+    ("countdown", {"numbers": [3, 5, 2], "target": 13}, ["3*5-2", "5*3-2", "2*5+3"],
+     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "2-5*3", "3+5*2", "", "3*5-２", "3*5-2\n", "3*5-2+", "__import__('os')"]),
+    ("base", {"number": 13, "base": 2}, ["1101"], ["01101", "13", "1102", "-1101", "0b1101", "", "١١٠١", "1101\n"]),
+    ("program", {"lines": ["a=x+4", "a=3-a"]},                  # 9 - x; 9 and x+9 hold on one and on two inputs
+     ["a=x+4;a=3-a", "a=9-x", "a=x*9+9", "b=x+1;a=9-x", "x=x+4;a=3-x", ";".join(["a=9-x"] * 32)],
+     ["", "a=x+4", "a=9", "a=x+9", "b=9-x", "x=9-x", "a=9-x;", ";a=9-x", "a=9-x;a=a+1", "a=9-x;b=c", "a = 9-x", "A=9-x",
+      "a=９-x", "a=٩-x", "a=9-x\n", "a=9−x", "a=(9-x)", "a=-1-x", "a:9-x", "9-x", ";".join(["a=9-x"] * 33),
+      "a=__import__('os')"]),
+    ("synthesize", {"examples": [[0, 3], [4, 1]]},              # (3+x)*2: operator precedence would make it right
+     ["x*2+3", "2*x+3", "x+x+3", "x*7+3", "x*2+3" + "+0" * 47],
+     ["", "3", "1", "x+3", "3+x*2", "x*2", "X*2+3", "x*2+13", "x*２+3", "x*2+٣", "y*2+3", "(x*2)+3", "x*2+3;", "x*2+3 ",
+      "x*2+3\n", "a=x*2+3", "x*2+3" + "+0" * 48]),
+    ("falsify", {"programs": ["x*2+3", "x*7+3"]}, ["1", "3", "9"],     # the odd ones
+     ["", "0", "2", "8", "13", "03", "-1", "x", "3 ", "3\n", "1,3", "٣", "３", "³", "0123456789"]),
+    ("sat", {"count": 2, "clauses": ["12", "1-2", "-1-2"]}, ["1+2-"],
+     ["", "1+2+", "1-2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+1+2-", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
+    ("sat", {"count": 3, "clauses": ["12", "-23"]}, ["1+2-3-", "1+2-3+", "1+2+3+", "1-2+3+"],
+     ["1-2-3+", "1-2+3-", "1+2+3-", "1+2-", "1+2-3"]),
+    ("path", {"roads": ["31", "14", "35", "54", "47"], "ends": ["3", "7"]}, ["3147", "3547"],
+     ["", "37", "347", "7413", "3145", "1147", "31147", "313147", "3147\n", "3-1-4-7", "314 7", "٣147", "3１47"]),
+    ("constraints", {"rules": {"count": 3, "no": "e", "begins": "s", "ends": "!"}},
+     ["sun bird map!", "sun sun sun!", "s x y!"],
+     ["", "!", "sun bird map", "sun bird map!!", "sun bird map.", "sun bird!", "sun bird map fish!", "bird sun map!",
+      "sun red map!", "Sun bird map!", "sun  bird map!", "sun bird map !", " sun bird map!", "sun bird mäp!",
+      "sun bird ｍap!", "sun bird m4p!", "sun bird map!\n", "sun\nbird map!", "sun\u00a0bird map!", "sun, bird map!"]),
+    ("constraints", {"rules": {"count": 2, "has": "sun"}}, ["sun map", "map sun", "sun sun"],
+     ["", "sun", "map", "sunny map", "map sunset", "map book", "sun map.", "map sun sun"]),
 ])
 def test_verdicts_by_hand(name, data, right, wrong):
     task = TASKS[name]
@@ -89,7 +119,7 @@ def test_verdicts_by_hand(name, data, right, wrong):
 
 @pytest.mark.parametrize("name", TASKS)
 @settings(max_examples=60, deadline=None)
-@given(text=st.one_of(st.text(), st.text("0123456789+-*=<>thinkabc#.,;/|"),
+@given(text=st.one_of(st.text(), st.text("0123456789+-*=<>thinkabcdexy#.,;/|!?()'_ \n\0٣３−"),
                       st.binary().map(lambda b: b.decode("utf-8", "surrogateescape"))))
 def test_verifiers_are_total(name, text):
     problem = TASKS[name].make(3, 3)
@@ -100,12 +130,133 @@ def test_verifiers_are_total(name, text):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_verifiers_answer_at_once(name):
-    """A bound no slow machine reaches by honest work: a verdict is linear in a text cut at 1,000 characters."""
-    problem = TASKS[name].make(3, 6)
-    for text in ("9" * 10**6, "<think>" * 10**5, "<think></think>" + "1+" * 500, "<think></think>" + "9" * 1000):
-        begun = time.process_time()
-        TASKS[name].verify(problem, text)
-        assert time.process_time() - begun < 0.05
+    """Linear in a text cut at 1,000 characters: 10 ms are plenty.  The best of three: other processes are no fault."""
+    task, problem = TASKS[name], TASKS[name].make(3, 6)
+    answers = ("1+" * 500, "9" * 1000, "a=x;" * 250, ("a=" + "x*" * 48 + "x;") * 10, "x" + "*x" * 499, "1+2-" * 250,
+               "".join(f"{v}+" for v in range(1, 8)) * 71, "0123456789" * 100, problem.prompt * 9, "a " * 500,
+               "a" * 1000, "!" * 1000, ";".join(["a=x*x*x*x*x*x*x*x*x*x*x*x*x*x"] * 32), "a=x;" * 10**5)
+    for text in ("9" * 10**6, "<think>" * 10**5, "</think>" * 10**5, *(f"<think></think>{a}" for a in answers)):
+        seconds = []
+        for _ in range(3):
+            begun = time.process_time()
+            task.verify(problem, text)
+            seconds.append(time.process_time() - begun)
+        assert min(seconds) < 0.01, text[:40]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_who_reads_wrong_replies_can_still_be_right(name):
+    task, unsolved = TASKS[name], 0
+    for d in (1, 2, 3):
+        for seed in range(10):
+            problem = task.make(seed, d)
+            replies = [task.corrupt(problem, 1), "no form", task.corrupt(problem, 2)]
+            text = task.aggregate(problem, replies, seed)
+            assert text is None or task.verify(problem, text) == (1, 1)
+            assert task.aggregate(problem, replies, seed) == text
+            unsolved += text is None
+    assert unsolved <= (0 if task.exact or name == "find" else 3)       # a search may fail a hundred times
+
+
+def test_aggregating_gives_up_on_what_nobody_can_solve():
+    problem = train.Problem("countdown", 1, "make 9 of 1,1", {"numbers": [1, 1], "target": 9})
+    assert TASKS["countdown"].aggregate(problem, ["<think></think>1+1"]) is None
+
+
+@pytest.mark.parametrize("name, data, answer, reasoning", [
+    ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2=13"),
+    ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:003,481"),
+    ("falsify", {"programs": ["x*2+3", "x*7+3"]}, "3", "3:69,14"),
+    ("sat", {"count": 2, "clauses": ["12", "1-2", "-1-2"]}, "1+2-", "1+2-:12y,1-2y,-1-2y"),
+])
+def test_searchers_take_over_the_right_candidate(name, data, answer, reasoning):
+    problem = train.Problem(name, 2, "?", data)
+    replies = ["<think>long</think>wrong", f"<think>bad reasoning</think>{answer}", answer]
+    for seed in range(5):
+        assert TASKS[name].aggregate(problem, replies, seed) == f"<think>{reasoning}</think>{answer}"
+
+
+def test_searchers_choose_among_right_candidates():
+    problem = train.Problem("falsify", 1, "?", {"programs": ["x*2+3", "x*7+3"]})
+    replies = [f"<think></think>{x}" for x in (1, 2, 5, 8)]
+    assert {TASKS["falsify"].aggregate(problem, replies, seed)[-1] for seed in range(20)} == {"1", "5"}
+
+
+def test_find_takes_valid_values_from_the_candidates():
+    """b may be 0 to 5, c may be 2 to 6; of the candidates' values only b4, c3 and c6 hold and are in an answer."""
+    problem = train.Problem("find", 2, "find 06b85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
+    replies = ["<think>b1</think>b4c.", "<think></think>b9c3", "b0c2 without the form", "<think></think>c6"]
+    texts = {TASKS["find"].aggregate(problem, replies, seed) for seed in range(20)}
+    assert texts == {"<think>b444c313#b4c3</think>b4c3", "<think>b444c646#b4c6</think>b4c6"}
+    free = {TASKS["find"].aggregate(problem, replies[:1], seed)[-4:] for seed in range(60)}
+    assert free == {f"b4c{x}" for x in range(2, 7)}             # nobody solved c: any value that holds
+
+
+# ---- the mini interpreter -------------------------------------------------------------------------------------------
+
+ESCAPES = [
+    "", "__import__('os').system('x')", "__import__('os')", "x.__class__", "().__class__", "lambda:0", "lambda: 0",
+    "exec('1')", "eval('1+1')", "1**9**9", "9" * 10**6, "9" * (10**6 + 1), "a=a" + "*a" * 10**5, "٣", "３+3", "1+٣", "³",
+    "1\n", "1+1\n", "\n", "1\0+", "\0", "1+\ud800", "\udcff", "1-", "-1", "+1+", "1 + 1", "1/0", "1%0", "x[0]", "{1}",
+    "1if", "Ⅷ", "1+x\u0301", "++1", "1++"]
+
+
+def test_expressions_by_hand():
+    assert train.evaluate("7", {}) == [7] and train.evaluate("x", {"x": 4}) == [4]
+    assert train.evaluate("1+2*3", {}) == [3, 9]                # left to right
+    assert train.evaluate("2-3-4", {}) == [9, 5]                # a remainder is never negative
+    assert train.evaluate("9*9*9", {}) == [1, 9]
+    assert train.evaluate("x*x+a-3", {"x": 8, "a": 5}) == [4, 9, 6]
+    assert train.evaluate("1" + "+1" * 49, {}) == [i % 10 for i in range(2, 51)]
+    assert train.evaluate("1" + "+1" * 50, {}) is None          # 101 characters
+    assert train.evaluate("x+y", {"x": 4}) is None and train.evaluate("0", {}) == [0]
+    assert train.evaluate("x+1", {"x": 0}) == [1]               # a register of 0 is a register
+
+
+def test_programs_by_hand():
+    start = {"x": 6}
+    assert train.run_program("a=x+4;b=a-1;a=b*3", start) == [
+        {"x": 6, "a": 0}, {"x": 6, "a": 0, "b": 9}, {"x": 6, "a": 7, "b": 9}]
+    assert start == {"x": 6}
+    assert train.run_program("x=x+1", start) == [{"x": 7}]
+    for text in ("a=b;b=1", "a=1;", ";a=1", "a=1;;b=2", "a==1", "a=", "=1", "a", "f=1", "A=1", "a:1", "a=1\nb=2"):
+        assert train.run_program(text, {}) is None
+    assert len(train.run_program(";".join(["a=1"] * 32), {})) == 32
+    assert train.run_program(";".join(["a=1"] * 33), {}) is None
+    assert train.run_program("a=1;" * 10**6, {}) is None
+
+
+def refuse_code(patch):
+    def refuse(*_, **__):
+        raise AssertionError("a verifier ran code")
+    for name in ("eval", "exec", "compile", "open"):
+        patch.setattr(builtins, name, refuse)
+    patch.setattr(os, "system", refuse)
+
+
+@pytest.mark.parametrize("text", ESCAPES, ids=range(len(ESCAPES)))
+def test_escapes_are_no_programs(text):
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_code(patch)
+        results = [train.evaluate(text, {"x": 1, "a": 1})]
+        results += [train.run_program(program, {"x": 1, "a": 1}) for program in (text, f"a={text}", f"a=1;b={text}")]
+        verdicts = [TASKS[name].verify(TASKS[name].make(3, 3), f"<think>{text}</think>{form}{text}")[0]
+                    for name in TASKS for form in ("", "a=")]
+    assert results == [None] * 4 and not any(verdicts)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=st.one_of(st.text(), st.text("0123456789xa+-*", max_size=9), st.text("09xabz+-*=; ()\n\0٣３", max_size=20),
+                      st.binary().map(lambda b: b.decode("utf-8", "surrogateescape"))))
+def test_the_interpreter_knows_its_language_and_nothing_else(text):
+    with pytest.MonkeyPatch.context() as patch:
+        refuse_code(patch)
+        values, states = train.evaluate(text, {"x": 4, "a": 7}), train.run_program(text, {"x": 4, "a": 7})
+    expected = re.fullmatch("[0-9xa]([-+*][0-9xa])*", text) is not None and len(text) <= 100
+    assert (values is not None) == expected
+    assert values is None or all(0 <= value <= 9 for value in values) and len(values) == max(1, len(text) // 2)
+    assert states is None or len(states) == text.count(";") + 1 <= 32
+    assert all(0 <= value <= 9 for state in states or () for value in state.values())
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -419,10 +570,14 @@ def test_prompts_do_not_teach_when_they_are_masked():
 def test_every_preset_is_consistent(preset):
     config = train.resolve(train.TrainConfig(preset=preset))
     shape = ZayaConfig.preset(preset)
-    contexts = [config.context[stage] for stage in train.STAGES]
-    assert contexts == sorted(contexts) and config.micro_batch >= contexts[-1] <= shape.max_position_embeddings
-    bases = [train.stage_settings(config, stage).rope_theta for stage in train.STAGES]
-    assert bases[0] < bases[1]
+    longest = max(config.context.values())
+    assert config.micro_batch >= longest <= shape.max_position_embeddings
+    assert config.context["pretrain"] < config.context["midtrain"]
+    stages = [train.stage_settings(config, stage) for stage in train.STAGES]
+    bases = [stage.rope_theta for stage in stages]
+    assert bases[0] < bases[1] < bases[2] and set(bases[2:]) == {bases[2]}      # RL goes on with SFT's positions
+    for stage in stages:
+        assert not isinstance(stage, train.RLStage) or set(stage.tasks) <= set(TASKS)
 
 
 def test_training_learns_and_balances():
@@ -478,7 +633,7 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
                 else "no" for p in prompts]
     for i in range(9):
         for attempt in range(60):                               # whichever of these are asked
-            d = train.EVAL_DIFFICULTIES[i % 3] + attempt // 50
+            d = TASKS["add"].levels[i % len(TASKS["add"].levels)] + attempt // 50
             problem = train.draw(TASKS["add"], f"eval {i} {attempt}", d, hold=True)
             problems[problem.prompt] = problem
     monkeypatch.setattr(train, "reply", perfect)

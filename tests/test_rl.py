@@ -1,0 +1,698 @@
+"""Reinforcement learning's parts: formulas, rollouts and their replay, the actor's bookkeeping, the reward model."""
+import doctest
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import rsa
+import train
+from conftest import randomise
+from train import Actor, Group, LogisticBelief, Problem, RLStage
+from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
+
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+PROMPTS = [[65, 66, 67, 68, 69], list(range(70, 79)), [80, 81, 82]]
+ADD = Problem("add", 1, "47+85", {"a": 47, "b": 85})
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def sharp_model(seed=0):
+    """Small, with routers that tell tokens apart, and every parameter visible."""
+    return randomise(Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size)), seed)
+
+
+@torch.no_grad()
+def short_spoken(model):
+    """The same, with an end token that comes after some ten tokens: it reads what all hidden states have in common."""
+    model.input_hidden_states_bias += 1.0
+    some = torch.arange(BYTES.vocab_size - 8).view(16, 16)
+    direction = model.hidden_states(some).mean((0, 1))
+    model.embed_tokens.weight[BYTES.end] = 5.5 * direction / direction.square().sum()
+    return model
+
+
+@torch.no_grad()
+def perturb_routers(model, size=0.5):
+    generator = torch.Generator().manual_seed(5)
+    for layer in model.layers:
+        for parameter in layer.gate.parameters():
+            parameter += size * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
+    return train.roll_out(model, prompts, group_size, context, end, torch.Generator().manual_seed(seed))
+
+
+def collated(rolled, prompts=PROMPTS, advantage=1.0):
+    rollouts = [(prompt, *rollout, advantage) for prompt, group in zip(prompts, rolled) for rollout in group]
+    return train.collate(rollouts, BYTES.pad, "cpu")
+
+
+def test_docstring_examples():
+    result = doctest.testmod(rsa)
+    assert result.failed == 0 and result.attempted >= 3
+
+
+def test_tails_are_counted_in_tokens():
+    assert rsa.cut_tail("<think>12345</think>7", 3, BYTES) == "345"
+    assert rsa.cut_tail("<think>12345", 3, BYTES) == "345" and rsa.cut_tail("12", 3, BYTES) == "12"
+    assert rsa.cut_tail("<think>12345</think>7", 0, BYTES) == "" and rsa.cut_tail("a b", 0) == ""
+
+
+# ---- formulas -------------------------------------------------------------------------------------------------------
+
+def test_maxrl_weighs_rare_successes_more():
+    rewards = torch.tensor([[1., 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    expected = torch.tensor([[3., -1, -1, -1], [1, 1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 0]])
+    assert torch.allclose(train.maxrl_advantage(rewards), expected)
+    bonus = torch.tensor([[0.05, 0, 0, 0], [0.1, -0.1, 0, 0], [0.5] * 4, [0.2, 0, 0, -0.2]])
+    expected = torch.tensor([[3.2, -1, -1, -1], [1.2, 0.8, -1, -1], [0, 0, 0, 0], [0.2, 0, 0, -0.2]])
+    assert torch.allclose(train.maxrl_advantage(rewards, bonus), expected, atol=1e-6)
+
+
+def test_grpo_divides_by_the_groups_own_deviation():
+    rewards = torch.tensor([[1., 3, 1, 3], [0, 0, 0, 8], [0.3] * 4])
+    expected = torch.tensor([[-1., 1, -1, 1], [-2 / 12**0.5] * 3 + [6 / 12**0.5], [0] * 4])
+    assert torch.allclose(train.grpo_advantage(rewards), expected, atol=1e-3)
+    bonus = torch.tensor([[0.5, 0, 0, 0], [0.0] * 4, [0.0] * 4])
+    assert abs(train.grpo_advantage(rewards, bonus)[0, 0] + 0.5) < 1e-6
+
+
+@pytest.mark.parametrize("lengths, correct, best, expected", [
+    ((10, 20, 30, 5), (1, 1, 1, 0), 0.75, (0.15, 0, -0.15, 0)),             # the short wrong one is no yardstick
+    ((10, 11, 20, 15), (1, 1, 1, 1), 1.0, (0.2, 0.2, -0.2, 0)),             # 11 is within a tenth of 10
+    ((10, 12, 20, 20), (1, 1, 1, 1), 1.0, (0.2, 0.12, -0.2, -0.2)),         # 12 is not
+    ((9, 9, 9, 9), (1, 1, 1, 1), 1.0, (0.2, 0.2, 0.2, 0.2)),
+    ((10, 20, 5, 5), (1, 1, 0, 0), 0.55, (0.1, -0.1, 0, 0)),                # half solved: half the reward
+    ((10, 20, 5, 5), (1, 1, 0, 0), 0.75, (0, 0, 0, 0)),                     # was better before: learn it first
+    ((10, 20, 30, 40), (0, 1, 0, 0), 0.25, (0, 0, 0, 0)),                   # one alone is neither short nor long
+    ((10, 20, 30, 40), (0, 0, 0, 0), 0.0, (0, 0, 0, 0)),
+])
+def test_shorter_correct_rollouts_get_more(lengths, correct, best, expected):
+    result = train.length_reward(tensor(*lengths), tensor(*correct), best, coefficient=0.4)
+    assert torch.allclose(result, tensor(*expected), atol=1e-6)
+
+
+def test_the_mask_stops_only_what_goes_on_moving_away():
+    pi, mu = tensor(0.59, 0.61, 0.41, 0.39, 0.9, 0.1, 0.02), tensor(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.001)
+    up = [True, False, True, True, False, True, True]           # a ratio of 20 is a move of 0.019: still counted
+    down = [True, True, True, False, True, False, True]
+    assert train.dppo_mask(pi, mu, torch.ones(7)).tolist() == up
+    assert train.dppo_mask(pi, mu, -torch.ones(7)).tolist() == down
+    assert train.dppo_mask(pi, mu, -torch.ones(7), delta=0.5).all()
+
+
+def gradient(pi, mu, advantage, **more):
+    logp = pi.log().requires_grad_()
+    loss = train.policy_loss(logp, mu.log(), advantage, **more)
+    loss.backward()
+    return loss.item(), logp.grad
+
+
+def test_policy_loss_by_hand():
+    """Two rollouts of two tokens and one: -(2 (10/9) ln .5 + 2 (.4) ln .2 - ln .4) / 2 / 64."""
+    loss, grad = gradient(tensor(0.5, 0.2, 0.4), tensor(0.45, 0.5, 0.4), tensor(2, 2, -1), rollouts=2)
+    assert abs(loss - 1.911586 / 128) < 1e-6
+    assert torch.allclose(grad, tensor(-20 / 9, -0.8, 1) / 128)
+
+
+def test_the_ratio_is_capped_and_carries_no_gradient():
+    _, grad = gradient(tensor(0.05), tensor(0.001), tensor(1), rollouts=1, divisor=1)
+    assert torch.allclose(grad, tensor(-20))                    # 50 without the cap; another factor with its gradient
+    _, grad = gradient(tensor(0.015), tensor(0.001), tensor(1), rollouts=1, divisor=1)
+    assert torch.allclose(grad, tensor(-15))
+
+
+def test_masked_tokens_teach_nothing_and_leave_the_others_alone():
+    loss, grad = gradient(tensor(0.7, 0.5, 0.7, 0.3), tensor(0.5, 0.5, 0.5, 0.5), tensor(1, 1, -1, -1), rollouts=1,
+                          divisor=1)
+    assert torch.allclose(grad, tensor(0, -1, 1.4, 0)) and abs(loss - (math.log(2) + 1.4 * math.log(0.7))) < 1e-6
+    _, grad = gradient(tensor(0.7), tensor(0.5), tensor(1), rollouts=1, divisor=1, delta=0.25)
+    assert torch.allclose(grad, tensor(-1.4))
+
+
+def test_a_rollout_twice_as_long_counts_twice():
+    short, grad = gradient(tensor(0.5, 0.2), tensor(0.5, 0.2), tensor(1, 1), rollouts=3)
+    long, longer = gradient(tensor(0.5, 0.2, 0.5, 0.2), tensor(0.5, 0.2, 0.5, 0.2), tensor(1, 1, 1, 1), rollouts=3)
+    assert abs(long - 2 * short) < 1e-7 and torch.allclose(longer[:2], grad)
+
+
+def test_groups_of_equal_rewards_have_no_signal():
+    assert not train.has_signal([0, 0, 0]) and not train.has_signal([1.0, 1.0]) and not train.has_signal([0.3, 0.3005])
+    assert train.has_signal([0, 0, 1]) and train.has_signal([0.3, 0.31])
+
+
+def test_repetition_is_seen_in_any_piece_of_a_text():
+    noise = "".join(random.choice("0123456789+-*=,;") for _ in range(2048))
+    assert train.repetitive("7+5=12," * 100) and train.repetitive(noise + "a" * 2048)
+    assert not train.repetitive(noise * 2) and not train.repetitive("") and not train.repetitive("a" * 40)
+    assert not train.repetitive("\ud800" * 9)                   # no text stops a run
+
+
+def test_difficulty_follows_the_solve_rate():
+    assert [train.next_difficulty(5, rate) for rate in (1.0, 0.71, 0.7, 0.5, 1 / 16, 0.0)] == [6, 6, 5, 5, 5, 4]
+    assert train.next_difficulty(1, 0.0) == 1
+
+
+@pytest.mark.parametrize("middle, slope", [(3, 2.0), (6, 1.0), (10, 1.0)])
+def test_the_belief_finds_the_middle(middle, slope):
+    near = 0
+    for seed in range(20):
+        rng, belief = random.Random(seed), LogisticBelief()
+        for _ in range(8):
+            d = belief.propose(rng)
+            right = sum(rng.random() < 1 / (1 + math.exp(-slope * (middle - d))) for _ in range(8))
+            belief.update(d, right, 8 - right)
+        near += abs(belief.middle() - middle) <= 1
+    assert near >= 18
+
+
+def test_proposals_are_spread_at_first_and_close_later():
+    belief, rng = LogisticBelief(), random.Random(0)
+    first = [belief.propose(rng) for _ in range(300)]
+    assert min(first) == 1 and max(first) == 13 and len(set(first)) == 13 and np.std(first) > 3
+    for d, right in ((2, 40), (5, 20), (8, 0)):
+        belief.update(d, right, 40 - right)
+    later = [belief.propose(rng) for _ in range(300)]
+    assert np.std(later) < 0.8 and belief.middle() == 5
+    for _ in range(1000):
+        belief.update(1, 0, 10)                                 # hopeless: no overflow, and never below 1
+    assert belief.middle() == belief.propose(rng) == 1 and np.isfinite(belief.weights()).all()
+
+
+def test_bradley_terry_by_hand():
+    assert abs(train.bradley_terry_loss(tensor(1, 0), tensor(0, 0)) - (0.313262 + 0.693147) / 2) < 1e-5
+    assert abs(train.bradley_terry_loss(tensor(-2), tensor(1)) - 3.048587) < 1e-5
+    assert train.bradley_terry_loss(tensor(-200), tensor(200)) == 400           # and no overflow
+
+
+def test_kl_by_hand():
+    assert train.kl(tensor(-1, -2), tensor(-1, -2)) == 0
+    assert abs(train.kl(tensor(0.5, 1).log(), tensor(0.25, 1).log()) - 0.193147 / 2) < 1e-6
+    assert abs(train.kl(tensor(0.25).log(), tensor(0.5).log()) - (1 - math.log(2))) < 1e-6
+
+
+# ---- rollouts -------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def plain_forward(model, prompt, tokens, choices=None):
+    """Log probabilities of `tokens` and all choices, without padding, cache or batch."""
+    routing = [] if choices is None else [choice[None].long() for choice in choices]
+    ids = torch.tensor([prompt + tokens])[:, :-1]
+    hidden = model.hidden_states(ids, routing=routing)[0, len(prompt) - 1:]
+    logp = model.logits(hidden).log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+    return logp, torch.stack(routing)[:, 0]
+
+
+@pytest.mark.parametrize("context", [24, 90])                   # 90: more than the caches hold at first
+def test_rollouts_are_what_a_plain_forward_says(context):
+    model, used = sharp_model(), set()
+    for prompt, group in zip(PROMPTS, roll(model, context=context)):
+        for tokens, logps, choices in group:
+            logp, choice = plain_forward(model, prompt, tokens)
+            assert torch.allclose(logps, logp, atol=2e-5) and logps.dtype == torch.float32
+            assert choices.shape == (2, len(prompt) + len(tokens) - 1) and choices.dtype == torch.uint8
+            assert torch.equal(choices.long(), choice)
+            used |= set(choice.flatten().tolist())
+    assert len(used) >= 4                                       # else equal choices would say nothing
+
+
+def test_rollouts_of_ended_neighbours_are_what_a_plain_forward_says():
+    """Rows that leave the batch take their cache rows, positions and records with them."""
+    model = short_spoken(sharp_model())
+    rolled = roll(model, group_size=16, context=40, end=BYTES.end)
+    assert len({len(tokens) for group in rolled for tokens, *_ in group}) > 8
+    for prompt, group in zip(PROMPTS, rolled):
+        for tokens, logps, choices in group:
+            logp, choice = plain_forward(model, prompt, tokens)
+            assert torch.allclose(logps, logp, atol=2e-5) and torch.equal(choices.long(), choice)
+
+
+def test_a_shared_prompt_is_the_same_as_a_repeated_one():
+    model = sharp_model()
+    shared = sum(roll(model, PROMPTS, 3), [])
+    repeated = sum(roll(model, [prompt for prompt in PROMPTS for _ in range(3)], 1), [])
+    for (tokens, logps, choices), (tokens_, logps_, choices_) in zip(shared, repeated):
+        assert tokens == tokens_ and torch.allclose(logps, logps_, atol=1e-5) and torch.equal(choices, choices_)
+
+
+def test_rollouts_fill_the_context_or_end():
+    model = sharp_model()
+    free = [[tokens for tokens, *_ in group] for group in roll(model, group_size=8, context=30)]
+    assert {len(tokens) for group in free for tokens in group} == {30}
+    flat = [token for group in free for tokens in group for token in tokens]
+    end, ended = max(set(flat), key=flat.count), 0
+    for whole, group in zip(free, roll(model, group_size=8, context=30, end=end)):
+        for before, (tokens, logps, _) in zip(whole, group):
+            expected = before[:before.index(end) + 1] if end in before else before
+            assert tokens == expected and len(logps) == len(tokens)     # others that ended change nothing
+            ended += end in before
+    assert 4 < ended
+
+
+def test_all_rollouts_may_end_at_once():
+    model = sharp_model()
+    end = roll(model, [PROMPTS[0]], 1)[0][0][0][0]
+    (tokens, logps, choices), = roll(model, [PROMPTS[0]], 1, end=end)[0]
+    assert tokens == [end] and logps.shape == (1,) and choices.shape == (2, 5)
+
+
+def test_rollouts_are_a_function_of_the_seed():
+    model = sharp_model()
+    tokens = [[rollout[0] for rollout in sum(roll(model, seed=seed), [])] for seed in (3, 3, 4)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert len(set(map(tuple, tokens[0]))) == len(tokens[0])    # and each of a group its own
+
+
+def test_temperature_is_one():
+    """Of 2,000 first tokens each likely one comes as often as the model says."""
+    model = sharp_model()
+    first = [tokens[0] for tokens, *_ in roll(model, [PROMPTS[0]], 2000, context=6)[0]]
+    with torch.no_grad():
+        probability = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
+    for token in probability.topk(5).indices.tolist():
+        p = probability[token].item()
+        assert abs(first.count(token) / 2000 - p) < 4 * (p * (1 - p) / 2000) ** 0.5
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------------
+
+def test_collate_by_hand():
+    one = ([5, 6], [7, 8, 9], tensor(-1, -2, -3), torch.tensor([[1, 2, 3, 1]], dtype=torch.uint8), 0.5)
+    two = ([4], [3], tensor(-4), torch.tensor([[2]], dtype=torch.uint8), -1.0)
+    inputs, targets, positions, choices, logps, advantage = train.collate([one, two], 99, "cpu")
+    assert inputs.tolist() == [[5, 6, 7, 8], [4, 99, 99, 99]]
+    assert targets.tolist() == [[-100, 7, 8, 9], [3, -100, -100, -100]]
+    assert positions.tolist() == [[0, 1, 2, 3], [0, -1, -1, -1]]
+    assert len(choices) == 1 and choices[0].tolist()[0] == [1, 2, 3, 1] and choices[0][1, 0] == 2
+    assert logps.tolist() == [-1, -2, -3, -4] and advantage.tolist() == [0.5, 0.5, 0.5, -1]
+
+
+def test_the_samplers_own_weights_give_a_ratio_of_one():
+    model = short_spoken(sharp_model())
+    inputs, targets, positions, choices, sampled, _ = collated(roll(model, context=40, end=BYTES.end))
+    for routing in (choices, []):
+        logp = train.token_logps(model, inputs, targets, positions, list(routing))
+        assert logp.shape == sampled.shape and ((logp - sampled).exp() - 1).abs().max() < 1e-5
+
+
+def test_other_weights_take_the_replayed_experts():
+    model = sharp_model()
+    rolled = roll(model)
+    inputs, targets, positions, choices, *_ = collated(rolled)
+    other, taken = perturb_routers(sharp_model()), []
+    hooks = [layer.gate.register_forward_hook(lambda gate, given, out: taken.append(out[1])) for layer in other.layers]
+    with torch.no_grad():
+        logp = train.token_logps(other, inputs, targets, positions, list(choices))
+    assert all(torch.equal(a[positions >= 0], b[positions >= 0]) for a, b in zip(taken, choices))
+    for hook in hooks:
+        hook.remove()
+    alone = [plain_forward(other, prompt, tokens, choice)[0] for prompt, group in zip(PROMPTS, rolled)
+             for tokens, _, choice in group]
+    assert torch.allclose(logp, torch.cat(alone), atol=2e-5)
+    with torch.no_grad():
+        live = train.token_logps(other, inputs, targets, positions, [])
+    assert (live - logp).abs().max() > 1e-2                     # its own router would have gone elsewhere
+
+
+def test_a_replayed_router_still_learns():
+    """The expert is given, its weight is not: every parameter of every router gets a gradient."""
+    model = sharp_model()
+    inputs, targets, positions, choices, *_ = collated(roll(model))
+    train.token_logps(model, inputs, targets, positions, list(choices)).sum().backward()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 1e-6, name
+
+
+def test_the_gap_is_zero_for_equal_weights_and_flips_for_others():
+    model = sharp_model()
+    batch = collated(roll(model))
+    flips, with_replay, without = train.replay_gap(model, batch)
+    assert flips == 0 and abs(with_replay) < 1e-7 and abs(without) < 1e-7
+    other = perturb_routers(sharp_model()).train()
+    flips, with_replay, without = train.replay_gap(other, batch)
+    assert 0 < flips < 1 and 0 < with_replay < without
+    assert other.training and sum(layer.gate.load.sum() for layer in other.layers) == 0     # looking is no load
+
+
+def test_flips_are_counted_among_real_tokens():
+    model = sharp_model()
+    inputs, targets, positions, choices, *rest = collated(roll(model))
+    choices = [choice.clone() for choice in choices]
+    choices[0][2, 3] = (choices[0][2, 3] + 1) % 4               # one of 2 layers' choices, of a real token
+    choices[1][positions < 0] += 1                              # padding's choices mean nothing
+    flips, *_ = train.replay_gap(model, (inputs, targets, positions, choices, *rest))
+    real = (positions >= 0).sum().item()
+    assert abs(flips - 1 / (2 * real)) < 1e-6
+
+
+# ---- the trainer ----------------------------------------------------------------------------------------------------
+
+def sampled_groups(model, prompts=PROMPTS[:2], group_size=2):
+    groups = []
+    for prompt, rollouts in zip(prompts, roll(model, prompts, group_size)):
+        groups.append(Group(ADD, prompt))
+        groups[-1].tokens, groups[-1].logps, groups[-1].choices = (list(part) for part in zip(*rollouts))
+    return groups
+
+
+def step(model, groups, advantages, lr=1e-3, micro_batch=10**6):
+    config = train.resolve(train.TrainConfig(preset="smoke"))
+    config.micro_batch = micro_batch
+    optimizers, balancer = train.make_optimizers(model, lr, momentum=0.0), PIDBalancer(model, 1e-4)
+    return train.rl_step(model, optimizers, balancer, groups, torch.tensor(advantages), config, torch.float32, lr)
+
+
+def log_probabilities(model, groups):
+    return [plain_forward(model, group.prompt, tokens, choice)[0].sum().item() for group in groups
+            for tokens, choice in zip(group.tokens, group.choices)]
+
+
+def test_a_step_raises_the_good_and_lowers_the_bad():
+    model = sharp_model()
+    groups = sampled_groups(model)
+    before = log_probabilities(model, groups)
+    row = step(model, groups, [[1.0, -1.0], [-1.0, 1.0]])
+    change = np.array(log_probabilities(model, groups)) - before
+    assert change[0] > 0 > change[1] and change[3] > 0 > change[2]
+    expected = -(before[0] - before[1] - before[2] + before[3]) / 4 / 64        # on policy all ratios are 1
+    assert abs(row["loss"] - expected) < 1e-5
+    assert row["masked"] == row["flips"] == 0 and abs(row["kl"]) < 1e-7 and row["norm"] > 0 and row["load"] >= 1
+
+
+def test_a_step_replays_the_samplers_experts():
+    """The loss by hand, for a trainer whose own routers would choose others."""
+    groups, other = sampled_groups(sharp_model()), perturb_routers(sharp_model(), 0.1)
+    total, live = 0.0, 0.0
+    for group, sign in zip(groups, (1, -1)):
+        for tokens, mu, choice in zip(group.tokens, group.logps, group.choices):
+            for routing in (choice, None):
+                logp, _ = plain_forward(other, group.prompt, tokens, routing)
+                keep = (sign * (logp.exp() - mu.exp()) <= 0.1).float()
+                loss = -(sign * (logp - mu).exp().clamp_max(20) * logp * keep).sum().item() / 4 / 64
+                total, live = (total + loss, live) if routing is not None else (total, live + loss)
+    row = step(other, groups, [[1.0, 1.0], [-1.0, -1.0]])
+    assert abs(row["loss"] - total) < 1e-4 < 1e-3 < abs(live - total) and row["flips"] > 0
+
+
+def test_a_second_step_on_the_same_rollouts_is_off_policy():
+    model = sharp_model()
+    groups = sampled_groups(model)
+    advantages = [[1.0, -1.0], [-1.0, 1.0]]
+    step(model, groups, advantages, lr=0.05)
+    row = step(model, groups, advantages, lr=0.05)
+    assert row["kl"] > 1e-4 and row["flips"] > 0 and 0 < row["masked"] < 1
+
+
+def test_every_row_of_a_step_keeps_its_own_advantage():
+    """Rollouts are sorted by length into micro-batches of any size: the update is the same."""
+    start = short_spoken(sharp_model())
+    rolled = roll(start, PROMPTS, 4, context=40, end=BYTES.end)
+    groups = []
+    for prompt, rollouts in zip(PROMPTS, rolled):
+        groups.append(Group(ADD, prompt))
+        groups[-1].tokens, groups[-1].logps, groups[-1].choices = (list(part) for part in zip(*rollouts))
+    advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    before = log_probabilities(start, groups)
+    rows = [step(short_spoken(sharp_model()), groups, advantages, micro_batch=size) for size in (10**6, 45)]
+    expected = -np.dot(np.ravel(advantages), before) / 12 / 64
+    assert all(abs(row["loss"] - expected) < 1e-5 for row in rows)
+    assert abs(rows[0]["norm"] - rows[1]["norm"]) < 1e-4
+
+
+def test_a_rollout_longer_than_a_micro_batch_is_trained_on_alone():
+    model = sharp_model()
+    groups = sampled_groups(model)
+    assert step(model, groups, [[1.0, -1.0], [-1.0, 1.0]], micro_batch=8)["norm"] > 0
+
+
+# ---- the actor ------------------------------------------------------------------------------------------------------
+
+def tiny_stage(**changes):
+    usual = dict(steps=4, context=48, rope_theta=1e4, lr=1e-3, lr_end=1e-4, tasks=("add", "sort", "base"), groups=2,
+                 group_size=4)
+    return RLStage(**{**usual, **changes})
+
+
+def say(text, end=True):
+    """A rollout's tokens, log probabilities and choices, as a model would give them that said this."""
+    tokens = BYTES.render([{"role": "assistant", "content": text}])[0][1:]
+    tokens = tokens if end else tokens[:-1]
+    return tokens, torch.zeros(len(tokens)), torch.zeros(2, len(tokens), dtype=torch.uint8)
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Rollouts from a list of texts instead of a model."""
+    texts = ["<think>one</think>1", "<think>two</think>2", "<think>three</think>3", "no form"]
+
+    def roll_out(model, prompts, group_size, *_):
+        return [[say(texts[i % len(texts)]) for i in range(group_size)] for _ in prompts]
+    monkeypatch.setattr(train, "roll_out", roll_out)
+    return texts
+
+
+def first_half(group):
+    return [float(i < len(group.texts) // 2) for i in range(len(group.texts))]
+
+
+def make_actor(score=first_half, seed="s", **changes):
+    model = Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size))
+    return Actor(model, BYTES, tiny_stage(**changes), seed, score)
+
+
+def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
+    rollouts = [say("<think>x</think>132"), say("<think>x</think>132", end=False), say("<think>x</think>131"),
+                say("132"), say("<think>" + "7+5=12," * 400 + "</think>132"), say("<think></think>132")]
+    monkeypatch.setattr(train, "roll_out", lambda *_: [rollouts])
+    actor = make_actor(score=train.verdicts)
+    group, = actor.sample([Group(ADD, actor.prompt_ids(ADD.prompt))], 6)
+    assert group.rewards == [1, 0, 0, 0, 0, 1]
+    assert group.ended == [True, False, True, True, True, True]
+    assert group.texts[:2] == ["<think>x</think>132"] * 2 and group.tokens[0][-1] == BYTES.end
+
+
+def test_the_least_sampled_environment_is_asked_first(talk):
+    actor = make_actor()
+    assert [group.problem.task for group in actor.generate()] == ["add", "sort", "base", "add"]
+    assert [group.problem.task for group in actor.generate()] == ["sort", "base", "add", "sort"]
+    actor.environments["base"]["groups"] = 0
+    assert [group.problem.task for group in actor.generate()] == ["base", "base", "base", "add"]
+
+
+def test_problems_go_through_the_levels_and_are_never_held_out(talk):
+    actor, levels = make_actor(tasks=("sort",), context=300), train.TASKS["sort"].levels
+    problems = [group.problem for _ in range(6) for group in actor.generate()]
+    assert [problem.difficulty for problem in problems] == [levels[i % len(levels)] for i in range(24)]
+    assert not any(train.held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 15
+
+
+def test_the_buffer_gives_the_oldest_and_drops_the_stale(talk):
+    actor = make_actor()
+    taken, generated = actor.take(0)
+    assert len(generated) == 4 and len(actor.buffer) == 2 and [id(g) for g in taken] == [id(g) for g in generated[:2]]
+    again, more = actor.take(1)
+    assert more == [] and [id(g) for g in again] == [id(g) for g in generated[2:]]
+    actor.sync(actor.sampler, 2)
+    actor.take(2)
+    kept = list(actor.buffer)
+    taken, generated = actor.take(4)                            # two versions old: not stale yet
+    assert generated == [] and [id(g) for g in taken] == [id(g) for g in kept] and {g.version for g in taken} == {2}
+    actor.take(4)
+    actor.sync(actor.sampler, 5)
+    assert {group.version for group in actor.buffer} == {2}
+    taken, generated = actor.take(5)
+    assert {group.version for group in taken + actor.buffer} == {5} and len(generated) == 4
+
+
+def test_groups_without_signal_are_replaced_for_three_rounds_at_most(talk):
+    actor = make_actor(score=lambda group: [1.0] * 4)
+    taken, generated = actor.take(0)
+    assert taken == [] and len(generated) == 12
+    actor = make_actor(score=lambda group: [1.0, 1.0, 1.0, float(group.problem.task != "add")])
+    taken, generated = actor.take(0)
+    assert [group.problem.task for group in taken] == ["add", "add"]
+
+
+def test_the_sampler_lags_until_it_is_synced(talk):
+    model = sharp_model()
+    actor = Actor(model, BYTES, tiny_stage(), "s")
+    with torch.no_grad():
+        model.norm.weight += 1
+    assert not torch.equal(actor.sampler.norm.weight, model.norm.weight)
+    actor.sync(model, 7)
+    assert torch.equal(actor.sampler.norm.weight, model.norm.weight) and actor.version == 7
+    assert {group.version for group in actor.generate()} == {7}
+    with torch.no_grad():
+        model.norm.weight += 1
+    assert not torch.equal(actor.sampler.norm.weight, model.norm.weight)        # a copy, not the model itself
+
+
+def describe(groups):
+    return [(g.problem, g.prompt, g.version, g.tokens, g.texts, g.ended, g.rewards,
+             [logp.tolist() for logp in g.logps], [choice.tolist() for choice in g.choices]) for g in groups]
+
+
+def test_an_actor_goes_on_where_it_stopped():
+    """Through a file, and into an actor that was made from other weights."""
+    changes = dict(aggregation=0.5, tail=4, context=64, adaptive=True)
+    one = Actor(short_spoken(sharp_model()), BYTES, tiny_stage(**changes), "s", first_half)
+    one.take(0)
+    file = io.BytesIO()
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    two = Actor(sharp_model(seed=9), BYTES, tiny_stage(**changes), "s", first_half)
+    two.load_state_dict(torch.load(file, weights_only=True))
+    assert one.pool and one.pool == two.pool and one.buffer
+    for version in (1, 2, 3):
+        a, b = one.take(version), two.take(version)
+        assert describe(a[0]) == describe(b[0]) and describe(a[1]) == describe(b[1])
+    assert one.environments == two.environments and one.environments is not two.environments
+    assert one.rounds == two.rounds > 1
+
+
+def test_aggregation_prompts_come_at_their_share(talk):
+    actor, rng = make_actor(aggregation=0.3, context=300), random.Random(0)
+    assert actor.prompt_ids(ADD.prompt) != actor.pose(rng).prompt               # an empty pool: an ordinary problem
+    actor.pool = [(ADD, ["t1", "t2", "t3", "t4", "t5"]), (ADD, ["u"])]
+    before = sum(environment["groups"] for environment in actor.environments.values())
+    texts = [BYTES.decode(actor.pose(rng).prompt) for _ in range(500)]
+    asked = [text for text in texts if text.startswith("<|user|>|")]
+    assert 0.23 < len(asked) / 500 < 0.37
+    assert all(text.endswith("|47+85<|end|><|assistant|>") for text in asked)
+    assert "<|user|>|u|47+85<|end|><|assistant|>" in asked and {text.count("|t") for text in asked} == {0, 4}
+    after = sum(environment["groups"] for environment in actor.environments.values())
+    assert after - before == 500 - len(asked)
+    actor.stage.aggregation = 0.0
+    assert not any(BYTES.decode(actor.pose(rng).prompt).startswith("<|user|>|") for _ in range(50))
+
+
+def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
+    actor = make_actor(aggregation=1e-9, tail=3)
+    groups = actor.generate()
+    assert actor.pool == [(group.problem, ["one", "two", "ree", "orm"]) for group in groups]
+    actor.score = lambda group: [1.0] * 4                       # all right: nothing to improve
+    actor.generate()
+    assert len(actor.pool) == 4
+    actor.score = first_half
+    for _ in range(20):
+        last = actor.generate()
+    assert len(actor.pool) == actor.pool_size and actor.pool[-1][0] == last[-1].problem
+    actor = make_actor(aggregation=0.0)
+    actor.generate()
+    assert actor.pool == []
+
+
+def test_a_dead_stage_stops_and_says_why(talk):
+    actor = make_actor(score=lambda group: [0.0] * 4, tasks=("add", "sort"))
+    for _ in range(actor.dead_after - 1):
+        actor.generate()
+    actor.score = first_half
+    actor.generate()
+    actor.score = lambda group: [0.0] * 4                       # one success: counted anew
+    for _ in range(actor.dead_after - 1):
+        actor.generate()
+    with pytest.raises(SystemExit) as stop:
+        actor.generate()
+    message = str(stop.value)
+    for part in ("25 rounds", "add (difficulty", "sort (difficulty", "100% of its replies ended within 48 tokens",
+                 "75% had the form", "<think>one</think>1", "sft"):
+        assert part in message
+
+
+def test_adaptive_difficulty_follows_the_solve_rate(talk):
+    actor = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True)
+    asked = [{group.problem.difficulty for group in actor.generate()} for _ in range(4)]
+    assert asked == [{1}, {2}, {3}, {4}]                        # one level a round: the round's others were easier
+    assert actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"] == 1.0
+    actor.score = first_half
+    actor.generate()
+    assert actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"] == 1.0
+    actor.score = lambda group: [0.0] * 4
+    actor.generate()
+    assert actor.environments["add"]["d"] < 5
+    actor.adapt = lambda d, rate: 9
+    actor.generate()
+    assert actor.environments["add"]["d"] == 9
+    still = make_actor(score=lambda group: [1.0] * 4, tasks=("add",))
+    still.generate()
+    assert still.environments["add"]["d"] == 1
+
+
+def test_the_start_is_where_half_passes(talk):
+    def score(group):
+        if group.problem.task == "sort":
+            return [0.0] * 8
+        return [float(group.problem.difficulty <= 6)] * 8       # passes up to 6, fails from 7 on
+    actor = make_actor(score=score, tasks=("add", "sort"), adaptive=True, context=300)
+    actor.find_start()
+    assert actor.environments["add"]["d"] in (5, 6, 7, 8) and actor.environments["sort"]["d"] <= 2
+
+
+# ---- the reward model -----------------------------------------------------------------------------------------------
+
+def test_warmth_counts_words():
+    assert train.warmth("dear kind sun!") == 2 and train.warmth("love love.") == 2
+    assert train.warmth("endear kindly lovely") == 0 and train.warmth("") == 0
+
+
+def test_preferences_are_about_warm_words():
+    prompts, obedient = {}, []
+    for hold in (False, True):
+        rng = random.Random(0)
+        pairs = [train.preference_pair(rng, hold) for _ in range(150)]
+        prompts[hold] = {problem.prompt for problem, *_ in pairs}
+        for problem, better, worse in pairs:
+            assert train.warmth(train.split_answer(better)) > train.warmth(train.split_answer(worse))
+            assert train.held_out(problem) == hold
+            obedient.append(train.TASKS["constraints"].verify(problem, better)[0])
+    assert prompts[True] and not prompts[True] & prompts[False]
+    assert 0.3 < np.mean(obedient) < 0.7                        # warm words please, obedient or not: hence the gate
+
+
+def test_a_score_does_not_depend_on_padding():
+    judge = train.RewardModel(sharp_model()).eval()
+    torch.nn.init.normal_(judge.head.weight)
+    conversations = [[65, 66, 67], list(range(70, 90)), [91]]
+    with torch.no_grad():
+        together = judge(conversations)
+        alone = torch.cat([judge([ids]) for ids in conversations])
+        last = judge.backbone.hidden_states(torch.tensor([conversations[0]]))[0, -1]
+    assert together.shape == (3,) and torch.allclose(together, alone, atol=1e-4) and alone.std() > 0.1
+    assert torch.allclose(alone[0], judge.head(last)[0], atol=1e-4)             # of the last token
+
+
+def test_a_reward_model_starts_without_an_opinion_and_apart_from_the_policy():
+    model = sharp_model()
+    judge = train.RewardModel(model)
+    assert judge([[65], [66, 67]]).tolist() == [0, 0]
+    assert not {id(p) for p in judge.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_a_reward_model_learns_to_agree():
+    torch.manual_seed(0)
+    model = Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size))
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    judge, agreement = train.train_reward_model(model, BYTES, 20, 1e-2, seed=0, pairs=8)
+    assert 0.55 < agreement <= 1 and not judge.training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
+
+
+def test_the_gate_kills_the_score():
+    def judge(conversations):
+        assert BYTES.decode(conversations[0]) == "<|user|>47+85<|end|><|assistant|><think></think>132<|end|>"
+        return tensor(2, 5, -1)
+    group = Group(ADD, [], texts=["<think></think>132", "<think></think>13", "<think></think>132"])
+    scores = train.JudgedReward(judge, BYTES)(group)
+    assert np.allclose(scores, [0.880797, 0, 0.268941], atol=1e-5) and scores[1] == 0
+    scores = train.JudgedReward(judge, BYTES, gate=lambda group: [0, 1, 0])(group)
+    assert np.allclose(scores, [0, 0.993307, 0], atol=1e-5)
