@@ -5,14 +5,12 @@
     python train.py --data my.jsonl --out out/mine --stages pretrain,midtrain
 
 TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
-long chains of thought, each trimmed so that the answer survives, then SFT on chats.  A run is a pure function of its settings and seed:
-the data order has no hidden state, so a killed run goes on bit for bit.
+long chains of thought, each trimmed so that the answer survives, then SFT on chats.  TR section IV: four stages of
+reinforcement learning on one spine, in which Actor samples groups of rollouts and rl_step learns from them.  A run is a
+pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
 
-The RL stages (TR section IV) share one spine: Actor samples groups of rollouts, rl_step learns from them.  Stages:
-pretrain, midtrain, sft, warmup, rlve, mathcode, behavior.
-
-Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage, the RL formulas, Actor, rl_step, run_rl,
-evaluation, main.  Does NOT include: more than one process.
+Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage, the RL formulas, Actor, rl_step,
+run_rl, main.  Does NOT include: more than one process.
 """
 import argparse
 import copy
@@ -86,11 +84,11 @@ CODE = ("registers", "find", "program", "synthesize", "falsify")        # CodeI/
 REASONING = MATH + PUZZLES + CODE                                       # base and path stay out: they show transfer
 
 
-def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_steps):
+def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_steps, tail):
     """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest shared."""
     def stage(index, tasks, **more):
         return RLStage(steps[index], context, rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
-                       **more)
+                       tail=tail, **more)
     return dict(warmup=stage(0, MATH + PUZZLES, aggregation=0.15), rlve=stage(1, REASONING, adaptive=True),
                 mathcode=stage(2, MATH + CODE, aggregation=0.15),
                 behavior=stage(3, ("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
@@ -105,25 +103,25 @@ PRESETS = {
         stages=dict(pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
                     midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
                     sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, 0.1, 8),
-                    **rl_stages((4, 4, 4, 4), 64, 5e5, (1e-3,) * 4, 2, 4, 4))),
+                    **rl_stages((4, 4, 4, 4), 64, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
-        stages=dict(pretrain=Stage(800, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(520, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-                    sft=Stage(800, 512, 5e5, 1.0, 6e-3, 5e-4, 6, 2, True, 0.25),
-                    **rl_stages((40, 60, 60, 30), 128, 5e5, (3e-3,) * 4, 8, 16, 60))),
+        stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
+                    midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
+                    sft=Stage(1000, 512, 5e5, 1.0, 6e-3, 5e-4, 6, 2, True, 0.2),
+                    **rl_stages((60, 110, 130, 40), 128, 5e5, (2e-3, 2e-3, 2e-3, 1e-3), 8, 16, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
                     midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
                     sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
-                    **rl_stages((200, 400, 400, 200), 1024, 5e6, (1e-4,) * 4, 32, 16, 500))),
+                    **rl_stages((200, 400, 400, 200), 1024, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
                     midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
                     sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
-                    **rl_stages((232, 400, 848, 384), 65536, 5e6, (1e-5, 1e-5, 5e-6, 2e-6), 128, 16, 1000))),
+                    **rl_stages((232, 400, 848, 384), 65536, 5e6, (1e-5, 1e-5, 5e-6, 2e-6), 128, 16, 1000, 4096))),
 }
 
 
@@ -282,7 +280,8 @@ def stage_settings(config, name):
     stage = PRESETS[config.preset]["stages"][name]
     lr = config.lr[name]
     if isinstance(stage, RLStage):
-        names = [n for n in task_names(config.tasks) if n in stage.tasks or n.startswith("reasoning_gym:")]
+        names = [n for n in task_names(config.tasks) if n in stage.tasks or
+                 (n.startswith("reasoning_gym:") and not stage.reward_model_steps)]
         stage = dataclasses.replace(stage, tasks=tuple(names), groups=config.groups, group_size=config.group_size)
     return dataclasses.replace(stage, steps=config.steps[name], context=config.context[name], lr=lr,
                                lr_end=lr * stage.lr_end / stage.lr)
@@ -318,9 +317,10 @@ class Task:
     A subclass gives `pose(rng, d)` -> (prompt, data); `reason(data, rng, slip)` -> (reasoning, answer), where each step
     goes wrong with probability `slip`; and `check(data, answer)` -> bool, total: any string gets a verdict.
     `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
-    `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.
+    `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.  `hardest`: where
+    an adaptive environment stops.
     """
-    exact, levels = True, (1, 2, 3)
+    exact, levels, hardest = True, (1, 2, 3), 30
 
     def __init__(self, name):
         self.name = name
@@ -370,7 +370,7 @@ class Search(Task):
     capped: only reward can teach to guess better and to go on.
     """
     exact = False
-    gives_up, most = 0.3, 8
+    gives_up, most = 0.6, 8
 
     def reason(self, data, rng, slip):
         trials = []
@@ -411,6 +411,7 @@ class ColumnSums(Task):
 
     sum 75c39d -> <think>c7+5=2d3+9=2#c2d2</think>c2d2
     """
+    levels = (4, 5, 6)
 
     def pose(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
@@ -591,14 +592,16 @@ class Program(Task):
     levels = (4, 5, 6)
 
     def pose(self, rng, d):
-        formula, lines, inner = "x", [], "x"
-        for _ in range(d + 1):
-            other, operator = rng.choice("x123456789"), rng.choice("+-*")
-            swap = rng.random() < 0.5
-            formula = f"({other}{operator}{formula})" if swap else f"({formula}{operator}{other})"
-            lines.append(f"a={other}{operator}{inner}" if swap else f"a={inner}{operator}{other}")
-            inner = "a"
-        return f"code {formula}", {"lines": lines}
+        while True:
+            formula, lines, inner = "x", [], "x"
+            for _ in range(d + 1):
+                other, operator = rng.choice("x123456789"), rng.choice("+-*")
+                swap = rng.random() < 0.5
+                formula = f"({other}{operator}{formula})" if swap else f"({formula}{operator}{other})"
+                lines.append(f"a={other}{operator}{inner}" if swap else f"a={inner}{operator}{other}")
+                inner = "a"
+            if len({run_program(";".join(lines), {"x": x})[-1]["a"] for x in range(10)}) > 1:     # no constant
+                return f"code {formula}", {"lines": lines}
 
     def reason(self, data, rng, slip):
         lines = [line if rng.random() >= slip else f"{line[:3]}{rng.choice('+-*')}{line[4]}" for line in data["lines"]]
@@ -614,6 +617,13 @@ class Program(Task):
         return True
 
 
+def worked(expression, x, rng, slip):
+    """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
+    values = [x, *evaluate(expression, {"x": x}, rng, slip)]
+    steps = [f"{a}{expression[1 + 2 * i:3 + 2 * i]}={b}" for i, (a, b) in enumerate(zip(values, values[1:]))]
+    return ",".join(steps), values[-1]
+
+
 def random_chain(rng, count):
     """An expression of `count` operations on x: x*2+3."""
     return "x" + "".join(rng.choice("+-*") + str(rng.randrange(2, 10)) for _ in range(count))
@@ -622,10 +632,10 @@ def random_chain(rng, count):
 class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
-    fit 0>3,4>7 -> <think>x*2:00;x+3:03,47</think>x+3           (input, the value after each operation)
+    fit 0>3,4>7 -> <think>x*2:0*2=0;x+3:0+3=3/4+3=7</think>x+3
     A trial stops at the first example that does not hold.
     """
-    gives_up = 0.15
+    levels = (1, 2)
 
     def pose(self, rng, d):
         hidden = self.guess({"count": (d + 1) // 2}, rng)
@@ -638,12 +648,12 @@ class Synthesize(Search):
     def trial(self, data, answer, rng, slip):
         parts, works = [], True
         for x, y in data["examples"]:
-            values = evaluate(answer, {"x": x}, rng, slip)
-            parts.append(f"{x}" + "".join(map(str, values)))
-            works = values[-1] == y
+            steps, value = worked(answer, x, rng, slip)
+            parts.append(steps)
+            works = value == y
             if not works:
                 break
-        return f"{answer}:" + ",".join(parts), works
+        return f"{answer}:" + "/".join(parts), works
 
     def check(self, data, answer):
         values = [evaluate(answer, {"x": x}) for x, _ in data["examples"]]
@@ -653,9 +663,9 @@ class Synthesize(Search):
 class Falsify(Search):
     """Find an input on which a wrong program differs from the right one; d + 1 operations each.  Many valid answers.
 
-    break x*2+3,x*7+3 -> <think>2:47,47;3:69,14</think>3       (input, the values of the one, those of the other)
+    break x*2+3,x*7+3 -> <think>2:2*2=4,4+3=7/2*7=4,4+3=7;3:3*2=6,6+3=9/3*7=1,1+3=4</think>3
     """
-    gives_up = 0.6
+    levels = (1, 2)
 
     def pose(self, rng, d):
         while True:
@@ -668,8 +678,8 @@ class Falsify(Search):
         return str(rng.randrange(10))
 
     def trial(self, data, answer, rng, slip):
-        values = [evaluate(program, {"x": int(answer)}, rng, slip) for program in data["programs"]]
-        return f"{answer}:" + ",".join("".join(map(str, v)) for v in values), values[0][-1] != values[1][-1]
+        (steps, value), (more, other) = (worked(program, int(answer), rng, slip) for program in data["programs"])
+        return f"{answer}:{steps}/{more}", value != other
 
     def check(self, data, answer):
         if answer not in list("0123456789"):
@@ -724,6 +734,7 @@ class Countdown(Search):
 
     make 13 of 3,5,2 -> <think>3+2-5=0;3*5-2=13</think>3*5-2
     """
+    levels, hardest = (1, 2), 7
 
     def pose(self, rng, d):
         while True:
@@ -758,9 +769,9 @@ class Countdown(Search):
 
 
 class Sat(Search):
-    """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals (a minus negates).  Many valid answers.
+    """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
 
-    sat 12,1-2,-1-2 -> <think>1+2+:12y,1-2y,-1-2n;1+2-:12y,1-2y,-1-2y</think>1+2-
+    sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y</think>1+2-
     A trial stops at the first clause that does not hold.
     """
 
@@ -769,8 +780,9 @@ class Sat(Search):
         planted = {v: rng.random() < 0.5 for v in range(1, count + 1)}
         while len(clauses) < d + 2:
             clause = sorted((v, rng.random() < 0.5) for v in rng.sample(range(1, count + 1), 2))
-            if any(planted[v] == sign for v, sign in clause):
-                clauses.append("".join(f"{'' if sign else '-'}{v}" for v, sign in clause))
+            text = "".join(f"{v}{'-+'[sign]}" for v, sign in clause)
+            if any(planted[v] == sign for v, sign in clause) and text not in clauses:
+                clauses.append(text)
         return "sat " + ",".join(clauses), {"count": count, "clauses": clauses}
 
     def guess(self, data, rng):
@@ -778,8 +790,8 @@ class Sat(Search):
 
     @staticmethod
     def holds(clause, values):
-        """Whether '1-2' holds under {'1': '+', '2': '+'}: a literal does if its sign is the variable's."""
-        return any(values[v] == (minus or "+") for minus, v in re.findall("(-?)([1-9])", clause))
+        """Whether '1+2-' holds under {'1': '+', '2': '+'}: a literal does if its sign is the variable's."""
+        return any(values[v] == sign for v, sign in zip(clause[::2], clause[1::2]))
 
     def trial(self, data, answer, rng, slip):
         values, parts = dict(zip(answer[::2], answer[1::2])), []
@@ -809,7 +821,7 @@ class Path(Task):
             places = rng.sample("0123456789", min(d + 3, 10))
             roads = [p + rng.choice(places[:i]) for i, p in enumerate(places) if i]     # a tree, and some more
             roads += ["".join(rng.sample(places, 2)) for _ in range(1 + d // 2)]
-            roads = sorted({"".join(rng.sample(sorted(road), 2)) for road in {"".join(sorted(r)) for r in roads}})
+            roads = sorted({"".join(rng.sample(sorted(road), 2)) for road in {"".join(sorted(r)): None for r in roads}})
             rng.shuffle(roads)
             a, b = rng.sample(places, 2)
             if len(self.search(roads, a, b)[1]) > 2:
@@ -867,7 +879,7 @@ WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "st
 
 
 class Constraints(Task):
-    """Follow instructions: a reply of words that obeys up to d + 1 rules (from d = 4 on, four, and longer replies).
+    """Follow instructions: a reply of different words that obeys up to d + 1 rules (from d = 4 on, longer ones).
 
     write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
     Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
@@ -876,7 +888,7 @@ class Constraints(Task):
     levels = (2, 3, 4)
 
     def pose(self, rng, d):
-        low = 2 + max(0, d - 4)
+        low = 2 + min(max(0, d - 4), 4)
         rules = {"count": rng.randrange(low, low + 3)}
         for kind in rng.sample(["no", "begins", "ends", "has"], min(d, 3)):
             rules[kind] = {"no": rng.choice("aeio"), "begins": rng.choice("dmrgsb"), "ends": rng.choice("!?."),
@@ -896,8 +908,11 @@ class Constraints(Task):
     def reason(self, data, rng, slip):
         rules = data["rules"]
         count = rules["count"] + (rng.choice((-1, 1)) if rng.random() < slip else 0)
-        words = [rng.choice(self.fitting(rules, i == 0) if rng.random() >= slip else WORDS) for i in range(count)]
-        if "has" in rules and rng.random() >= slip:
+        words = []
+        for i in range(count):
+            words.append(rng.choice([w for w in self.fitting(rules, i == 0) if w not in words]
+                                    if rng.random() >= slip else WORDS))
+        if "has" in rules and rules["has"] not in words and rng.random() >= slip:
             words[0 if rules["has"].startswith(rules.get("begins", "#")) or count == 1 else
                   rng.randrange(1, count)] = rules["has"]
         end = rules.get("ends", "") if rng.random() >= slip else rng.choice("!?.")
@@ -906,7 +921,8 @@ class Constraints(Task):
     def check(self, data, answer):
         rules, body = data["rules"], answer.rstrip("!?.")
         words = body.split(" ")
-        return re.fullmatch("[a-z]+( [a-z]+)*", body) is not None and len(words) == rules["count"] and \
+        return re.fullmatch("[a-z]+( [a-z]+)*", body) is not None and \
+            len({*words}) == len(words) == rules["count"] and \
             answer[len(body):] == rules.get("ends", "") and rules.get("no", "#") not in answer and \
             answer.startswith(rules.get("begins", "")) and rules.get("has", words[0]) in words
 
@@ -1927,6 +1943,7 @@ class Group:
     """A prompt and its rollouts: everything the trainer and the log need, in lists that torch.save keeps."""
     problem: Problem
     prompt: list                            # token ids
+    asked: int = 0                          # the environment's difficulty; 0: an aggregation prompt
     version: int = 0                        # of the sampler's weights
     tokens: list = field(default_factory=list)              # of each rollout
     logps: list = field(default_factory=list)               # (length,) fp32 each: the sampler's log probabilities
@@ -2001,12 +2018,13 @@ class Actor:
     """
     sync_every, most_stale, pool_size, dead_after = 2, 2, 64, 25
 
-    def __init__(self, model, tokenizer, stage, seed, score=verdicts, adapt=next_difficulty):
+    def __init__(self, model, tokenizer, stage, seed, score=verdicts, adapt=next_difficulty, dtype=torch.float32):
         self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
-        self.score, self.adapt = score, adapt
-        self.environments = {name: {"d": 1, "groups": 0, "best": 0.0} for name in stage.tasks}
+        self.score, self.adapt, self.dtype = score, adapt, dtype
+        self.environments = {name: {"d": 1, "groups": 0, "best": {}} for name in stage.tasks}
         self.buffer, self.pool = [], []         # groups to train on; (problem, tails) to aggregate
         self.version = self.rounds = self.dead = 0
+        self.useful = 1.0                       # the running share of groups with a signal
 
     def sync(self, model, version):
         """The sampler gets the trainer's weights."""
@@ -2028,13 +2046,15 @@ class Actor:
         d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
         environment["groups"] += 1
         problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
-        return Group(problem, self.prompt_ids(problem.prompt))
+        return Group(problem, self.prompt_ids(problem.prompt), d)
 
     def sample(self, groups, group_size):
         """Fill in the groups' rollouts and rewards."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} sample {self.rounds}").getrandbits(60))
         end = self.tokenizer.end
-        rolled = roll_out(self.sampler, [g.prompt for g in groups], group_size, self.stage.context, end, generator)
+        device = self.sampler.norm.weight.device.type           # the same precision as the trainer's
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            rolled = roll_out(self.sampler, [g.prompt for g in groups], group_size, self.stage.context, end, generator)
         for group, rollouts in zip(groups, rolled):
             group.version = self.version
             group.tokens, group.logps, group.choices = (list(part) for part in zip(*rollouts))
@@ -2047,36 +2067,46 @@ class Actor:
         self.rounds += 1
         return groups
 
+    def best(self, group):
+        """The highest solve rate so far of this group's source: its environment at its difficulty."""
+        return self.environments[group.problem.task]["best"].get(group.asked, 0.0)
+
     def find_start(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
         beliefs = {name: LogisticBelief() for name in self.environments}
         for i in range(rounds):
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
-                problem = draw(find_task(name), rng.getrandbits(48), belief.propose(rng), hold=False)
+                d = min(find_task(name).hardest, belief.propose(rng))
+                problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
                 groups.append(Group(problem, self.prompt_ids(problem.prompt)))
             for group in self.sample(groups, group_size):
                 right = sum(r > 0 for r in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
         for name, belief in beliefs.items():
-            self.environments[name]["d"] = belief.middle()
+            self.environments[name]["d"] = min(find_task(name).hardest, belief.middle())
 
     def generate(self):
-        """One round of rollouts for `sync_every` trainer steps, into the buffer -> all its groups."""
+        """One round of rollouts, enough for `sync_every` trainer steps by the share of groups that had a signal so far,
+        into the buffer -> all its groups."""
         rng = random.Random(f"{self.seed} round {self.rounds}")
-        asked = [self.pose(rng) for _ in range(self.sync_every * self.stage.groups)]
+        enough = self.sync_every * self.stage.groups
+        asked = [self.pose(rng) for _ in range(min(2 * enough, math.ceil(enough / self.useful)))]
         groups = self.sample(asked, self.stage.group_size)
         for group in groups:
             name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
             environment = self.environments[name]
-            plain = group.prompt == self.prompt_ids(group.problem.prompt)
-            if self.stage.adaptive and plain and group.problem.difficulty >= environment["d"]:
-                environment["d"] = self.adapt(environment["d"], rate)
-            if plain and self.stage.aggregation and rate < 1:
-                tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
-                self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
-            environment["best"] = max(environment["best"], rate)
-        self.buffer += [group for group in groups if has_signal(group.rewards)]
+            if self.stage.adaptive and group.asked == environment["d"]:
+                environment["d"] = min(find_task(name).hardest, self.adapt(environment["d"], rate))
+            if group.asked:
+                best = environment["best"]
+                best[group.asked] = max(best.get(group.asked, 0.0), rate)
+                if self.stage.aggregation and rate < 1:
+                    tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
+                    self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
+        signals = [group for group in groups if has_signal(group.rewards)]
+        self.buffer += signals
+        self.useful = max(0.1, 0.8 * self.useful + 0.2 * len(signals) / len(groups))
         self.dead = 0 if any(max(group.rewards) > 0 for group in groups) else self.dead + 1
         if self.dead == self.dead_after:
             self.stop(groups)
@@ -2092,29 +2122,32 @@ class Actor:
                          "learning starts from successes: train sft for longer, or leave out what it cannot do yet")
 
     def take(self, version):
-        """Up to `groups` groups for the trainer at `version`, the oldest first, none too stale; what was generated."""
-        generated, attempts = [], 0
-        while True:
-            self.buffer = [g for g in self.buffer if version - g.version <= self.most_stale]
-            if len(self.buffer) >= self.stage.groups or attempts == 3:
+        """Up to `groups` groups for the trainer at `version`, the oldest first, none too stale; what was generated.
+
+        Three quarters of them are enough: a whole round for the last few would mostly grow stale."""
+        self.buffer, generated = [g for g in self.buffer if version - g.version <= self.most_stale], []
+        for _ in range(3):
+            if len(self.buffer) >= 0.75 * self.stage.groups:
                 break
             generated += self.generate()
-            attempts += 1
         taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
         return taken, generated
 
     def state_dict(self):
         # Groups as plain dictionaries: trainer.pt is read with weights_only.
         return {"sampler": self.sampler.state_dict(), "environments": self.environments, "version": self.version,
-                "rounds": self.rounds, "dead": self.dead,
+                "rounds": self.rounds, "dead": self.dead, "useful": self.useful,
                 "buffer": [dataclasses.asdict(group) for group in self.buffer],
                 "pool": [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]}
 
     def load_state_dict(self, state):
         self.sampler.load_state_dict(state["sampler"])
         self.environments = state["environments"]
-        self.version, self.rounds, self.dead = state["version"], state["rounds"], state["dead"]
+        for name in ("version", "rounds", "dead", "useful"):
+            setattr(self, name, state[name])
         self.buffer = [Group(**{**group, "problem": Problem(**group["problem"])}) for group in state["buffer"]]
+        for group in self.buffer:                               # trainer.pt was read onto the model's device
+            group.logps, group.choices = ([t.cpu() for t in part] for part in (group.logps, group.choices))
         self.pool = [(Problem(**problem), tails) for problem, tails in state["pool"]]
 
 
@@ -2185,9 +2218,10 @@ def rl_step(model, optimizers, balancer, groups, advantages, config, dtype, lr, 
     for i, part in enumerate(parts):
         batch = collate(part, model.config.pad_token_id, device)
         inputs, targets, positions, choices, sampled, advantage = batch
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            if measure and i == len(parts) // 2:
+        if measure and i == len(parts) // 2:                    # under its own autocast, whose cache has no gradients
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 gap = replay_gap(model, batch)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logp = token_logps(model, inputs, targets, positions, list(choices))
         loss = policy_loss(logp, sampled, advantage, len(rollouts))
         loss.backward()
@@ -2304,17 +2338,18 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
             print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
         score = JudgedReward(judge, tokenizer, gate)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
-    actor = Actor(model, tokenizer, stage, seed, score, adapt)
+    actor = Actor(model, tokenizer, stage, seed, score, adapt, dtype)
     # A tenth of the balancer's rate: a few tasks' prompts are not what the experts should be levelled on.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
     if not keeper.resume(actor=actor, balancer=balancer, muon=optimizers[0], adamw=optimizers[1]) and stage.adaptive:
         actor.find_start()
         state["start"] = {task: environment["d"] for task, environment in actor.environments.items()}
         print(f"{name}: starts at difficulty " + " ".join(f"{task}={d}" for task, d in state["start"].items()))
-    log, begun = Log(config.out, name, state["step"]), time.perf_counter()
+    log = Log(config.out, name, state["step"])
     for step in range(state["step"] + 1, stage.steps + 1):
         if (step - 1) % actor.sync_every == 0:
             actor.sync(model, step - 1)
+        begun = time.perf_counter()
         groups, generated = actor.take(step - 1)
         sampled = time.perf_counter() - begun
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
@@ -2323,12 +2358,11 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
         if groups:
             rewards = torch.tensor([group.rewards for group in groups])
             bonus = torch.stack([length_reward(torch.tensor([float(len(t)) for t in group.tokens]), r,
-                                               actor.environments[group.problem.task]["best"], stage.length_reward)
+                                               actor.best(group), stage.length_reward)
                                  for group, r in zip(groups, rewards)]) if stage.length_reward else 0.0
             row = rl_step(model, optimizers, balancer, groups, advantage(rewards, bonus), config, dtype, lr, shows)
             keeper.check(row, step, [group.problem.prompt for group in groups])
         seconds = time.perf_counter() - begun
-        begun = time.perf_counter()
         row |= rollout_health(generated, groups, step - 1)
         row["rollouts_per_second"] = sum(len(g.tokens) for g in generated) / sampled if generated else None
         if stage.adaptive:
@@ -2388,7 +2422,7 @@ def settings(config):
 
 def check_same_run(folder, name, state, model, config, changes):
     """A run goes on only with the settings and the shape it began with; which one differs is said."""
-    pairs = [(setting, state["settings"][setting], now) for setting, now in settings(config).items()]
+    pairs = [(setting, state["settings"].get(setting), now) for setting, now in settings(config).items()]
     pairs += [(setting, getattr(model.config, setting), now) for setting, now in changes.items()]
     for setting, then, now in pairs:
         then, now = (value[name] if isinstance(value, dict) else value for value in (then, now))
@@ -2453,7 +2487,7 @@ def write_report(out, report):
 
     text = [f"# {report['preset']}, seed {report['seed']}", "",
             f"{params['total']} parameters, {params['active']} active per token (without the embedding)", "",
-            "Held-out pass@1 at temperature 1, at each task's three levels (chance: the teacher's answer to another "
+            "Held-out pass@1 at temperature 1, at each task's own levels (chance: the teacher's answer to another "
             "one):", ""]
     text += table(["task", "chance", *stages],
                   *([task, f"{chance:.2f}", *(f"{r['tasks'].get(task, 0):.2f}" for r in results)]
@@ -2464,8 +2498,8 @@ def write_report(out, report):
                   ["problems", "", *(str(result["problems"]) for result in results)],
                   ["minutes", "", *(f"{report['seconds'][name] / 60:.1f}" for name in stages)])
     last, asked = results[-1], [task for task in REASONING if task in results[-1]["tasks"]]
-    if stages[-1] in STAGES[3:] and asked:
-        sft = report["stages"]["sft"]
+    sft = report["stages"].get("sft", {"tasks_ci95": {}})
+    if stages[-1] in STAGES[3:] and asked and last["tasks"].keys() <= sft["tasks_ci95"].keys():
         text += ["Reinforcement learning, per task, with 95 % intervals (and greedy):", ""]
         text += table(["task", "after sft", f"after {stages[-1]}"],
                       *([task, *("{:.2f} [{:.2f}, {:.2f}] ({:.2f})".format(

@@ -32,8 +32,13 @@ def load(run, stage):
 
 
 def config_of(run, report, out):
-    return train.parse_arguments(["--preset", report["preset"], "--seed", str(report["seed"]),
-                                  "--out", os.path.join(run, out)])[0]
+    """The run's own settings, with another folder."""
+    config = train.parse_arguments(["--preset", report["preset"], "--seed", str(report["seed"]),
+                                    "--out", os.path.join(run, out)])[0]
+    if train.settings(config) != load(run, "behavior")[2]["settings"]:
+        raise SystemExit(f"{run} was not made with the settings of --preset {report['preset']}: nothing to compare")
+    os.makedirs(config.out, exist_ok=True)
+    return config
 
 
 def more_sft(run, report):

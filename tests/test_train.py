@@ -4,6 +4,8 @@ import doctest
 import json
 import os
 import random
+import subprocess
+import sys
 import re
 import time
 
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rsa
 import train
 import zaya
 from train import TASKS, Loader, Muon, Stage, TaskSource, TextSource, trim
@@ -104,12 +107,13 @@ def test_harder_is_longer(name):
     ("path", {"roads": ["31", "14", "35", "54", "47"], "ends": ["3", "7"]}, ["3147", "3547"],
      ["", "37", "347", "7413", "3145", "1147", "31147", "313147", "3147\n", "3-1-4-7", "314 7", "٣147", "3１47"]),
     ("constraints", {"rules": {"count": 3, "no": "e", "begins": "s", "ends": "!"}},
-     ["sun bird map!", "sun sun sun!", "s x y!"],
-     ["", "!", "sun bird map", "sun bird map!!", "sun bird map.", "sun bird!", "sun bird map fish!", "bird sun map!",
+     ["sun bird map!", "s x y!"],
+     ["", "sun sun sun!", "!", "sun bird map", "sun bird map!!", "sun bird map.", "sun bird!", "sun bird map fish!",
+      "bird sun map!",
       "sun red map!", "Sun bird map!", "sun  bird map!", "sun bird map !", " sun bird map!", "sun bird mäp!",
       "sun bird ｍap!", "sun bird m4p!", "sun bird map!\n", "sun\nbird map!", "sun\u00a0bird map!", "sun, bird map!"]),
-    ("constraints", {"rules": {"count": 2, "has": "sun"}}, ["sun map", "map sun", "sun sun"],
-     ["", "sun", "map", "sunny map", "map sunset", "map book", "sun map.", "map sun sun"]),
+    ("constraints", {"rules": {"count": 2, "has": "sun"}}, ["sun map", "map sun"],
+     ["", "sun sun", "sun", "map", "sunny map", "map sunset", "map book", "sun map.", "map sun sun"]),
 ])
 def test_verdicts_by_hand(name, data, right, wrong):
     task = TASKS[name]
@@ -196,9 +200,9 @@ def test_find_takes_valid_values_from_the_candidates():
 
 ESCAPES = [
     "", "__import__('os').system('x')", "__import__('os')", "x.__class__", "().__class__", "lambda:0", "lambda: 0",
-    "exec('1')", "eval('1+1')", "1**9**9", "9" * 10**6, "9" * (10**6 + 1), "a=a" + "*a" * 10**5, "٣", "３+3", "1+٣", "³",
-    "1\n", "1+1\n", "\n", "1\0+", "\0", "1+\ud800", "\udcff", "1-", "-1", "+1+", "1 + 1", "1/0", "1%0", "x[0]", "{1}",
-    "1if", "Ⅷ", "1+x\u0301", "++1", "1++"]
+    "exec('1')", "eval('1+1')", "1**9**9", "9" * 10**6, "9" * (10**6 + 1), "a=a" + "*a" * 10**5, "٣", "３+3", "1+٣",
+    "³", "11\n", "1+1\n", "\n", "1\0+", "\0", "1+\ud800", "\udcff", "1-", "-1", "+1+", "1 + 1", "1/0", "1%0", "x[0]",
+    "{1}", "1if", "Ⅷ", "1+x\u0301", "++1", "1++"]
 
 
 def test_expressions_by_hand():
@@ -642,3 +646,79 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
     assert all(chance < 0.4 for chance in result["chance"].values())
     low, high = result["ci95"]
     assert low < 0.5 < high and 0.4 < high - low < 0.6
+
+
+# ---- aggregation prompts, other people's tasks ----------------------------------------------------------------------
+
+def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
+    """The tails are cut by rsa.cut_tail, some of right and some of wrong replies; the target is right."""
+    cut = []
+    monkeypatch.setattr(train, "cut_tail", lambda text, tail, tokenizer: cut.append(
+        (text, train_cut(text, tail, tokenizer))) or cut[-1][1])
+    train_cut = rsa.cut_tail
+    tasks = ["column_sums", "find", "sat"]
+    source = TaskSource(tasks, tiny_stage(aggregation=1.0, tail=9), BYTES, 0)
+    right = []
+    for index in range(60):
+        rng = random.Random(index)
+        cut.clear()
+        question, answer = source.exchange(rng, hold=False)
+        if not cut:
+            continue                                            # nobody found the answer: a plain problem
+        tails = [tail for _, tail in cut]
+        problem_text = question.split("|")[-1]
+        assert question == rsa.terse_prompt(problem_text, tails) and 1 <= len(tails) <= 4
+        assert all(len(tail) <= 9 and "</think>" not in tail and text.split("</think>")[0].endswith(tail)
+                   for text, tail in cut)
+        task = {"sum": "column_sums", "find": "find", "sat": "sat"}[problem_text.split(" ")[0]]
+        problem = next(p for p in [train.draw(TASKS[task], seed, d, False) for seed, d in drawn(index)]
+                       if p.prompt == problem_text)
+        assert TASKS[task].verify(problem, answer)[0] == 1
+        right += [TASKS[task].verify(problem, text)[0] for text, _ in cut]
+    assert 0.2 < np.mean(right) < 0.8
+
+
+def drawn(index):
+    """The (seed, difficulty) that TaskSource.exchange draws its problem with."""
+    rng = random.Random(index)
+    rng.choice(["column_sums", "find", "sat"])
+    return [(rng.getrandbits(48), rng.randint(1, 2))]
+
+
+@pytest.mark.parametrize("module", [rsa])
+def test_rsa_examples(module):
+    result = doctest.testmod(module)
+    assert result.failed == 0 and result.attempted >= 3
+
+
+def test_a_tail_is_the_end_of_the_reasoning_only():
+    assert rsa.cut_tail("<think>abcdef</think>xyz", 3, BYTES) == "def"
+    assert rsa.cut_tail("<think>abcdef", 3, BYTES) == "def" and rsa.cut_tail("abc", 9, BYTES) == "abc"
+    assert rsa.cut_tail("<think>abc</think>", 0, BYTES) == "" and rsa.cut_tail("a b c", 0) == ""
+
+
+def test_problems_are_the_same_in_every_process():
+    """Sets of strings have another order in each process: nothing may depend on it."""
+    code = "import train; print([t.make(s, 4) for t in train.TASKS.values() for s in range(20)])"
+    said = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
+                           capture_output=True, cwd=os.path.dirname(train.__file__), check=True).stdout
+            for seed in ("1", "2")]
+    assert said[0] == said[1] and len(said[0]) > 1000
+
+
+def test_reasoning_gym_datasets_are_tasks():
+    pytest.importorskip("reasoning_gym")
+    task = train.find_task("reasoning_gym:chain_sum")
+    problem = task.make(5, 2)
+    assert problem == task.make(5, 2) and json.loads(json.dumps(problem.data)) == problem.data
+    assert task.verify(problem, task.solve(problem)) == (1, 1) and task.verify(problem, task.corrupt(problem)) == (0, 1)
+    assert all(task.verify(problem, f"<think></think>{text}")[0] == 0 for text in ("", "x", "٣", "\0", "9" * 900))
+    with pytest.raises(SystemExit, match="did you mean chain_sum"):
+        train.find_task("reasoning_gym:chain_summ")
+
+
+def test_reasoning_gym_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(SystemExit, match="pip install reasoning-gym"):
+        train.ReasoningGym("reasoning_gym:chain_sum")
