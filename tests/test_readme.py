@@ -2,6 +2,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "notebooks", "results", "tiny")
@@ -53,3 +55,11 @@ def test_the_examples_names_exist():
         for name in re.findall(r"from zaya import (.+)", block):
             assert all(hasattr(zaya, part.strip()) for part in name.split(","))
     assert callable(train.trim)
+
+
+def test_the_seeds_table_is_what_its_command_prints():
+    said = subprocess.run([sys.executable, os.path.join(ROOT, "notebooks", "post_training.py"), "--table"], text=True,
+                          capture_output=True, check=True).stdout
+    rows = [line for line in said.splitlines() if line.startswith("|")]
+    readme = read("README.md")
+    assert len(rows) > 15 and all(row in readme for row in rows), [row for row in rows if row not in readme]

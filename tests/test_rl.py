@@ -517,7 +517,7 @@ def test_the_buffer_gives_the_oldest_and_drops_the_stale(talk):
 def test_groups_without_signal_are_replaced_for_three_rounds_at_most(talk):
     actor = make_actor(score=lambda group: [1.0] * 4)
     taken, generated = actor.take(0)
-    assert taken == [] and len(generated) == 12
+    assert taken == [] and len(generated) == 4 + 5 + 7          # a round asks for more as fewer groups were of use
     actor = make_actor(score=lambda group: [1.0, 1.0, 1.0, float(group.problem.task != "add")])
     taken, generated = actor.take(0)
     assert [group.problem.task for group in taken] == ["add", "add"]
@@ -613,10 +613,10 @@ def test_adaptive_difficulty_follows_the_solve_rate(talk):
     actor = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True)
     asked = [{group.problem.difficulty for group in actor.generate()} for _ in range(4)]
     assert asked == [{1}, {2}, {3}, {4}]                        # one level a round: the round's others were easier
-    assert actor.environments["add"]["d"] == 5 and set(actor.environments["add"]["best"]) == {1, 2, 3, 4}
+    assert actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"][4] == 1
     actor.score = first_half
     actor.generate()
-    assert actor.environments["add"]["d"] == 5 and set(actor.environments["add"]["best"]) == {1, 2, 3, 4}
+    assert actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"][4] == 1
     actor.score = lambda group: [0.0] * 4
     actor.generate()
     assert actor.environments["add"]["d"] < 5

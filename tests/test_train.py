@@ -100,9 +100,9 @@ def test_harder_is_longer(name):
       "x*2+3\n", "a=x*2+3", "x*2+3" + "+0" * 48]),
     ("falsify", {"programs": ["x*2+3", "x*7+3"]}, ["1", "3", "9"],     # the odd ones
      ["", "0", "2", "8", "13", "03", "-1", "x", "3 ", "3\n", "1,3", "٣", "３", "³", "0123456789"]),
-    ("sat", {"count": 2, "clauses": ["12", "1-2", "-1-2"]}, ["1+2-"],
+    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, ["1+2-"],
      ["", "1+2+", "1-2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+1+2-", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
-    ("sat", {"count": 3, "clauses": ["12", "-23"]}, ["1+2-3-", "1+2-3+", "1+2+3+", "1-2+3+"],
+    ("sat", {"count": 3, "clauses": ["1+2+", "2-3+"]}, ["1+2-3-", "1+2-3+", "1+2+3+", "1-2+3+"],
      ["1-2-3+", "1-2+3-", "1+2+3-", "1+2-", "1+2-3"]),
     ("path", {"roads": ["31", "14", "35", "54", "47"], "ends": ["3", "7"]}, ["3147", "3547"],
      ["", "37", "347", "7413", "3145", "1147", "31147", "313147", "3147\n", "3-1-4-7", "314 7", "٣147", "3１47"]),
@@ -159,7 +159,7 @@ def test_who_reads_wrong_replies_can_still_be_right(name):
             assert text is None or task.verify(problem, text) == (1, 1)
             assert task.aggregate(problem, replies, seed) == text
             unsolved += text is None
-    assert unsolved <= (0 if task.exact or name == "find" else 3)       # a search may fail a hundred times
+    assert unsolved <= (0 if task.exact or name == "find" else 8)       # a search may fail a hundred times
 
 
 def test_aggregating_gives_up_on_what_nobody_can_solve():
@@ -169,9 +169,9 @@ def test_aggregating_gives_up_on_what_nobody_can_solve():
 
 @pytest.mark.parametrize("name, data, answer, reasoning", [
     ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2=13"),
-    ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:003,481"),
-    ("falsify", {"programs": ["x*2+3", "x*7+3"]}, "3", "3:69,14"),
-    ("sat", {"count": 2, "clauses": ["12", "1-2", "-1-2"]}, "1+2-", "1+2-:12y,1-2y,-1-2y"),
+    ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:0*2=0,0+3=3/4*2=8,8+3=1"),
+    ("falsify", {"programs": ["x*2+3", "x*7+3"]}, "3", "3:3*2=6,6+3=9/3*7=1,1+3=4"),
+    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, "1+2-", "1+2-:1+2+y,1+2-y,1-2-y"),
 ])
 def test_searchers_take_over_the_right_candidate(name, data, answer, reasoning):
     problem = train.Problem(name, 2, "?", data)
