@@ -108,8 +108,8 @@ PRESETS = {
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-                    sft=Stage(1000, 512, 5e5, 1.0, 6e-3, 5e-4, 6, 2, True, 0.2),
-                    **rl_stages((60, 110, 130, 40), 128, 5e5, (2e-3, 2e-3, 2e-3, 1e-3), 8, 16, 60, 24))),
+                    sft=Stage(1000, 512, 5e5, 1.0, 6e-3, 5e-4, 10, 2, True, 0.2),
+                    **rl_stages((36, 110, 140, 40), 96, 5e5, (2e-3, 2e-3, 2e-3, 1e-3), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
@@ -349,7 +349,7 @@ class Task:
         slip, data = 0.1, problem.data
         for attempt in range(10_000):
             if attempt > 30:
-                data = self.make(rng.getrandbits(48), problem.difficulty).data
+                data = draw(self, rng.getrandbits(48), problem.difficulty, hold=False).data
             reasoning, answer = self.reason(data, rng, slip)
             if not self.check(problem.data, answer):
                 return f"<think>{reasoning}</think>{answer}"
@@ -411,7 +411,7 @@ class ColumnSums(Task):
 
     sum 75c39d -> <think>c7+5=2d3+9=2#c2d2</think>c2d2
     """
-    levels = (4, 5, 6)
+    levels = (6, 7, 8)
 
     def pose(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
@@ -661,31 +661,38 @@ class Synthesize(Search):
 
 
 class Falsify(Search):
-    """Find an input on which a wrong program differs from the right one; d + 1 operations each.  Many valid answers.
+    """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
 
-    break x*2+3,x*7+3 -> <think>2:2*2=4,4+3=7/2*7=4,4+3=7;3:3*2=6,6+3=9/3*7=1,1+3=4</think>3
+    break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5</think>8
+    A trial looks whether the input takes the branch, and if so works out both programs.
     """
-    levels = (1, 2)
 
     def pose(self, rng, d):
         while True:
-            right, wrong = random_chain(rng, d + 1), random_chain(rng, d + 1)
-            differs = sum(evaluate(right, {"x": x})[-1] != evaluate(wrong, {"x": x})[-1] for x in range(10))
-            if 1 <= differs <= 5:
-                return f"break {right},{wrong}", {"programs": [right, wrong]}
+            right, other = random_chain(rng, d), random_chain(rng, d)
+            above, count = rng.random() < 0.5, rng.randrange(1, 5)
+            data = {"right": right, "other": other, "branch": f"x>{9 - count}" if above else f"x<{count}"}
+            if any(self.check(data, str(x)) for x in range(10)):
+                return f"break {right},{data['branch']}?{other}", data
 
     def guess(self, data, rng):
         return str(rng.randrange(10))
 
+    @staticmethod
+    def taken(data, x):
+        """Whether input x takes the branch 'x>6' or 'x<3'."""
+        return x > int(data["branch"][2]) if data["branch"][1] == ">" else x < int(data["branch"][2])
+
     def trial(self, data, answer, rng, slip):
-        (steps, value), (more, other) = (worked(program, int(answer), rng, slip) for program in data["programs"])
-        return f"{answer}:{steps}/{more}", value != other
+        x = int(answer)
+        if self.taken(data, x) == (rng.random() < slip):
+            return f"{x}n", False
+        (steps, value), (more, other) = worked(data["right"], x, rng, slip), worked(data["other"], x, rng, slip)
+        return f"{x}y:{steps}/{more}", value != other
 
     def check(self, data, answer):
-        if answer not in list("0123456789"):
-            return False
-        right, wrong = (evaluate(program, {"x": int(answer)})[-1] for program in data["programs"])
-        return right != wrong
+        return answer in list("0123456789") and self.taken(data, int(answer)) and \
+            evaluate(data["right"], {"x": int(answer)})[-1] != evaluate(data["other"], {"x": int(answer)})[-1]
 
 
 class Find(Task):
@@ -1237,7 +1244,9 @@ class TaskSource:
         """A problem and the teacher's reply; for a share `aggregation` of them the problem comes with the tails of
         right and of wrong replies, and the answer is a right one by someone who has read those."""
         task = find_task(rng.choice(self.tasks))
-        problem = draw(task, rng.getrandbits(48), rng.randint(1, self.stage.difficulty), hold)
+        most = self.stage.difficulty
+        d = min(rng.randint(1, most), rng.randint(1, most))     # easier ones more often, and no sudden end
+        problem = draw(task, rng.getrandbits(48), d, hold)
         if self.stage.aggregation and rng.random() < self.stage.aggregation:
             replies = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
                        for _ in range(rng.choice((1, 2, 3, 4, 4)))]

@@ -98,8 +98,8 @@ def test_harder_is_longer(name):
      ["x*2+3", "2*x+3", "x+x+3", "x*7+3", "x*2+3" + "+0" * 47],
      ["", "3", "1", "x+3", "3+x*2", "x*2", "X*2+3", "x*2+13", "x*２+3", "x*2+٣", "y*2+3", "(x*2)+3", "x*2+3;", "x*2+3 ",
       "x*2+3\n", "a=x*2+3", "x*2+3" + "+0" * 48]),
-    ("falsify", {"programs": ["x*2+3", "x*7+3"]}, ["1", "3", "9"],     # the odd ones
-     ["", "0", "2", "8", "13", "03", "-1", "x", "3 ", "3\n", "1,3", "٣", "３", "³", "0123456789"]),
+    ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, ["1", "3", "5"],     # odd, in the branch
+     ["", "0", "2", "7", "8", "13", "03", "-1", "x", "3 ", "3\n", "1,3", "٣", "３", "³", "0123456789"]),
     ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, ["1+2-"],
      ["", "1+2+", "1-2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+1+2-", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
     ("sat", {"count": 3, "clauses": ["1+2+", "2-3+"]}, ["1+2-3-", "1+2-3+", "1+2+3+", "1-2+3+"],
@@ -170,7 +170,7 @@ def test_aggregating_gives_up_on_what_nobody_can_solve():
 @pytest.mark.parametrize("name, data, answer, reasoning", [
     ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2=13"),
     ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:0*2=0,0+3=3/4*2=8,8+3=1"),
-    ("falsify", {"programs": ["x*2+3", "x*7+3"]}, "3", "3:3*2=6,6+3=9/3*7=1,1+3=4"),
+    ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, "3", "3y:3*2=6,6+3=9/3*7=1,1+3=4"),
     ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, "1+2-", "1+2-:1+2+y,1+2-y,1-2-y"),
 ])
 def test_searchers_take_over_the_right_candidate(name, data, answer, reasoning):
@@ -181,7 +181,7 @@ def test_searchers_take_over_the_right_candidate(name, data, answer, reasoning):
 
 
 def test_searchers_choose_among_right_candidates():
-    problem = train.Problem("falsify", 1, "?", {"programs": ["x*2+3", "x*7+3"]})
+    problem = train.Problem("falsify", 1, "?", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"})
     replies = [f"<think></think>{x}" for x in (1, 2, 5, 8)]
     assert {TASKS["falsify"].aggregate(problem, replies, seed)[-1] for seed in range(20)} == {"1", "5"}
 
