@@ -109,7 +109,7 @@ PRESETS = {
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
                     sft=Stage(1000, 512, 5e5, 1.0, 6e-3, 5e-4, 10, 2, True, 0.2),
-                    **rl_stages((36, 110, 140, 40), 96, 5e5, (2e-3, 2e-3, 2e-3, 1e-3), 16, 8, 60, 24))),
+                    **rl_stages((36, 110, 140, 40), 96, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
