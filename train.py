@@ -961,7 +961,7 @@ class ReasoningGym(Task):
         settings = {}
         if self.factory.has_curriculum(self.dataset):
             curriculum = self.factory.create_curriculum(self.dataset)
-            curriculum.set_global_level(min(level - 1, curriculum.get_max_level()))
+            curriculum.set_global_level(level - 1)              # beyond the last level it stays there
             settings = vars(curriculum.generate_configuration())
         dataset = self.factory.create_dataset(self.dataset, **{**settings, "seed": seed, "size": 1})
         return dataset, dataset[0]

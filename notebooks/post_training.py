@@ -80,7 +80,7 @@ def without_gate(run, report):
     model, tokenizer, _ = load(run, "mathcode")
     state = train.run_rl("behavior", config, stage, model, tokenizer, None, "cpu", torch.float32,
                          gate=lambda group: [1] * len(group.texts))
-    before, judge = load(run, "mathcode")[0], None
+    before = load(run, "mathcode")[0]
     judge = train.RewardModel(before).eval()
     judge.load_state_dict(load(run, "behavior")[2]["judge"])
     problems = train.held_out_problems(["constraints"], 60, (1, 2, 3, 4))
@@ -100,7 +100,7 @@ def without_gate(run, report):
 def replay(run):
     """Means over the log of each RL stage: expert flips, sampler-trainer KL with the replay and without."""
     rows = train.read_log(run)
-    return {stage: {key: float(np.mean([float(row[key]) for row in rows if row["stage"] == stage and row[key]]))
+    return {stage: {key: float(np.mean([float(row[key]) for row in rows if row["stage"] == stage and row[key]] or [0]))
                     for key in ("flips", "kl", "kl_live", "staleness", "rollouts_per_second")}
             for stage in train.STAGES[3:]}
 

@@ -682,7 +682,8 @@ def drawn(index):
     """The (seed, difficulty) that TaskSource.exchange draws its problem with."""
     rng = random.Random(index)
     rng.choice(["column_sums", "find", "sat"])
-    return [(rng.getrandbits(48), rng.randint(1, 2))]
+    d = min(rng.randint(1, 2), rng.randint(1, 2))
+    return [(rng.getrandbits(48), d)]
 
 
 @pytest.mark.parametrize("module", [rsa])
@@ -713,6 +714,7 @@ def test_reasoning_gym_datasets_are_tasks():
     assert problem == task.make(5, 2) and json.loads(json.dumps(problem.data)) == problem.data
     assert task.verify(problem, task.solve(problem)) == (1, 1) and task.verify(problem, task.corrupt(problem)) == (0, 1)
     assert all(task.verify(problem, f"<think></think>{text}")[0] == 0 for text in ("", "x", "٣", "\0", "9" * 900))
+    assert np.mean([len(task.make(i, 9).prompt) - len(task.make(i, 1).prompt) for i in range(20)]) > 10
     with pytest.raises(SystemExit, match="did you mean chain_sum"):
         train.find_task("reasoning_gym:chain_summ")
 
