@@ -85,9 +85,9 @@ REASONING = MATH + PUZZLES + CODE                                       # base a
 
 
 def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_steps, tail):
-    """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest shared."""
+    """The four stages of the cascade (TR section IV): `steps`, `context` and `lr` one each, the rest shared."""
     def stage(index, tasks, **more):
-        return RLStage(steps[index], context, rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
+        return RLStage(steps[index], context[index], rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
                        tail=tail, **more)
     return dict(warmup=stage(0, MATH + PUZZLES, aggregation=0.15), rlve=stage(1, REASONING, adaptive=True),
                 mathcode=stage(2, MATH + CODE, aggregation=0.15),
@@ -103,25 +103,26 @@ PRESETS = {
         stages=dict(pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
                     midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
                     sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, 0.1, 8),
-                    **rl_stages((4, 4, 4, 4), 64, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
+                    **rl_stages((4, 4, 4, 4), (64,) * 4, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-                    sft=Stage(1000, 512, 5e5, 1.0, 6e-3, 5e-4, 10, 2, True, 0.2),
-                    **rl_stages((36, 110, 140, 40), 96, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
+                    sft=Stage(1000, 512, 5e5, 0.9, 6e-3, 5e-4, 14, 2, True, 0.2),
+                    **rl_stages((36, 110, 120, 40), (96, 160, 96, 96), 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
                     midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
                     sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
-                    **rl_stages((200, 400, 400, 200), 1024, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
+                    **rl_stages((200, 400, 400, 200), (1024,) * 4, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
                     midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
                     sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
-                    **rl_stages((232, 400, 848, 384), 65536, 5e6, (1e-5, 1e-5, 5e-6, 2e-6), 128, 16, 1000, 4096))),
+                    **rl_stages((232, 400, 848, 384), (65536,) * 4, 5e6, (1e-5, 1e-5, 5e-6, 2e-6), 128, 16, 1000,
+                                4096))),
 }
 
 
@@ -318,7 +319,7 @@ class Task:
     goes wrong with probability `slip`; and `check(data, answer)` -> bool, total: any string gets a verdict.
     `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
     `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.  `hardest`: where
-    an adaptive environment stops.
+    difficulties end.
     """
     exact, levels, hardest = True, (1, 2, 3), 30
 
@@ -461,7 +462,7 @@ class Multiply(Task):
 
     47*6 -> <think>6:7*6+0=42,4*6+4=28:282</think>282
     """
-    levels = (2, 3, 4)
+    levels, hardest = (2, 3, 4), 8
 
     def pose(self, rng, d):
         first, second = (d + 2) // 2, (d + 1) // 2
@@ -1245,7 +1246,7 @@ class TaskSource:
         right and of wrong replies, and the answer is a right one by someone who has read those."""
         task = find_task(rng.choice(self.tasks))
         most = self.stage.difficulty
-        d = min(rng.randint(1, most), rng.randint(1, most))     # easier ones more often, and no sudden end
+        d = min(rng.randint(1, most), rng.randint(1, most), task.hardest)      # easy ones more often, no sudden end
         problem = draw(task, rng.getrandbits(48), d, hold)
         if self.stage.aggregation and rng.random() < self.stage.aggregation:
             replies = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))

@@ -146,8 +146,6 @@ def table():
               row("… greedy, after `mathcode`", over_tasks(stage("mathcode"), "greedy_tasks")),
               row("control: the same seconds on more SFT", over_tasks(lambda r: r["more sft"])),
               row("… greedy", over_tasks(lambda r: r["more sft"], "greedy_tasks")),
-              row("minutes of RL to `mathcode`", [sum(r["report"]["seconds"][n] for n in ("warmup", "rlve", "mathcode"))
-                                                  / 60 for r in results], "{:.1f}"),
               row("tasks kept out of RL, after `sft`", transfer("sft")),
               row("tasks kept out of RL, after `mathcode`", transfer("mathcode")),
               row("environments whose difficulty rose by 3 or more in `rlve`",
