@@ -108,8 +108,8 @@ PRESETS = {
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-                    sft=Stage(1000, 512, 5e5, 0.9, 6e-3, 5e-4, 14, 2, True, 0.2),
-                    **rl_stages((36, 110, 120, 40), (96, 160, 96, 96), 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
+                    sft=Stage(1000, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.2),
+                    **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
@@ -667,6 +667,7 @@ class Falsify(Search):
     break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5</think>8
     A trial looks whether the input takes the branch, and if so works out both programs.
     """
+    hardest = 12
 
     def pose(self, rng, d):
         while True:
@@ -2556,7 +2557,7 @@ def draw_report(out, report, stages):
     axis.hlines(chance, np.arange(len(tasks)) - 0.45, np.arange(len(tasks)) + 0.45, "black", "dotted", label="chance")
     axis.set_xticks(range(len(tasks)), tasks, rotation=20)
     axis.set(ylim=(0, 1.05), ylabel="pass@1", title="Held-out problems solved, one sample at temperature 1")
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, "report.png")
 
     log = read_log(out)
