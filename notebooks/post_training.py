@@ -129,9 +129,8 @@ def table():
 
     def row(what, values, form="{:.3f}"):
         values = [float(v) for v in values]
-        spread = np.std(values, ddof=1) if len(values) > 1 else 0.0
-        return f"| {what} | {form.format(np.mean(values))} ± {form.format(spread)} | " \
-            + ", ".join(form.format(v) for v in values) + " |"
+        spread = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+        return f"| {what} | {form.format(np.mean(values))}{spread} | {', '.join(map(form.format, values))} |"
 
     def stage(name):
         return lambda r: r["report"]["stages"][name]
@@ -139,7 +138,7 @@ def table():
     def transfer(name):
         return [np.mean([r["report"]["stages"][name]["tasks"][t] for t in ("base", "path")]) for r in results]
 
-    lines = ["| measured on held-out problems | mean ± sd over seeds | each seed |", "|---|---|---|"]
+    lines = ["| measured on held-out problems | mean (± sd over seeds) | each seed |", "|---|---|---|"]
     for name in ("sft", "warmup", "rlve", "mathcode", "behavior"):
         lines.append(row(f"pass@1 over the {len(ASKED)} RL tasks, after `{name}`", over_tasks(stage(name))))
     lines += [row("… greedy, after `sft`", over_tasks(stage("sft"), "greedy_tasks")),
