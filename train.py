@@ -2567,37 +2567,37 @@ def draw_report(out, report, stages):
     cascade = [name for name in stages if name in STAGES[3:]]
     if cascade:
         draw_curves(log, [("reward", "mean reward"), ("zero_groups", "groups\nwithout signal"),
-                          ("no_end", "replies\nwithout end"), ("norm", "gradient norm"),
+                          ("no_end repetitive", "replies without end\n(dotted: repetitive)"), ("norm", "gradient norm"),
                           ("difficulty", "difficulty of the\nenvironments (rlve)")], cascade,
                     f"Reinforcement learning: {report['preset']}, seed {report['seed']}",
                     lambda figure: save(figure, "rewards.png"))
 
 
 def draw_curves(log, curves, stages, title, save):
-    """One panel per (column, label) over the steps of all stages; a column of task=value texts gets a line a task."""
+    """One panel per (columns, label) over the steps of all stages; a column of task=value texts gets a line a task."""
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(len(curves), 1, figsize=(9, 2.2 * len(curves) + 1), sharex=True,
-                                height_ratios=[1.6] + [1] * (len(curves) - 1))
+    height = [1.6] + [1.6 if columns == "difficulty" else 1 for columns, _ in curves[1:]]
+    figure, axes = plt.subplots(len(curves), 1, figsize=(9, 1 + 1.8 * sum(height)), sharex=True, height_ratios=height)
     start = 0
     for number, stage in enumerate(stages):
         rows = [row for row in log if row["stage"] == stage]
-        for axis, (column, _) in zip(axes, curves):
+        for axis, column, style in [(axis, column, style) for axis, (columns, _) in zip(axes, curves)
+                                    for column, style in zip(columns.split(), ("solid", "dotted"))]:
             seen = [(start + int(row["step"]), row[column]) for row in rows if row[column]]
             if not seen:
                 continue
             steps, values = zip(*seen)
-            color = f"C{number}"
-            if "=" in values[0]:
+            if column == "difficulty":
                 lines = [dict(part.split("=") for part in value.split()) for value in values]
                 for i, task in enumerate(lines[0]):
-                    path, = axis.plot(steps, [int(line[task]) for line in lines], color=plt.cm.tab20(i), label=task)
-                axis.legend(fontsize=7, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+                    axis.plot(steps, [int(line[task]) for line in lines], color=plt.cm.tab20(i), label=task)
+                axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
                 continue
             values = np.array(values, float)
             width = min(15, 2 * (len(values) // 8) + 1)
             smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
-            axis.plot(steps, smooth, color=color, label=stage)
-            axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.7)
+            axis.plot(steps, smooth, color=f"C{number}", label=stage, linestyle=style)
+            axis.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.7)
         start += int(rows[-1]["step"]) if rows else 0
     for axis, (_, label) in zip(axes, curves):
         axis.set_ylabel(label)
