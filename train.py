@@ -154,8 +154,8 @@ class TrainConfig:
     weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training")
     grad_clip: float = option(1.0, "largest gradient norm", "training")
     balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", float)
-    log_every: int = option(20, "print a line every so many steps (log.csv gets them all)", "bookkeeping")
-    save_every: int = option(100, "write a checkpoint every so many steps", "bookkeeping")
+    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", "bookkeeping")
+    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", "bookkeeping")
     eval_problems: int = option(None, "held-out problems per task", "bookkeeping", int)
     eval_samples: int = option(None, "sampled answers per held-out problem", "bookkeeping", int)
 
@@ -727,7 +727,7 @@ class Find(Task):
                    for (a, t, label), mark, x in zip(columns, answer[::2], answer[1::2]))
 
     def aggregate(self, problem, replies, seed=0):
-        """Column by column, a valid value that one of the replies has, else the first that holds."""
+        """Column by column, a valid value that one of the replies has, else any that holds."""
         rng, steps, answer = random.Random(f"aggregate {seed}"), "", ""
         found = [pair for reply in replies for pair in re.findall("([a-zA-Z])([0-9])", split_answer(reply) or "")]
         for a, t, label in problem.data["columns"]:
@@ -812,8 +812,7 @@ class Sat(Search):
         return f"{answer}:" + ",".join(parts), works
 
     def check(self, data, answer):
-        form = "".join(f"{v}[+-]" for v in range(1, data["count"] + 1)).replace("[+-]", "[-+]")
-        if not re.fullmatch(form, answer):
+        if not re.fullmatch("".join(f"{v}[+-]" for v in range(1, data["count"] + 1)), answer):
             return False
         values = dict(zip(answer[::2], answer[1::2]))
         return all(self.holds(clause, values) for clause in data["clauses"])
@@ -830,7 +829,8 @@ class Path(Task):
             places = rng.sample("0123456789", min(d + 3, 10))
             roads = [p + rng.choice(places[:i]) for i, p in enumerate(places) if i]     # a tree, and some more
             roads += ["".join(rng.sample(places, 2)) for _ in range(1 + d // 2)]
-            roads = sorted({"".join(rng.sample(sorted(road), 2)) for road in {"".join(sorted(r)): None for r in roads}})
+            roads = dict.fromkeys("".join(sorted(road)) for road in roads)      # no set: its order is the process's
+            roads = sorted("".join(rng.sample(road, 2)) for road in roads)
             rng.shuffle(roads)
             a, b = rng.sample(places, 2)
             if len(self.search(roads, a, b)[1]) > 2:
@@ -904,9 +904,8 @@ class Constraints(Task):
                            "has": rng.choice(WORDS)}[kind]
         if not self.fitting(rules) or rules.get("no", "#") in rules.get("has", ""):
             rules.pop("no", None)
-        text = {"no": "no {}", "begins": "begins {}", "ends": "ends {}", "has": "has {}"}
-        return ",".join([f"write {rules['count']} words", *(text[kind].format(rules[kind]) for kind in text
-                                                             if kind in rules)]), {"rules": rules}
+        said = [f"{kind} {rules[kind]}" for kind in ("no", "begins", "ends", "has") if kind in rules]
+        return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
 
     @staticmethod
     def fitting(rules, first=True):
@@ -1591,15 +1590,24 @@ def held_out_loss(model, sources, stage, pad, late, tokens=16384):
     return result
 
 
+def prompt_ids(tokenizer, prompt):
+    """What the model reads before it answers: the user's turn, and the opening of the assistant's."""
+    return tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0]
+
+
+def left_padded(rows, pad, device):
+    """Lists of ids -> input_ids and attention_mask (B, S) int64, padded on the left as generation needs it."""
+    width = max(map(len, rows))
+    return (torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
+            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device))
+
+
 def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
     """Sample the assistant's answer to each prompt: list of str -> list of str, special tokens included."""
-    device = model.norm.weight.device
-    ids = [tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0] for prompt in prompts]
-    width = max(map(len, ids))
-    inputs = torch.tensor([[tokenizer.pad] * (width - len(row)) + row for row in ids], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    inputs, mask = left_padded(ids, tokenizer.pad, model.norm.weight.device)
     out = model.generate(inputs, max_new_tokens, temperature, attention_mask=mask, eos_token_id=tokenizer.end,
-                         generator=torch.Generator().manual_seed(seed))[:, width:]
+                         generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
     return [tokenizer.decode(row[:row.index(tokenizer.end)] if tokenizer.end in row else row) for row in out.tolist()]
 
 
@@ -1609,10 +1617,10 @@ def held_out_problems(tasks, count, levels=None):
     problems, seen = [], set()
     for name in tasks:
         task = find_task(name)
+        asked = levels or task.levels
         for i in range(count):
             for attempt in range(1000):
-                d = (levels or task.levels)[i % len(levels or task.levels)] + attempt // 50
-                problem = draw(task, f"eval {i} {attempt}", d, hold=True)
+                problem = draw(task, f"eval {i} {attempt}", asked[i % len(asked)] + attempt // 50, hold=True)
                 if (name, problem.prompt) not in seen:
                     break
             seen.add((name, problem.prompt))
@@ -1972,9 +1980,9 @@ def roll_out(model, prompts, group_size, context, end, generator):
     A prompt is prefilled once and its cache rows repeated; rows that ended leave the batch once they are an eighth
     of it (leaving costs a copy of the cache); every token's expert is recorded for the replay.
     """
-    device, width, layers = model.norm.weight.device, max(map(len, prompts)), len(model.layers)
-    ids = torch.tensor([[model.config.pad_token_id] * (width - len(p)) + p for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    device, layers = model.norm.weight.device, len(model.layers)
+    ids, mask = left_padded(prompts, model.config.pad_token_id, device)
+    width = ids.shape[1]
     model.eval()
     cache, routing = Cache(layers), []
     hidden = model.hidden_states(ids, mask, cache=cache, routing=routing)[:, -1]
@@ -2042,22 +2050,20 @@ class Actor:
         self.sampler.load_state_dict(model.state_dict())
         self.version = version
 
-    def prompt_ids(self, prompt):
-        return self.tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0]
-
     def pose(self, rng):
         """The least-sampled environment's next problem; or, for a share of them, an earlier problem with C of the
         model's own tails."""
         if self.pool and rng.random() < self.stage.aggregation:
             problem, tails = self.pool[rng.randrange(len(self.pool))]
-            return Group(problem, self.prompt_ids(terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))))
+            prompt = terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))
+            return Group(problem, prompt_ids(self.tokenizer, prompt))
         name = min(self.environments, key=lambda n: self.environments[n]["groups"])
         environment = self.environments[name]
         levels = find_task(name).levels
         d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
         environment["groups"] += 1
         problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
-        return Group(problem, self.prompt_ids(problem.prompt), d)
+        return Group(problem, prompt_ids(self.tokenizer, problem.prompt), d)
 
     def sample(self, groups, group_size):
         """Fill in the groups' rollouts and rewards."""
@@ -2085,12 +2091,12 @@ class Actor:
     def find_start(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
         beliefs = {name: LogisticBelief() for name in self.environments}
-        for i in range(rounds):
+        for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
                 d = min(find_task(name).hardest, belief.propose(rng))
                 problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
-                groups.append(Group(problem, self.prompt_ids(problem.prompt)))
+                groups.append(Group(problem, prompt_ids(self.tokenizer, problem.prompt)))
             for group in self.sample(groups, group_size):
                 right = sum(r > 0 for r in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)

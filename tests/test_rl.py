@@ -1,5 +1,4 @@
 """Reinforcement learning's parts: formulas, rollouts and their replay, the actor's bookkeeping, the reward model."""
-import doctest
 import io
 import math
 import random
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import rsa
 import train
 from conftest import randomise
 from train import Actor, Group, LogisticBelief, Problem, RLStage
@@ -54,17 +52,6 @@ def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
 def collated(rolled, prompts=PROMPTS, advantage=1.0):
     rollouts = [(prompt, *rollout, advantage) for prompt, group in zip(prompts, rolled) for rollout in group]
     return train.collate(rollouts, BYTES.pad, "cpu")
-
-
-def test_docstring_examples():
-    result = doctest.testmod(rsa)
-    assert result.failed == 0 and result.attempted >= 3
-
-
-def test_tails_are_counted_in_tokens():
-    assert rsa.cut_tail("<think>12345</think>7", 3, BYTES) == "345"
-    assert rsa.cut_tail("<think>12345", 3, BYTES) == "345" and rsa.cut_tail("12", 3, BYTES) == "12"
-    assert rsa.cut_tail("<think>12345</think>7", 0, BYTES) == "" and rsa.cut_tail("a b", 0) == ""
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -475,7 +462,7 @@ def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
                 say("132"), say("<think>" + "7+5=12," * 400 + "</think>132"), say("<think></think>132")]
     monkeypatch.setattr(train, "roll_out", lambda *_: [rollouts])
     actor = make_actor(score=train.verdicts)
-    group, = actor.sample([Group(ADD, actor.prompt_ids(ADD.prompt))], 6)
+    group, = actor.sample([Group(ADD, train.prompt_ids(BYTES, ADD.prompt))], 6)
     assert group.rewards == [1, 0, 0, 0, 0, 1]
     assert group.ended == [True, False, True, True, True, True]
     assert group.texts[:2] == ["<think>x</think>132"] * 2 and group.tokens[0][-1] == BYTES.end
@@ -562,7 +549,7 @@ def test_an_actor_goes_on_where_it_stopped():
 
 def test_aggregation_prompts_come_at_their_share(talk):
     actor, rng = make_actor(aggregation=0.3, context=300), random.Random(0)
-    assert actor.prompt_ids(ADD.prompt) != actor.pose(rng).prompt               # an empty pool: an ordinary problem
+    assert train.prompt_ids(BYTES, ADD.prompt) != actor.pose(rng).prompt     # an empty pool: an ordinary problem
     actor.pool = [(ADD, ["t1", "t2", "t3", "t4", "t5"]), (ADD, ["u"])]
     before = sum(environment["groups"] for environment in actor.environments.values())
     texts = [BYTES.decode(actor.pose(rng).prompt) for _ in range(500)]

@@ -1,11 +1,28 @@
 """rsa.py: the rounds, on generators whose behaviour can be worked out by hand."""
+import doctest
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rsa
 from rsa import cut_tail, markovian_rsa, report_prompt, terse_prompt
+from zaya import Tokenizer
+
+
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+
+
+def test_docstring_examples():
+    result = doctest.testmod(rsa)
+    assert result.failed == 0 and result.attempted >= 3
+
+
+def test_a_tail_is_the_end_of_the_reasoning_only():
+    assert cut_tail("<think>abcdef</think>xyz", 3, BYTES) == "def" and cut_tail("<think>abcdef", 3, BYTES) == "def"
+    assert cut_tail("abc", 9, BYTES) == "abc" and cut_tail("<think>a b c</think>d", 2) == "b c"
+    assert cut_tail("<think>abc</think>", 0, BYTES) == "" and cut_tail("a b c", 0) == ""
 
 
 def chatter(prompts, max_new_tokens, seed):

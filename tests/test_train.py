@@ -159,7 +159,7 @@ def test_who_reads_wrong_replies_can_still_be_right(name):
             assert text is None or task.verify(problem, text) == (1, 1)
             assert task.aggregate(problem, replies, seed) == text
             unsolved += text is None
-    assert unsolved <= (0 if task.exact or name == "find" else 8)       # a search may fail a hundred times
+    assert unsolved <= (0 if task.exact or name == "find" else 1)       # a search may fail a hundred times
 
 
 def test_aggregating_gives_up_on_what_nobody_can_solve():
@@ -684,18 +684,6 @@ def drawn(index):
     rng.choice(["column_sums", "find", "sat"])
     d = min(rng.randint(1, 2), rng.randint(1, 2))
     return [(rng.getrandbits(48), d)]
-
-
-@pytest.mark.parametrize("module", [rsa])
-def test_rsa_examples(module):
-    result = doctest.testmod(module)
-    assert result.failed == 0 and result.attempted >= 3
-
-
-def test_a_tail_is_the_end_of_the_reasoning_only():
-    assert rsa.cut_tail("<think>abcdef</think>xyz", 3, BYTES) == "def"
-    assert rsa.cut_tail("<think>abcdef", 3, BYTES) == "def" and rsa.cut_tail("abc", 9, BYTES) == "abc"
-    assert rsa.cut_tail("<think>abc</think>", 0, BYTES) == "" and rsa.cut_tail("a b c", 0) == ""
 
 
 def test_problems_are_the_same_in_every_process():
