@@ -1,13 +1,35 @@
 """Markovian RSA: parallel traces, of which only bounded tails are carried from round to round.
 
+    python rsa.py --checkpoint out/tiny/final "find 06b85c"
+    python rsa.py --endpoint http://localhost:8000/v1 --model Zyphra/ZAYA1-8B "What is 47 * 85?"
+    python rsa.py --endpoint … --model … --problems aime.jsonl --budget light,default --trace aime.trace
+
     population -> tails of tau tokens -> C of them in a prompt -> a new candidate
 
 TR section V (the ZAYA1-8B report), after Recursive Self-Aggregation (arXiv 2509.26626) and the Markovian Thinker
 (2510.06557).  Training makes its aggregation prompts with these very functions: a model sees at test time what it was
-taught to read.  Does NOT include yet: a command line, served endpoints.
+taught to read.  The text comes from any function generate(prompts, max_new_tokens, seed); here are two: Checkpoint, one
+of our own folders, and Endpoint, a server that speaks the chat-completions protocol.
+
+Read in this order: tails and prompts, markovian_rsa, answers, the two sources, Run (bar, trace, resume), main.
 """
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import json
+import os
 import random
-from dataclasses import dataclass
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+# Threads that wait asleep: on a busy machine spinning ones are many times slower, on an idle one they gain nothing.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# ---- tails and prompts ----------------------------------------------------------------------------------------------
 
 
 def cut_tail(text, tail, tokenizer=None):
@@ -24,6 +46,14 @@ def cut_tail(text, tail, tokenizer=None):
         return " ".join(reasoning.split()[-tail:] if tail else [])
     ids = tokenizer.encode(reasoning)
     return tokenizer.decode(ids[max(0, len(ids) - tail):])
+
+
+def count_tokens(text, tokenizer=None):
+    """How many tokens a text has; each <think> tag is one."""
+    if tokenizer is None:
+        return len(text.split())
+    parts = re.split("</?think>", text)
+    return len(parts) - 1 + sum(len(tokenizer.encode(part)) for part in parts)
 
 
 def terse_prompt(problem, tails):
@@ -51,20 +81,25 @@ def report_prompt(problem, tails):
     return f"{problem}\n\n{candidates}Write one improved solution, and mark the final answer."
 
 
+PROMPTS = {"terse": terse_prompt, "report": report_prompt}
+
+# ---- the algorithm --------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Candidate:
-    """One rollout: what was asked, what came back, and the tail that the next round may see."""
+    """One rollout: what was asked, what came back, and the tail that the next round may see.  text None: it failed."""
     prompt: str
-    text: str
-    tail: str
+    text: str | None
+    tail: str | None
 
 
 @dataclass
 class Result:
     """rounds[t]: the candidates of round t, 0 … T."""
-    rounds: list
-    generated_tokens: int
-    longest_prompt: int                                         # tokens
+    rounds: list = field(default_factory=list)
+    generated_tokens: int = 0
+    longest_prompt: int = 0                                     # tokens
 
     @property
     def candidates(self):
@@ -84,25 +119,589 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
     N `population`, C `subset`, T `rounds` (of aggregation), beta `budget`, tau `tail`.  A prompt holds q and at most
     C tau tokens of tails, whatever T is.  rounds=0: parallel sampling; subset=1: Delethink; tail=budget: full RSA.
 
-    problem str; generate(prompts: list of str, max_new_tokens: int, seed: int) -> list of str; tokenizer: anything with
-    encode and decode, None counts words -> Result.  ValueError if an argument makes no sense, or if `generate` returns
-    another number of texts than it was asked for.  TR section V; deterministic for a seed if `generate` is.
+    problem str, or a list of them, which share each call of generate; generate(prompts: list of str, max_new_tokens:
+    int, seed: int) -> list of str, None where a rollout failed: it is left out of the subsets; tokenizer: anything with
+    encode and decode, None counts words -> Result, or a list of them.  ValueError if an argument makes no sense, or if
+    generate returns another number of texts than it was asked for.  TR section V; deterministic for a seed if generate
+    is.
     """
     if not (population >= 1 and 1 <= subset <= population and rounds >= 0 and budget >= 1 and 0 <= tail <= budget):
         raise ValueError(f"markovian_rsa needs 1 <= subset <= population, rounds >= 0 and 0 <= tail <= budget; got "
                          f"population={population}, subset={subset}, rounds={rounds}, budget={budget}, tail={tail}")
-    rng, history, tokens, longest = random.Random(seed), [], 0, 0
+    problems = [problem] if isinstance(problem, str) else list(problem)
+    results, rngs = [Result() for _ in problems], [random.Random(f"{seed} {i}") for i in range(len(problems))]
     for t in range(rounds + 1):
-        prompts = [problem] * population if t == 0 else \
-            [build_prompt(problem, [c.tail for c in rng.sample(history[-1], subset)]) for _ in range(population)]
-        texts = generate(prompts, budget, rng.getrandbits(31))
-        if len(texts) != population:
-            raise ValueError(f"generate returned {len(texts)} texts for {population} prompts")
-        history.append([Candidate(p, x, cut_tail(x, tail, tokenizer)) for p, x in zip(prompts, texts)])
-        tokens += sum(count_tokens(text, tokenizer) for text in texts)
-        longest = max(longest, *(count_tokens(prompt, tokenizer) for prompt in prompts))
-    return Result(history, tokens, longest)
+        prompts = []
+        for q, result, rng in zip(problems, results, rngs):
+            tails = [c.tail for c in result.candidates if c.text is not None] if t else []
+            prompts += [build_prompt(q, rng.sample(tails, min(subset, len(tails)))) if tails else q
+                        for _ in range(population)]
+        texts = generate(prompts, budget, random.Random(f"{seed} round {t}").getrandbits(31))
+        if len(texts) != len(prompts):
+            raise ValueError(f"generate returned {len(texts)} texts for {len(prompts)} prompts")
+        for i, result in enumerate(results):
+            part = slice(i * population, (i + 1) * population)
+            result.rounds.append([Candidate(p, y, None if y is None else cut_tail(y, tail, tokenizer))
+                                  for p, y in zip(prompts[part], texts[part])])
+            result.generated_tokens += sum(count_tokens(y, tokenizer) for y in texts[part] if y is not None)
+            longest = max(count_tokens(p, tokenizer) for p in set(prompts[part]))
+            result.longest_prompt = max(result.longest_prompt, longest)
+            if all(y is None for y in texts[part]):
+                raise RuntimeError(f"all {population} candidates of a round failed: nothing to aggregate")
+    return results[0] if isinstance(problem, str) else results
 
 
-def count_tokens(text, tokenizer=None):
-    return len(text.split() if tokenizer is None else tokenizer.encode(text))
+@dataclass(frozen=True)
+class Budget:
+    """N, C, T, beta, tau of one run."""
+    population: int
+    subset: int
+    rounds: int
+    budget: int
+    tail: int
+
+    def __str__(self):
+        return f"N={self.population} C={self.subset} T={self.rounds} beta={self.budget} tau={self.tail}"
+
+
+# The report names four.  default is its AIME setting; of extra-high N and T are known, light and high lie around them.
+# tiny: what `python train.py` trains its checkpoint for.
+BUDGETS = {"tiny": Budget(16, 4, 2, 160, 24), "light": Budget(8, 4, 1, 40960, 4096),
+           "default": Budget(16, 4, 2, 40960, 4096), "high": Budget(16, 4, 4, 40960, 4096),
+           "extra-high": Budget(32, 4, 8, 40960, 4096)}
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+def last_boxed(text):
+    r"""What the last complete \boxed{…} holds, with its braces balanced; None without one.
+
+    >>> last_boxed(r"so \boxed{1}, no, \boxed{\frac{1}{2}}")
+    '\\frac{1}{2}'
+    """
+    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
+        depth = 1
+        for end in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                return text[start:end]
+
+
+def final_answer(text):
+    r"""A reply's answer: its last \boxed{…}, else <answer>…</answer>, else what follows ####, else the one short line
+    that stands after its reasoning.  None if there is none: the reasoning has not ended, or the reply names no answer.
+
+    >>> final_answer("<think>7*6</think>It is \\boxed{42}."), final_answer("<think>7+5=12</think>12")
+    ('42', '12')
+    >>> final_answer("<think>7+5=12, so"), final_answer("<think>7</think>")
+    (None, None)
+    """
+    if text is None or (text.startswith("<think>") and "</think>" not in text):
+        return None
+    reply = text.rpartition("</think>")[2].strip()
+    answer = last_boxed(reply)
+    if answer is None and (tagged := re.findall(r"<answer>(.*?)</answer>", reply, re.DOTALL)):
+        answer = tagged[-1]
+    if answer is None and "####" in reply:
+        answer = reply.rpartition("####")[2]
+    if answer is None and "\n" not in reply and len(reply) <= 100:
+        answer = reply
+    return (answer or "").strip() or None
+
+
+def normal_form(answer):
+    r"""An answer as it is compared: a number as a fraction, all else without case, spaces and LaTeX's dressing.
+
+    >>> normal_form("1,234.50") == normal_form(r"$\frac{2469}{2}$"), normal_form(r"\text{Even }."), normal_form("073")
+    (True, 'even', Fraction(73, 1))
+    """
+    text = re.sub(r"\\(left|right|displaystyle|quad|[!,;: ])|[\s$]|\^\\circ|\^\{\\circ\}|\\?%", "", answer)
+    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text).rstrip(".")
+    number = re.sub(r"\\[dt]?frac\{([0-9.]+)\}\{([0-9.]+)\}", r"\1/\2", text)
+    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", number):
+        number = number.replace(",", "")
+    if re.fullmatch(r"[-+]?[0-9]{1,300}(\.[0-9]{1,300}|/0*[1-9][0-9]{0,300})?", number):      # never 1e999999999
+        return Fraction(number)
+    return text.lower()
+
+
+def same(answer, truth):
+    return answer is not None and normal_form(answer) == normal_form(truth)
+
+
+def majority(answers):
+    """The most frequent answer and its votes; the first one of several.  Those that are None have no vote.
+
+    >>> majority(["7", None, "07", "8", None, None]), majority([None])
+    (('7', 2), (None, 0))
+    """
+    given = [answer for answer in answers if answer is not None]
+    votes = collections.Counter(map(normal_form, given))
+    return max(((a, votes[normal_form(a)]) for a in given), key=lambda pair: pair[1], default=(None, 0))
+
+
+def interval(rates):
+    """95 % interval of the mean over problems, whose samples depend on each other.  All right or all wrong is no proof
+    of 1 or 0: never narrower than one problem's worth."""
+    rates = [float(rate) for rate in rates]
+    if len(rates) < 2:
+        return [0.0, 1.0]
+    mean = sum(rates) / len(rates)
+    deviation = (sum((rate - mean) ** 2 for rate in rates) / (len(rates) - 1)) ** 0.5
+    half = 1.96 * max(deviation / len(rates) ** 0.5, 1 / len(rates))
+    return [max(0.0, mean - half), min(1.0, mean + half)]
+
+
+# ---- source 1: a checkpoint of ours ---------------------------------------------------------------------------------
+
+
+def prompt_ids(tokenizer, prompt):
+    """What the model reads before it answers: the user's turn, and the opening of the assistant's."""
+    return tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0]
+
+
+def left_padded(rows, pad, device):
+    """Lists of ids -> input_ids and attention_mask (B, S) int64, padded on the left as generation needs it."""
+    import torch
+    width = max(map(len, rows))
+    return (torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
+            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device))
+
+
+def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
+    """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included."""
+    import torch
+    inputs, mask = left_padded([prompt_ids(tokenizer, p) for p in prompts], tokenizer.pad, model.norm.weight.device)
+    out = model.generate(inputs, max_new_tokens, temperature, attention_mask=mask, eos_token_id=tokenizer.end,
+                         generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
+    return [tokenizer.decode(row[:row.index(tokenizer.end)] if tokenizer.end in row else row) for row in out.tolist()]
+
+
+class Source:
+    """Where text comes from: stream(prompts, max_new_tokens, seed) yields (index, text, tokens generated, error), as
+    rollouts finish, in any order."""
+
+    def __call__(self, prompts, max_new_tokens, seed):
+        """As markovian_rsa's generate: list of str -> list of str."""
+        texts = [None] * len(prompts)
+        for index, text, *_ in self.stream(prompts, max_new_tokens, seed):
+            texts[index] = text
+        return texts
+
+
+class Checkpoint(Source):
+    """A model of ours.  Batches of up to `rows` prompts, those of a length together; equal ones are prefilled once."""
+
+    def __init__(self, model, tokenizer, temperature=1.0, rows=256):
+        self.model, self.tokenizer, self.temperature, self.rows = model.eval(), tokenizer, temperature, rows
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        import torch
+        from zaya import Tokenizer, Zaya
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(Zaya.from_pretrained(folder, device=device), Tokenizer.from_pretrained(folder))
+
+    def stream(self, prompts, max_new_tokens, seed):
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+        for start in range(0, len(order), self.rows):
+            part = order[start:start + self.rows]
+            texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
+                          self.temperature)
+            for i, text in zip(part, texts):
+                yield i, text, count_tokens(text, self.tokenizer), None
+
+
+# ---- source 2: a served model ---------------------------------------------------------------------------------------
+
+
+class Endpoint(Source):
+    """A server that speaks OpenAI's chat-completions protocol: vLLM, SGLang, transformers serve, a hosted model.
+
+    Up to `concurrency` requests at once.  The client library retries 408, 409, 429, 5xx, timeouts and dropped
+    connections with back-off; answers that are no chat completion are asked for again here.  A rollout that fails
+    `retries` times is reported, not replaced.  What the server refuses for good (a wrong key, model or request) stops
+    the run with the server's words.  The key is read from the environment, and blotted out of all that is printed.
+    """
+
+    def __init__(self, url, model, key_variable="OPENAI_API_KEY", concurrency=16, timeout=1800.0, retries=5,
+                 temperature=1.0, top_p=1.0):
+        try:
+            import openai
+        except ImportError:
+            raise SystemExit("--endpoint needs the openai client: pip install openai") from None
+        self.openai, self.model, self.retries = openai, model, retries
+        self.concurrency, self.sampling = concurrency, dict(temperature=temperature, top_p=top_p)
+        self.key = os.environ.get(key_variable) or "none"
+        self.client = openai.OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
+
+    def hide(self, text):
+        """`text` without the key, on one line."""
+        return " ".join((str(text).replace(self.key, "***") if self.key != "none" else str(text)).split())
+
+    def ask(self, prompt, max_new_tokens, seed):
+        """-> text, tokens, None; or None, 0, what went wrong."""
+        error = ""
+        for attempt in range(self.retries + 1):
+            try:
+                answer = self.client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": prompt}], max_tokens=max_new_tokens,
+                    seed=seed, **self.sampling)
+                return *self.read(answer), None
+            except self.openai.APIStatusError as refusal:
+                words = self.hide(refusal)
+                if refusal.status_code in (408, 409, 429) or refusal.status_code >= 500:
+                    return None, 0, words
+                raise SystemExit(f"the server refuses model {self.model!r} or this request: {words}") from None
+            except self.openai.APIConnectionError as broken:            # timeouts too; the client has tried again
+                return None, 0, self.hide(f"{broken} {broken.__cause__ or ''}")
+            except (self.openai.APIError, ValueError, AttributeError, IndexError, TypeError) as garbled:
+                error = self.hide(f"no chat completion came back ({type(garbled).__name__}: {garbled})")
+                time.sleep(min(8.0, 0.5 * 2 ** attempt) * (0.5 + random.random() / 2))
+        return None, 0, error
+
+    @staticmethod
+    def read(answer):
+        """A chat completion -> its text with the reasoning in <think> tags, and the tokens it took.
+
+        Servers with a reasoning parser put the reasoning into a field of its own, the others leave its tags in.
+        """
+        choice = answer.choices[0]
+        content = choice.message.content or ""
+        reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        if reasoning:
+            ended = content or choice.finish_reason != "length"
+            content = f"<think>{reasoning}" + (f"</think>{content}" if ended else "")
+        elif "</think>" in content and "<think>" not in content:        # the chat template had opened it
+            content = "<think>" + content
+        return content, answer.usage.completion_tokens if answer.usage else 0
+
+    def stream(self, prompts, max_new_tokens, seed):
+        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
+            asked = {pool.submit(self.ask, prompt, max_new_tokens, random.Random(f"{seed} {i}").getrandbits(31)): i
+                     for i, prompt in enumerate(prompts)}
+            try:
+                for done in concurrent.futures.as_completed(asked):
+                    yield asked[done], *done.result()
+            except BaseException:                               # nothing new is asked; what is under way may end
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+# ---- a run: its bar, its trace, and going on after a kill -----------------------------------------------------------
+
+
+class Run:
+    """markovian_rsa's generate for one budget: a source with a bar, and a memory.
+
+    trace: a file that takes every finished rollout at once, a JSON line each: run, problem, round, index, prompt, text,
+    tail, answer, tokens (or error).  Rollouts the trace already has, to the same prompt, are not asked for again.
+    """
+
+    def __init__(self, source, name, budget, tokenizer, problems, trace=None, known=()):
+        self.source, self.name, self.budget, self.tokenizer, self.trace = source, name, budget, tokenizer, trace
+        self.known = {(row["round"], row["problem"], row["index"], row["prompt"]): row for row in known
+                      if row["run"] == name and row.get("text") is not None}
+        self.problems, self.round, self.tokens, self.failed = problems, 0, [], []
+        self.total = problems * budget.population * (budget.rounds + 1)
+        self.bar = None
+
+    def __call__(self, prompts, max_new_tokens, seed):
+        from tqdm import tqdm
+        self.bar = self.bar or tqdm(total=self.total, desc=self.name, unit=" rollouts", disable=None)
+        texts, spent = [None] * len(prompts), 0
+        places = [divmod(i, self.budget.population) for i in range(len(prompts))]
+        found = [self.known.get((self.round, *place, prompt)) for place, prompt in zip(places, prompts)]
+        for i, row in enumerate(found):
+            if row:
+                texts[i], spent = row["text"], spent + row["tokens"]
+                self.bar.update()
+        missing = [i for i, row in enumerate(found) if not row]
+        with contextlib.closing(self.source.stream([prompts[i] for i in missing], max_new_tokens, seed)) as stream:
+            for place, text, tokens, error in stream if missing else ():
+                i = missing[place]
+                problem, index = places[i]
+                texts[i], spent = text, spent + tokens
+                row = dict(run=self.name, problem=problem, round=self.round, index=index, prompt=prompts[i], text=text)
+                if text is None:
+                    row["error"] = error
+                    self.failed.append(f"problem {problem}, round {self.round}, candidate {index}: {error}")
+                    self.bar.write(f"failed, and left out of the subsets: {self.failed[-1]}", file=sys.stderr)
+                else:
+                    row |= dict(tail=cut_tail(text, self.budget.tail, self.tokenizer), answer=final_answer(text),
+                                tokens=tokens)
+                if self.trace:
+                    self.trace.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    self.trace.flush()
+                self.bar.update()
+        self.tokens.append(spent)
+        self.round += 1
+        if self.round > self.budget.rounds:
+            self.bar.close()
+        return texts
+
+
+def open_trace(path, settings, resume):
+    """-> the file to append to, and the rows it already has.  Its first line holds the settings they were made with."""
+    if path is None:
+        return None, []
+    rows = []
+    if os.path.exists(path) and os.path.getsize(path):
+        if not resume:
+            raise SystemExit(f"--trace {path} exists: add --resume to go on with it, or name another file")
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
+        if lines[-1]:                                           # killed while writing: that rollout was not finished
+            os.truncate(path, os.path.getsize(path) - len(lines[-1]))
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise SystemExit(f"{path}, line {number}: no JSON ({error}); this is no trace of rsa.py") from None
+        if not rows or rows[0].get("settings") != settings:
+            old = rows[0].get("settings", {}) if rows else {}
+            other = [key for key in settings if old.get(key) != settings[key]]
+            raise SystemExit(f"--trace {path} was made with other settings ({', '.join(other) or 'none are there'}): "
+                             "name another file, or repeat the command that made it")
+    file = open(path, "a", encoding="utf-8")
+    if not rows:
+        file.write(json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
+        file.flush()
+    return file, rows[1:]
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def read_problems(path):
+    """A .jsonl of {"problem", "answer"} -> list of (problem, answer), answers as text."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                rows.append((str(row["problem"]), str(row["answer"])))
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(f'{path}, line {number}: not {{"problem": …, "answer": …}} '
+                                 f"({type(error).__name__}: {error})") from None
+    if not rows:
+        raise SystemExit(f"{path} holds no problems")
+    return rows
+
+
+def rates(results, answers, t):
+    """Each problem's share of right candidates in round t; one that failed is not right."""
+    return [sum(same(final_answer(c.text), answer) for c in result.rounds[t]) / len(result.rounds[t])
+            for result, answer in zip(results, answers)]
+
+
+def voted(results, answers, t):
+    """Whether each problem's majority in round t is right, 1.0 or 0.0."""
+    return [float(same(majority([final_answer(c.text) for c in result.rounds[t]])[0], answer))
+            for result, answer in zip(results, answers)]
+
+
+def score_table(runs, answers):
+    """Markdown: one row a budget.  runs: list of (Run, results)."""
+    lines = ["| budget | single | majority | Markovian RSA | its majority | tokens a problem | longest prompt | "
+             "failed |",
+             "|---" * 8 + "|"]
+    for run, results in runs:
+        scores = [rates(results, answers, 0), voted(results, answers, 0), rates(results, answers, -1),
+                  voted(results, answers, -1)]
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(sum(s) / len(s), *interval(s)) for s in scores]
+        lines.append(f"| {run.name}: {run.budget} | {' | '.join(cells)} | {sum(run.tokens) / len(results):,.0f} | "
+                     f"{max(result.longest_prompt for result in results):,} | {len(run.failed)} |")
+    return "\n".join(lines)
+
+
+def show_rounds(run, result):
+    """One problem: how its candidates' answers change from round to round, and the majority."""
+    for t, candidates in enumerate(result.rounds):
+        answers = [final_answer(c.text) for c in candidates]
+        votes = collections.Counter("no answer" if a is None else a[:40] for a in answers).most_common(6)
+        print(f"round {t}: {run.tokens[t]:,} tokens | " + ", ".join(f"{answer} x{count}" for answer, count in votes))
+    answer, votes = majority([final_answer(c.text) for c in result.candidates])
+    print(f"majority of the last round: {answer} ({votes} of {len(result.candidates)})" if votes else
+          "no candidate of the last round names an answer")
+
+
+def draw_run(path, runs, answers=None):
+    """PNG: what the rounds answer (one problem: shares of its answers; several: accuracy), and what they cost."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for run, results in runs:
+        rounds = range(run.budget.rounds + 1)
+        if answers:
+            scores = [rates(results, answers, t) for t in rounds]
+            means = [sum(s) / len(s) for s in scores]
+            bounds = [interval(s) for s in scores]
+            left.errorbar(rounds, means, [[m - low for m, (low, _) in zip(means, bounds)],
+                                          [high - m for m, (_, high) in zip(means, bounds)]], marker="o", capsize=3,
+                          label=run.name)
+        right.plot(rounds, [tokens / len(results) for tokens in run.tokens], marker="o", label=run.name)
+    if not answers:
+        run, results = runs[0]
+        given = [[final_answer(c.text) or "no answer" for c in candidates] for candidates in results[0].rounds]
+        common = [answer for answer, _ in collections.Counter(sum(given, [])).most_common(6)]
+        below = [0.0] * len(given)
+        for name in [*common, "others"]:
+            share = [sum(a == name or (name == "others" and a not in common) for a in row) / len(row) for row in given]
+            if any(share):
+                left.bar(range(len(given)), share, bottom=below, width=0.7, label=name[:24],
+                         color="lightgray" if name in ("others", "no answer") else None)
+            below = [a + b for a, b in zip(below, share)]
+    left.set(title="right candidates, 95 % interval" if answers else "answers of the population",
+             ylabel="share of the candidates", ylim=(0, 1.02))
+    right.set(title="tokens generated", ylabel="tokens a problem", ylim=(0, None))
+    for axis in (left, right):
+        axis.set(xlabel="round (0: no aggregation yet)", xticks=range(max(run.budget.rounds for run, _ in runs) + 1))
+        axis.grid(alpha=0.3)
+    left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path + ".tmp.png", dpi=130)
+    os.replace(path + ".tmp.png", path)
+    plt.close(figure)
+
+
+def parse_arguments(arguments):
+    parser = argparse.ArgumentParser(prog="python rsa.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("problem", nargs="?", help="the problem to solve")
+    add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
+    add("--checkpoint", metavar="FOLDER", help="a model of ours, such as out/tiny/final")
+    add("--endpoint", metavar="URL", help="a chat-completions server, such as http://localhost:8000/v1")
+    add("--model", metavar="NAME", help="the served model's name")
+    add("--budget", metavar="NAMES", help=f"one or several of {', '.join(BUDGETS)} (default: tiny for a checkpoint, "
+        "default for an endpoint)")
+    for name, what in (("population", "N: candidates a round"), ("subset", "C: tails in a prompt"),
+                       ("rounds", "T: rounds of aggregation"), ("max-tokens", "beta: most tokens of a rollout"),
+                       ("tail", "tau: tokens of reasoning carried on")):
+        add("--" + name, type=int, metavar="N", help=f"{what}; instead of the budget's")
+    add("--prompt", choices=PROMPTS, help="aggregation prompt (default: terse for a checkpoint, report for endpoints)")
+    add("--tokenizer", metavar="NAME", help="endpoint: cut and count tails with this Hugging Face tokenizer, a folder "
+        "or a hub name; without it words are counted")
+    add("--seed", type=int, default=0, metavar="N", help="(default 0)")
+    add("--temperature", type=float, default=1.0, metavar="X", help="(default 1)")
+    add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default 16)")
+    add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of one request (default 1800)")
+    add("--retries", type=int, default=5, metavar="N", help="tries after a failed request (default 5)")
+    add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key "
+        "(default OPENAI_API_KEY)")
+    add("--trace", metavar="FILE", help="write every prompt, text, tail and answer there, a JSON line each")
+    add("--resume", action="store_true", help="go on with an existing --trace: nothing finished is asked again")
+    add("--picture", metavar="FILE", help="draw answers and tokens by round, as PNG")
+    given = parser.parse_args(arguments)
+    if (given.problem is None) == (given.problems is None):
+        parser.error("give one problem, or --problems FILE")
+    if (given.checkpoint is None) == (given.endpoint is None):
+        parser.error("give --checkpoint FOLDER or --endpoint URL")
+    if given.endpoint and not given.model:
+        parser.error("--endpoint needs --model NAME")
+    if given.resume and not given.trace:
+        parser.error("--resume goes on with a --trace FILE; name it")
+    for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0), ("temperature", 0)):
+        if getattr(given, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return given
+
+
+def budgets_asked(given):
+    """{name: Budget}, with the command line's numbers in place of the presets'."""
+    asked = {}
+    for name in (given.budget or ("tiny" if given.checkpoint else "default")).split(","):
+        if name not in BUDGETS:
+            raise SystemExit(f"--budget {name}: there are {', '.join(BUDGETS)}")
+        preset = BUDGETS[name]
+        number = {key: preset_value if value is None else value for key, preset_value, value in (
+            ("population", preset.population, given.population), ("rounds", preset.rounds, given.rounds),
+            ("budget", preset.budget, given.max_tokens))}
+        # What was not asked for follows what was: a smaller population or budget takes subset and tail along.
+        number["subset"] = min(preset.subset, number["population"]) if given.subset is None else given.subset
+        number["tail"] = min(preset.tail, number["budget"]) if given.tail is None else given.tail
+        if not (1 <= number["subset"] <= number["population"] and number["rounds"] >= 0
+                and 0 <= number["tail"] <= number["budget"] and number["budget"] >= 1):
+            raise SystemExit(f"{Budget(**number)} makes no sense: 1 <= C <= N, T >= 0 and 0 <= tau <= beta")
+        asked[name] = Budget(**number)
+    return asked
+
+
+def load_tokenizer(name):
+    """A Hugging Face tokenizer with the two methods that tails need; None: words."""
+    if name is None:
+        return None
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise SystemExit("--tokenizer needs transformers: pip install transformers") from None
+    try:
+        loaded = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--tokenizer {name}: {str(error).splitlines()[0]}") from None
+
+    class Plain:
+        def encode(self, text):
+            return loaded.encode(text, add_special_tokens=False)
+
+        def decode(self, ids):
+            return loaded.decode(ids)
+    return Plain()
+
+
+def main(arguments=None):
+    given = parse_arguments(arguments)
+    budgets = budgets_asked(given)
+    rows = read_problems(given.problems) if given.problems else [(given.problem, None)]
+    problems, answers = [q for q, _ in rows], [a for _, a in rows] if given.problems else None
+    if given.checkpoint:
+        try:
+            source = Checkpoint.from_pretrained(given.checkpoint)
+        except (FileNotFoundError, ValueError) as error:
+            raise SystemExit(f"--checkpoint {given.checkpoint}: {error}") from None
+        source.temperature, tokenizer = given.temperature, source.tokenizer
+    else:
+        source = Endpoint(given.endpoint, given.model, given.key_variable, given.concurrency, given.timeout,
+                          given.retries, given.temperature)
+        tokenizer = load_tokenizer(given.tokenizer)
+        if tokenizer is None:
+            print("tails and prompts are counted in words; --tokenizer NAME counts tokens")
+    style = given.prompt or ("terse" if given.checkpoint else "report")
+    settings = dict(source=given.checkpoint or f"{given.model} at {re.sub('//.*@', '//', given.endpoint)}",
+                    budgets={name: str(budget) for name, budget in budgets.items()}, prompt=style, seed=given.seed,
+                    temperature=given.temperature, tokenizer=given.tokenizer, problems=problems)
+    trace, known = open_trace(given.trace, settings, given.resume)
+    unit, runs = "tokens" if tokenizer else "words", []
+    for name, budget in budgets.items():
+        run = Run(source, name, budget, tokenizer, len(problems), trace, known)
+        print(f"{name}: {budget}, {len(problems)} problem{'s' * (len(problems) > 1)}: {run.total:,} rollouts, at most "
+              f"{run.total * budget.budget:,} tokens; prompts of at most the problem and "
+              f"{budget.subset * budget.tail:,} {unit} of tails")
+        begun = time.perf_counter()
+        try:
+            results = markovian_rsa(problems, run, budget.population, budget.subset, budget.rounds, budget.budget,
+                                    budget.tail, given.seed, tokenizer, PROMPTS[style])
+        except RuntimeError as error:
+            raise SystemExit(f"{name}: {error}; the last one: {run.failed[-1]}"
+                             + (f". Go on with --trace {given.trace} --resume" if given.trace else "")) from None
+        runs.append((run, results))
+        print(f"{name}: {sum(run.tokens):,} tokens generated, longest prompt "
+              f"{max(r.longest_prompt for r in results):,} {unit}, {len(run.failed)} failed, "
+              f"{time.perf_counter() - begun:.0f} s")
+        if not answers:
+            show_rounds(run, results[0])
+    if answers:
+        print(score_table(runs, answers))
+    if given.picture:
+        draw_run(given.picture, runs, answers)
+        print(f"drawn: {given.picture}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; with --trace FILE, the same command and --resume goes on from there") from None

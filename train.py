@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from rsa import cut_tail, terse_prompt
+from rsa import cut_tail, interval, left_padded, prompt_ids, reply, terse_prompt
 from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -1590,27 +1590,6 @@ def held_out_loss(model, sources, stage, pad, late, tokens=16384):
     return result
 
 
-def prompt_ids(tokenizer, prompt):
-    """What the model reads before it answers: the user's turn, and the opening of the assistant's."""
-    return tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0]
-
-
-def left_padded(rows, pad, device):
-    """Lists of ids -> input_ids and attention_mask (B, S) int64, padded on the left as generation needs it."""
-    width = max(map(len, rows))
-    return (torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device),
-            torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device))
-
-
-def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
-    """Sample the assistant's answer to each prompt: list of str -> list of str, special tokens included."""
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    inputs, mask = left_padded(ids, tokenizer.pad, model.norm.weight.device)
-    out = model.generate(inputs, max_new_tokens, temperature, attention_mask=mask, eos_token_id=tokenizer.end,
-                         generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
-    return [tokenizer.decode(row[:row.index(tokenizer.end)] if tokenizer.end in row else row) for row in out.tolist()]
-
-
 def held_out_problems(tasks, count, levels=None):
     """`count` held-out problems a task, over its levels in turn; none twice: easy ones run out, then harder ones take
     their place."""
@@ -1641,15 +1620,6 @@ def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, ba
         for i, text in zip(part, texts):
             rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
     return rates
-
-
-def interval(rates):
-    """95 % interval of the mean over problems, whose samples depend on each other.  All right or all wrong is no proof
-    of 1 or 0: never narrower than one problem's worth."""
-    if len(rates) < 2:
-        return [0.0, 1.0]
-    half = 1.96 * max(rates.std(ddof=1) / len(rates) ** 0.5, 1 / len(rates))
-    return [float(max(0, rates.mean() - half)), float(min(1, rates.mean() + half))]
 
 
 def pass_at_1(model, tokenizer, tasks, problems, samples):

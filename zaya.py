@@ -580,11 +580,17 @@ class Zaya(nn.Module):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
         was_training = self.training
         self.eval()
-        cache = Cache(len(self.layers))
-        for start in range(0, input_ids.shape[1], prefill_chunk):
+        cache, length = Cache(len(self.layers)), input_ids.shape[1]
+        # Equal rows are prefilled once: N candidates for one prompt cost the prompt of one.
+        prefill, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
+        shared = len(prefill) < len(input_ids)
+        ids, mask = prefill.split(length, 1) if shared else (input_ids, real)
+        for start in range(0, length, prefill_chunk):
             part = slice(start, start + prefill_chunk)
-            mask = attention_mask[:, part] if attention_mask is not None else None
-            hidden = self.hidden_states(input_ids[:, part], mask, cache=cache)
+            hidden = self.hidden_states(ids[:, part], None if attention_mask is None else mask[:, part], cache=cache)
+        if shared:
+            cache.select(copies)
+            hidden = hidden[copies]
         B, device = input_ids.shape[0], input_ids.device
         eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
         rows, token = torch.arange(B, device=device), None
@@ -923,13 +929,15 @@ class Tokenizer:
                 parts[i:i + 2] = [parts[i] + parts[i + 1]]
             if len(parts) == 2:
                 merges.append([spell(parts[0]), spell(parts[1])])
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         files = {
             "tokenizer.json": {
                 "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-                "added_tokens": [{"id": i, "content": token, **flags} for token, i in self.special.items()],
+                # The tags are no control tokens: a server that leaves those out of its replies must keep the tags.
+                "added_tokens": [{"id": i, "content": token, **flags, "special": "think" not in token}
+                                 for token, i in self.special.items()],
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level,
                 "model": {"type": "BPE", "vocab": {spell(token): rank for token, rank in self.ranks.items()},
                           "merges": merges}},
