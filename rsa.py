@@ -557,7 +557,8 @@ def draw_run(path, runs, answers=None):
             below = [a + b for a, b in zip(below, share)]
     left.set(title="right candidates, 95 % interval" if answers else "answers of the population",
              ylabel="share of the candidates", ylim=(0, 1.02))
-    right.set(title="tokens generated", ylabel="tokens a problem", ylim=(0, None))
+    most = max(tokens / len(results) for run, results in runs for tokens in run.tokens)
+    right.set(title="tokens generated", ylabel="tokens a problem", ylim=(0, 1.1 * most + 1))
     for axis in (left, right):
         axis.set(xlabel="round (0: no aggregation yet)", xticks=range(max(run.budget.rounds for run, _ in runs) + 1))
         axis.grid(alpha=0.3)

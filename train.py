@@ -13,6 +13,7 @@ Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage
 run_rl, main.  Does NOT include: more than one process.
 """
 import argparse
+import collections
 import copy
 import csv
 import dataclasses
@@ -38,7 +39,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from rsa import cut_tail, interval, left_padded, prompt_ids, reply, terse_prompt
+from rsa import (Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids, reply,
+                 terse_prompt)
 from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -78,6 +80,19 @@ class RLStage:
     reward_model_steps: int = 0             # 0: rewards are the verifiers'
 
 
+@dataclass
+class Evaluation:
+    """Test-time compute on held-out problems harder than those RL trained on; the symbols are rsa.markovian_rsa's."""
+    tasks: dict                             # difficulty by task
+    problems: int                           # of each task
+    rounds: int = 2                         # T of the headline …
+    most_rounds: int = 4                    # … and of the curve
+    population: int = 16
+    subset: int = 4
+    budget: int = 160
+    tail: int = 24
+
+
 STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
 MATH, PUZZLES = ("column_sums", "add", "multiply", "countdown"), ("sort", "sat")
 CODE = ("registers", "find", "program", "synthesize", "falsify")        # CodeI/O both ways, standard, CodeARC, breaking
@@ -100,24 +115,28 @@ def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_s
 PRESETS = {
     "smoke": dict(
         tokens_per_step=1024, text_bytes=300_000, balancer_lr=1e-2, eval_problems=4, eval_samples=2,
+        evaluate=Evaluation(dict(find=1, column_sums=2), 4, 1, 2, 4, 2, 64, 8),
         stages=dict(pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
                     midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
                     sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, 0.1, 8),
                     **rl_stages((4, 4, 4, 4), (64,) * 4, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
+        evaluate=Evaluation(dict(find=6, sat=6, column_sums=10), 100),
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
                     sft=Stage(1000, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.2),
                     **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
+        evaluate=Evaluation(dict(find=12, sat=12, column_sums=20), 100, budget=1024, tail=64),
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
                     midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
                     sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
                     **rl_stages((200, 400, 400, 200), (1024,) * 4, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
+        evaluate=Evaluation(dict(find=24, sat=24, column_sums=30), 100, budget=40960, tail=4096),
         stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
                     midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
                     sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
@@ -135,7 +154,7 @@ def option(default, help, group, type=None):
 class TrainConfig:
     """Every setting of a run; the command line is built from these fields.  None: the preset decides."""
     preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape and the stages' lengths", "run")
-    stages: str = option(",".join(STAGES), "which stages, in this order", "run")
+    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages, in this order", "run")
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", "run", str)
     seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run")
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")
@@ -226,10 +245,10 @@ def resolve(config):
         raise SystemExit(f"--preset {config.preset}: there are {', '.join(PRESETS)}")
     preset = PRESETS[config.preset]
     for name in config.stages.split(","):
-        if name not in STAGES:
-            close = difflib.get_close_matches(name, STAGES, 1, 0)
+        if name not in [*STAGES, "evaluate"]:
+            close = difflib.get_close_matches(name, [*STAGES, "evaluate"], 1, 0)
             raise SystemExit(f"--stages {config.stages}: no stage {name!r}; did you mean {close[0]}? "
-                             f"There are {', '.join(STAGES)}")
+                             f"There are {', '.join([*STAGES, 'evaluate'])}")
     config.out = config.out or os.path.join("out", config.preset)
     for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples"):
         if getattr(config, name) is None:
@@ -250,7 +269,7 @@ def resolve(config):
     for name, value, limit in values:
         if value < limit:
             raise SystemExit(f"--{name.replace('_', '-')} {value} must be at least {limit}")
-    for name in config.stages.split(","):
+    for name in set(config.stages.split(",")) & set(STAGES):
         context = config.context[name]
         supervised = not isinstance(preset["stages"][name], RLStage)
         if supervised and (config.tokens_per_step % context or config.micro_batch < context):
@@ -322,6 +341,7 @@ class Task:
     difficulties end.
     """
     exact, levels, hardest = True, (1, 2, 3), 30
+    fields = False                          # whether an answer is a list of label and value, one character each
 
     def __init__(self, name):
         self.name = name
@@ -356,6 +376,9 @@ class Task:
                 return f"<think>{reasoning}</think>{answer}"
             slip = min(1.0, slip + 0.1)
         raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
+
+    def certified(self, text):
+        """Whether a reply says of itself that its answer holds; None: replies of this task say nothing."""
 
     def aggregate(self, problem, replies, seed=0):
         """A correct reply by someone who has read other replies; None if 100 attempts give none."""
@@ -412,7 +435,7 @@ class ColumnSums(Task):
 
     sum 75c39d -> <think>c7+5=2d3+9=2#c2d2</think>c2d2
     """
-    levels = (6, 7, 8)
+    levels, fields = (6, 7, 8), True
 
     def pose(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
@@ -703,7 +726,7 @@ class Find(Task):
     find 06b85c -> <think>b555c08.#b5c.</think>b5c.   (label, guess, (a + x) mod 10, the guess if it holds, else a dot)
     The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
     """
-    exact = False
+    exact, fields = False, True
 
     def pose(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in labels(rng, d)]
@@ -725,6 +748,9 @@ class Find(Task):
             return False
         return all(mark == label and x in "0123456789" and (a + int(x)) % 10 < t
                    for (a, t, label), mark, x in zip(columns, answer[::2], answer[1::2]))
+
+    def certified(self, text):
+        return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
         """Column by column, a valid value that one of the replies has, else any that holds."""
@@ -1641,6 +1667,101 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
             "greedy_tasks": means[1], "chance": means[2]}
 
 
+def vote(texts):
+    """The most frequent answer, letter by letter; None, which a reply without an answer gives, never wins."""
+    votes = collections.Counter(answer for text in texts if (answer := split_answer(text)))
+    return votes.most_common(1)[0][0] if votes else ""
+
+
+def field_vote(labels, texts):
+    """The most frequent value of each label, put together; a dot, which says that a value was not found, has no vote.
+
+    >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
+    'b5c1'
+    """
+    answers = [split_answer(text) or "" for text in texts]
+    pairs = collections.Counter(answer[i:i + 2] for answer in answers for i in range(0, len(answer) - 1, 2))
+    return "".join(label + max("0123456789", key=lambda value: pairs[label + value]) for label in labels)
+
+
+def sample_methods(prompts, generate, asked, seed, tokenizer):
+    """-> N (T + 1) plain samples a prompt, and the populations of Markovian RSA and of two special cases of it."""
+    known = {}
+
+    def remembered(*call):
+        """The methods' first rounds are the same: sampled once."""
+        key = (tuple(call[0]), *call[1:])
+        if key not in known:
+            known[key] = generate(*call)
+        return known[key]
+
+    def sample(population, subset, rounds, tail):
+        return markovian_rsa(prompts, remembered, population, subset, rounds, asked.budget, tail, seed, tokenizer)
+
+    N, T = asked.population, asked.rounds
+    plain = [[c.text for c in result.candidates] for result in sample(N * (T + 1), 1, 0, 0)]
+    return plain, {"markovian_rsa": sample(N, asked.subset, asked.most_rounds, asked.tail),
+                   "delethink": sample(N, 1, T, asked.tail), "full_rsa": sample(N, asked.subset, T, asked.budget)}
+
+
+def evaluate_ttc(model, tokenizer, name, asked, seed=0):
+    """Test-time compute on one task: Markovian RSA beside what else as many tokens can buy, as an entry of report.json.
+
+    Shares are of held-out problems, with 95 % intervals over them.  Votes, pass@N and the choice of a reply that says
+    of itself that it holds look at plain samples: N of them, or N (T + 1), which cost as much as T rounds.  rounds: by
+    method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
+    then, a problem.
+    """
+    task, N, T = find_task(name), asked.population, asked.rounds
+    problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
+    equal, methods = sample_methods([p.prompt for p in problems], Checkpoint(model, tokenizer), asked, seed, tokenizer)
+    first = [texts[:N] for texts in equal]
+
+    def verified(texts):
+        """(problems, samples) texts -> rewards, likewise."""
+        return [[task.verify(p, text)[0] for text in some] for p, some in zip(problems, texts)]
+
+    def right(answers):
+        return [float(task.check(p.data, answer)) for p, answer in zip(problems, answers)]
+
+    def populations(method):
+        """(rounds, problems, candidates) texts."""
+        return [[[c.text for c in r.rounds[t]] for r in methods[method]] for t in range(len(methods[method][0].rounds))]
+
+    def mean(rewards):
+        return [sum(some) / len(some) for some in rewards]
+
+    rounds = {method: [mean(verified(texts)) for texts in populations(method)] for method in methods}
+    rounds["vote"] = [right(vote(texts[:N * (t + 1)]) for texts in equal) for t in range(T + 1)]
+    rounds["markovian_rsa_majority"] = [right(map(vote, texts)) for texts in populations("markovian_rsa")]
+    scores = {"single": mean(verified(equal)),
+              "greedy": solve_rates(model, tokenizer, problems, 1, temperature=0.0),
+              "pass@N": map(max, verified(first)), "pass@equal_tokens": map(max, verified(equal)),
+              "maj@N": right(map(vote, first)), "maj@equal_tokens": rounds["vote"][T],
+              **{method: rounds[method][T] for method in (*methods, "markovian_rsa_majority")}}
+    if task.certified("") is not None:
+        chosen = [next((text for text in texts if task.certified(text)), texts[0]) for texts in equal]
+        scores["certified@equal_tokens"] = mean(verified([text] for text in chosen))
+    if task.fields:
+        labels = [[label for *_, label in p.data["columns"]] for p in problems]
+        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, equal))
+    samples = [[texts[N * t:N * (t + 1)] for texts in equal] for t in range(T + 1)]
+    spent = {method: [sum(count_tokens(text, tokenizer) for some in texts for text in some) / len(problems)
+                      for texts in (samples if method == "vote" else populations(method))]
+             for method in ("vote", *methods)}
+    row = {"task": name, "difficulty": asked.tasks[name], "problems": len(problems), "population": N,
+           "subset": asked.subset, "T": T, "tail": asked.tail, "generated_tokens": sum(spent["markovian_rsa"][:T + 1]),
+           "longest_prompt": max(result.longest_prompt for result in methods["markovian_rsa"]),
+           "longest_prompt_full_rsa": max(result.longest_prompt for result in methods["full_rsa"]),
+           "rounds": {method: [sum(v) / len(v) for v in values] for method, values in rounds.items()},
+           "rounds_ci95": {method: [interval(v) for v in values] for method, values in rounds.items()},
+           "tokens": {method: np.cumsum(values).tolist() for method, values in spent.items()}}
+    for key, values in scores.items():
+        values = [float(value) for value in values]
+        row |= {key: sum(values) / len(values), key + "_ci95": interval(values)}
+    return row
+
+
 def show_samples(model, tokenizer, sources, seed):
     """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
     rng, device = random.Random(seed), model.norm.weight.device
@@ -2500,6 +2621,8 @@ def write_report(out, report):
         text += ["Difficulty of the adaptive environments, first and last:", ""]
         text += table(["environment", "found", "reached"], *([task, str(d), str(rlve["end"][task])]
                                                              for task, d in rlve["start"].items()))
+    if report["ttc"]:
+        text += ttc_table(report["ttc"], table)
     text += ["Held-out loss per token (late: at positions beyond the first stage's context):", ""]
     text += table(["stage", "source", "before", "after", "late, before", "late, after"],
                   *([name, source, *("-" if loss[key] is None else f"{loss[key]:.3f}"
@@ -2509,6 +2632,28 @@ def write_report(out, report):
         file.write("\n".join(text))
     os.replace(os.path.join(out, "report.md.tmp"), os.path.join(out, "report.md"))
     draw_report(out, report, stages)
+
+
+def ttc_table(rows, table):
+    """Markdown lines: test-time compute, a column a task."""
+    first = rows[0]
+    N, T = first["population"], first["T"]
+    kinds = [("single", "one sample"), ("greedy", "greedy"), ("maj@N", f"majority of {N}"),
+             ("maj@equal_tokens", f"majority of {N * (T + 1)}: equal tokens"),
+             ("field_vote@equal_tokens", f"… vote on each field, of {N * (T + 1)}"),
+             ("certified@equal_tokens", f"the first of {N * (T + 1)} that says it holds"),
+             ("pass@N", f"any of {N} (oracle)"), ("pass@equal_tokens", f"any of {N * (T + 1)} (oracle)"),
+             ("delethink", "Delethink, C = 1"), ("full_rsa", "full RSA"),
+             ("markovian_rsa", f"**Markovian RSA**, tails of {first['tail']}"),
+             ("markovian_rsa_majority", "… majority of its last round")]
+    text = [f"Test-time compute on {first['problems']} held-out problems a task: N = {N}, C = {first['subset']}, "
+            f"T = {T}, shares that are right with 95 % intervals:", ""]
+    return text + table(
+        ["", *(f"{row['task']}, difficulty {row['difficulty']}" for row in rows)],
+        *([what, *("{:.2f} [{:.2f}, {:.2f}]".format(row[key], *row[key + "_ci95"]) if key in row else "-"
+                   for row in rows)] for key, what in kinds if any(key in row for row in rows)),
+        ["tokens generated a problem", *(f"{row['generated_tokens']:,.0f}" for row in rows)],
+        ["longest prompt (full RSA's)", *(f"{r['longest_prompt']} ({r['longest_prompt_full_rsa']})" for r in rows)])
 
 
 def draw_report(out, report, stages):
@@ -2524,7 +2669,11 @@ def draw_report(out, report, stages):
         os.replace(os.path.join(out, name + ".tmp"), os.path.join(out, name))
 
     tasks, width = list(report["stages"][stages[-1]]["tasks"]), 0.8 / len(stages)
-    figure, axis = plt.subplots(figsize=(12, 4))
+    rows, panels = (2, len(report["ttc"])) if report["ttc"] else (1, 1)
+    figure = plt.figure(figsize=(12, 4 * rows))
+    axis = figure.add_subplot(rows, 1, 1)
+    for number, row in enumerate(report["ttc"]):
+        draw_ttc(figure.add_subplot(rows, panels, panels + 1 + number), row, number)
     for i, stage in enumerate(stages):
         solved = [report["stages"][stage]["tasks"].get(task, 0) for task in tasks]
         place = np.arange(len(tasks)) + (i - (len(stages) - 1) / 2) * width
@@ -2547,6 +2696,23 @@ def draw_report(out, report, stages):
                           ("difficulty", "difficulty of the\nenvironments (rlve)")], cascade,
                     f"Reinforcement learning: {report['preset']}, seed {report['seed']}",
                     lambda figure: save(figure, "rewards.png"))
+
+
+def draw_ttc(axis, row, number):
+    """Accuracy against generated tokens, a dot a round, on one task."""
+    for method, label in (("vote", "majority vote"), ("delethink", "Delethink, C = 1"), ("full_rsa", "full RSA"),
+                          ("markovian_rsa", "Markovian RSA")):
+        values, bounds = np.array(row["rounds"][method]), np.array(row["rounds_ci95"][method])
+        bold = method == "markovian_rsa"
+        axis.errorbar(row["tokens"][method], values, (values - bounds[:, 0], bounds[:, 1] - values), marker="o",
+                      markersize=4, capsize=2, label=label, linewidth=2 if bold else 1.2, zorder=3 if bold else 2)
+    axis.axhline(row["greedy"], color="gray", linestyle="dotted", label="greedy")
+    axis.set(title=f"{row['task']}, difficulty {row['difficulty']}", xlabel="tokens generated a problem",
+             ylim=(0, 1.02))
+    axis.grid(alpha=0.3)
+    if number == 0:
+        axis.set_ylabel("right (a dot a round)")
+        axis.legend(fontsize=8)
 
 
 def draw_curves(log, curves, stages, title, save):
@@ -2583,6 +2749,25 @@ def draw_curves(log, curves, stages, title, save):
     save(figure)
 
 
+def run_evaluation(config, report, tasks, device):
+    """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
+    asked, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
+    if not final:
+        raise SystemExit(f"evaluate asks {config.out}/final, which is not there: run the other stages first")
+    model, tokenizer, _ = final
+    for name in tasks:
+        if any((row["task"], row["difficulty"]) == (name, asked.tasks[name]) for row in report["ttc"]):
+            continue
+        begun = time.perf_counter()
+        row = evaluate_ttc(model, tokenizer, name, asked, config.seed)
+        report["ttc"].append(row)
+        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
+        write_report(config.out, report)
+        print("evaluate: {task} at {difficulty} | single {single:.3f}, vote at equal tokens {maj@equal_tokens:.3f}, "
+              "Markovian RSA {markovian_rsa:.3f} [{markovian_rsa_ci95[0]:.3f}, {markovian_rsa_ci95[1]:.3f}], full RSA "
+              "{full_rsa:.3f} | ".format(**row) + f"{time.perf_counter() - begun:.0f} s")
+
+
 def main(arguments=None):
     config, changes = parse_arguments(arguments)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -2603,7 +2788,9 @@ def main(arguments=None):
         with open(report_path) as file:
             report = {**json.load(file), "preset": config.preset, "seed": config.seed}
     (there, wanted), tasks, model = stages_to_run(config), task_names(config.tasks), None
-    if not wanted:
+    evaluated = {**PRESETS[config.preset]["evaluate"].tasks} if "evaluate" in config.stages.split(",") else {}
+    evaluated = [name for name in evaluated if name in tasks]
+    if not (wanted or evaluated):
         raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
     for name in wanted:
         folder, stage = os.path.join(config.out, name), stage_settings(config, name)
@@ -2635,6 +2822,8 @@ def main(arguments=None):
             for later in STAGES[STAGES.index(name):]:
                 report["stages"].pop(later, None)
                 report["seconds"].pop(later, None)
+            report["ttc"] = []
+            report["seconds"].pop("evaluate", None)
         if state and state.get("done") and name in report["stages"]:
             print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
             continue
@@ -2655,8 +2844,10 @@ def main(arguments=None):
         print(f"{name}: {state['seconds']:.0f} s | " + (f"held-out loss {losses} | " if losses else "")
               + "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}], greedy {greedy:.3f}, on {problems} held-out "
               "problems".format(**result))
-    if not any(os.path.exists(os.path.join(config.out, later)) for later in STAGES[STAGES.index(name) + 1:]):
+    if wanted and not any(os.path.exists(os.path.join(config.out, later)) for later in STAGES[STAGES.index(name) + 1:]):
         save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
+    if evaluated:
+        run_evaluation(config, report, evaluated, device)
     with open(os.path.join(config.out, "report.md")) as file:
         print("\n" + file.read())
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "

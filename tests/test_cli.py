@@ -62,7 +62,13 @@ def test_a_run_leaves_what_the_readme_says(smoke):
         assert (out / name).stat().st_size > 0
     assert not [p for p in out.rglob("*") if p.suffix in (".tmp", ".new", ".old")]
     report = json.loads((out / "report.json").read_text())
-    assert report["preset"] == "smoke" and report["seed"] == 0 and report["ttc"] == []
+    assert report["preset"] == "smoke" and report["seed"] == 0
+    asked = train.PRESETS["smoke"]["evaluate"]
+    assert {row["task"]: row["difficulty"] for row in report["ttc"]} == asked.tasks
+    assert report["seconds"]["evaluate"] > 0
+    for row in report["ttc"]:
+        assert row["problems"] == asked.problems and len(row["rounds"]["markovian_rsa"]) == asked.most_rounds + 1
+        assert row["task"] in (out / "report.md").read_text()
     assert report["params"]["total"] > report["params"]["active"] > 0
     for stage in train.STAGES:
         entry = report["stages"][stage]
@@ -104,7 +110,8 @@ def test_reinforcement_learning_leaves_its_traces(smoke):
 def test_a_finished_run_is_not_trained_again(smoke):
     out, _ = smoke
     before = (out / "midtrain/model.safetensors").stat().st_mtime_ns
-    assert "midtrain: done before" in run("--preset", "smoke", "--out", out)
+    again = run("--preset", "smoke", "--out", out)
+    assert "midtrain: done before" in again and "evaluate: " not in again
     assert (out / "midtrain/model.safetensors").stat().st_mtime_ns == before
     run("--preset", "smoke", "--out", out, "--stages", "pretrain")
     final, last = (load_file(out / name / "model.safetensors") for name in ("final", train.STAGES[-1]))

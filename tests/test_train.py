@@ -648,6 +648,66 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
     assert low < 0.5 < high and 0.4 < high - low < 0.6
 
 
+# ---- test-time compute ----------------------------------------------------------------------------------------------
+
+def test_votes_count_answers_and_never_their_absence():
+    texts = ["no form", "<think>", "<think></think>", *(f"<think>x</think>{a}" for a in ("b5c1", "b2c1", "b5c1"))]
+    assert train.vote(texts) == "b5c1" and train.vote(texts[:3]) == train.vote([]) == ""
+    texts = [f"<think></think>{answer}" for answer in ("b5c.", "b5c1", "b.c1", "b.c2", "b.c.", "b", "")]
+    assert train.field_vote("bc", texts) == "b5c1"
+
+
+def test_replies_that_say_they_hold():
+    find = TASKS["find"]
+    assert find.certified("<think></think>b5c1") is True and find.certified("<think></think>b5c.") is False
+    assert find.certified("<think>b5c1") is find.certified("") is False
+    assert TASKS["add"].certified("<think></think>132") is None
+
+
+class Parrot:
+    """A source that solves every fourth single prompt (its tail then ends in `ok`), never two columns by the same wrong
+    answer, and every aggregation prompt that shows it one `ok`."""
+
+    def __init__(self, *_):
+        self.calls = []
+
+    def __call__(self, prompts, max_new_tokens, seed):
+        self.calls.append((len(prompts), "|" in prompts[0]))
+        texts = []
+        for i, prompt in enumerate(prompts):
+            problem, single = prompt.rpartition("|")[2], not prompt.startswith("|")
+            columns = [problem[5 + 3 * j:8 + 3 * j] for j in range((len(problem) - 5) // 3)]
+            right = "".join(f"{c[2]}{-int(c[0]) % 10}" for c in columns)                    # (a + x) mod 10 = 0 < t
+            if i % 4 == 0 if single else "ok" in prompt:
+                texts.append(f"<think>{'far ' * 20}ok</think>{right}")
+            else:
+                texts.append(f"<think>no</think>{''.join(c[2] + '.' for c in columns)}")
+        return texts
+
+
+def test_test_time_compute_by_hand(monkeypatch):
+    """Three tokens of tail show the `ok`; a quarter of the singles are right, the rest agree on nothing found."""
+    asked = train.Evaluation({"find": 3}, 5, rounds=1, most_rounds=2, population=8, subset=2, budget=64, tail=3)
+    parrot = Parrot()
+    monkeypatch.setattr(train, "Checkpoint", lambda *_: parrot)
+    monkeypatch.setattr(train, "solve_rates", lambda *_, **__: np.full(5, 0.5))
+    row = train.evaluate_ttc(None, BYTES, "find", asked)
+    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.5
+    assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
+    assert row["maj@N"] == row["maj@equal_tokens"] == 0         # twelve of sixteen say that they found nothing
+    assert row["field_vote@equal_tokens"] == 1                  # … and a dot has no vote
+    curve = row["rounds"]["markovian_rsa"]
+    assert curve[0] == 0.25 and 0.25 < curve[1] < curve[2] and row["markovian_rsa"] == curve[1]
+    assert row["delethink"] < row["markovian_rsa"] == row["full_rsa"]           # one tail shows less than two
+    assert len(row["rounds"]["delethink"]) == len(row["rounds"]["vote"]) == 2 and len(curve) == 3
+    assert row["longest_prompt"] < row["longest_prompt_full_rsa"] > 80          # full RSA carries all of `far far …`
+    assert row["tokens"]["vote"][1] == pytest.approx(2 * row["tokens"]["vote"][0]) and \
+        row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
+    for key in ("single", "maj@N", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
+        assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
+    assert [size for size, _ in parrot.calls] == [5 * 16, 5 * 8] + [5 * 8] * 4  # the first populations are one
+
+
 # ---- aggregation prompts, other people's tasks ----------------------------------------------------------------------
 
 def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
