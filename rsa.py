@@ -15,13 +15,14 @@ Read in this order: tails and prompts, markovian_rsa, answers, the two sources, 
 """
 import argparse
 import collections
-import concurrent.futures
 import contextlib
 import json
 import os
+import queue
 import random
 import re
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -179,12 +180,13 @@ def last_boxed(text):
     >>> last_boxed(r"so \boxed{1}, no, \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\{", text)]):
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end]
+    opened, last = [], (-1, None)                               # in one pass: text may be \boxed{ a thousand times
+    for match in re.finditer(r"\\boxed\{|[{}]", text):
+        if match[0] != "}":
+            opened.append(match)
+        elif opened and (start := opened.pop())[0] != "{":
+            last = max(last, (start.end(), match.start()))
+    return text[slice(*last)] if last[1] is not None else None
 
 
 def final_answer(text):
@@ -200,7 +202,7 @@ def final_answer(text):
         return None
     reply = text.rpartition("</think>")[2].strip()
     answer = last_boxed(reply)
-    if answer is None and (tagged := re.findall(r"<answer>(.*?)</answer>", reply, re.DOTALL)):
+    if answer is None and (tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", reply, re.DOTALL)):
         answer = tagged[-1]
     if answer is None and "####" in reply:
         answer = reply.rpartition("####")[2]
@@ -220,7 +222,7 @@ def normal_form(answer):
     number = re.sub(r"\\[dt]?frac\{([0-9.]+)\}\{([0-9.]+)\}", r"\1/\2", text)
     if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", number):
         number = number.replace(",", "")
-    if re.fullmatch(r"[-+]?[0-9]{1,300}(\.[0-9]{1,300}|/0*[1-9][0-9]{0,300})?", number):      # never 1e999999999
+    if re.fullmatch(r"[-+]?[0-9]{1,300}(\.[0-9]{1,300}|/0{0,9}[1-9][0-9]{0,300})?", number):   # never 1e999999999
         return Fraction(number)
     return text.lower()
 
@@ -278,8 +280,9 @@ def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
 
 
 class Source:
-    """Where text comes from: stream(prompts, max_new_tokens, seed) yields (index, text, tokens generated, error), as
-    rollouts finish, in any order."""
+    """Where text comes from: stream(prompts, max_new_tokens, seed, known) yields (index, text, tokens spent, error),
+    as rollouts finish, in any order, but for the indices in `known`.  What it yields for an index does not depend on
+    which others are known: a run that goes on after a kill samples what it would have sampled."""
 
     def __call__(self, prompts, max_new_tokens, seed):
         """As markovian_rsa's generate: list of str -> list of str."""
@@ -302,14 +305,17 @@ class Checkpoint(Source):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(Zaya.from_pretrained(folder, device=device), Tokenizer.from_pretrained(folder))
 
-    def stream(self, prompts, max_new_tokens, seed):
+    def stream(self, prompts, max_new_tokens, seed, known=()):
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         for start in range(0, len(order), self.rows):
             part = order[start:start + self.rows]
+            if set(part) <= set(known):
+                continue
             texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
                           self.temperature)
-            for i, text in zip(part, texts):
-                yield i, text, count_tokens(text, self.tokenizer), None
+            for i, text in zip(part, texts):                    # a row's sample depends on its place in the batch
+                if i not in known:
+                    yield i, text, count_tokens(text, self.tokenizer), None
 
 
 # ---- source 2: a served model ---------------------------------------------------------------------------------------
@@ -332,7 +338,7 @@ class Endpoint(Source):
             raise SystemExit("--endpoint needs the openai client: pip install openai") from None
         self.openai, self.model, self.retries = openai, model, retries
         self.concurrency, self.sampling = concurrency, dict(temperature=temperature, top_p=top_p)
-        self.key = os.environ.get(key_variable) or "none"
+        self.key = os.environ.get(key_variable, "").strip() or "none"
         self.client = openai.OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
 
     def hide(self, text):
@@ -349,7 +355,7 @@ class Endpoint(Source):
                     seed=seed, **self.sampling)
                 return *self.read(answer), None
             except self.openai.APIStatusError as refusal:
-                words = self.hide(refusal)
+                words = self.hide(f"{refusal.status_code} {refusal.response.text}")[:500]
                 if refusal.status_code in (408, 409, 429) or refusal.status_code >= 500:
                     return None, 0, words
                 raise SystemExit(f"the server refuses model {self.model!r} or this request: {words}") from None
@@ -368,24 +374,47 @@ class Endpoint(Source):
         """
         choice = answer.choices[0]
         content = choice.message.content or ""
+        if not isinstance(content, str):
+            raise TypeError(f"content is no text: {content!r}"[:200])
         reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
         if reasoning:
             ended = content or choice.finish_reason != "length"
             content = f"<think>{reasoning}" + (f"</think>{content}" if ended else "")
+        elif content.lstrip().startswith("<think>"):
+            content = content.lstrip()
         elif "</think>" in content and "<think>" not in content:        # the chat template had opened it
             content = "<think>" + content
-        return content, answer.usage.completion_tokens if answer.usage else 0
+        tokens = getattr(answer.usage, "completion_tokens", 0)
+        return content.encode("utf-8", "replace").decode(), tokens if isinstance(tokens, int) else 0
 
-    def stream(self, prompts, max_new_tokens, seed):
-        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            asked = {pool.submit(self.ask, prompt, max_new_tokens, random.Random(f"{seed} {i}").getrandbits(31)): i
-                     for i, prompt in enumerate(prompts)}
-            try:
-                for done in concurrent.futures.as_completed(asked):
-                    yield asked[done], *done.result()
-            except BaseException:                               # nothing new is asked; what is under way may end
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def stream(self, prompts, max_new_tokens, seed, known=()):
+        todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+        wanted = [i for i in range(len(prompts)) if i not in known]
+
+        def work():
+            while not stopped.is_set():
+                try:
+                    i = todo.get_nowait()
+                    seed_here = random.Random(f"{seed} {i}").getrandbits(31)
+                    done.put((i, *self.ask(prompts[i], max_new_tokens, seed_here)))
+                except queue.Empty:
+                    return
+                except BaseException as error:
+                    stopped.set()
+                    done.put(error)
+
+        for i in wanted:
+            todo.put(i)
+        for _ in range(min(self.concurrency, len(wanted))):     # daemons: whoever stops does not wait for them, and a
+            threading.Thread(target=work, daemon=True).start()  # request may take half an hour
+        try:
+            for _ in wanted:
+                answer = done.get()
+                if isinstance(answer, BaseException):
+                    raise answer
+                yield answer
+        finally:
+            stopped.set()
 
 
 # ---- a run: its bar, its trace, and going on after a kill -----------------------------------------------------------
@@ -416,10 +445,9 @@ class Run:
             if row:
                 texts[i], spent = row["text"], spent + row["tokens"]
                 self.bar.update()
-        missing = [i for i, row in enumerate(found) if not row]
-        with contextlib.closing(self.source.stream([prompts[i] for i in missing], max_new_tokens, seed)) as stream:
-            for place, text, tokens, error in stream if missing else ():
-                i = missing[place]
+        known = {i for i, row in enumerate(found) if row}
+        with contextlib.closing(self.source.stream(prompts, max_new_tokens, seed, known)) as stream:
+            for i, text, tokens, error in stream:
                 problem, index = places[i]
                 texts[i], spent = text, spent + tokens
                 row = dict(run=self.name, problem=problem, round=self.round, index=index, prompt=prompts[i], text=text)
@@ -451,19 +479,22 @@ def open_trace(path, settings, resume):
             raise SystemExit(f"--trace {path} exists: add --resume to go on with it, or name another file")
         with open(path, "rb") as file:
             lines = file.read().split(b"\n")
-        if lines[-1]:                                           # killed while writing: that rollout was not finished
-            os.truncate(path, os.path.getsize(path) - len(lines[-1]))
         for number, line in enumerate(lines[:-1], 1):
             try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise SystemExit(f"{path}, line {number}: no JSON ({error}); this is no trace of rsa.py") from None
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise SystemExit(f"{path}, line {number}: no JSON object ({error}): no trace of rsa.py") from None
         if not rows or rows[0].get("settings") != settings:
             old = rows[0].get("settings", {}) if rows else {}
             other = [key for key in settings if old.get(key) != settings[key]]
             raise SystemExit(f"--trace {path} was made with other settings ({', '.join(other) or 'none are there'}): "
                              "name another file, or repeat the command that made it")
-    file = open(path, "a", encoding="utf-8")
+        if lines[-1]:                                           # killed while writing: that rollout was not finished
+            os.truncate(path, os.path.getsize(path) - len(lines[-1]))
+    try:
+        file = open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise SystemExit(f"--trace {path}: {error.strerror}") from None
     if not rows:
         file.write(json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
         file.flush()
@@ -476,7 +507,11 @@ def open_trace(path, settings, resume):
 def read_problems(path):
     """A .jsonl of {"problem", "answer"} -> list of (problem, answer), answers as text."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise SystemExit(f"--problems {path}: {error.strerror}") from None
+    with file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -552,7 +587,7 @@ def draw_run(path, runs, answers=None):
         for name in [*common, "others"]:
             share = [sum(a == name or (name == "others" and a not in common) for a in row) / len(row) for row in given]
             if any(share):
-                left.bar(range(len(given)), share, bottom=below, width=0.7, label=name[:24],
+                left.bar(range(len(given)), share, bottom=below, width=0.7, label=name[:24].replace("$", r"\$"),
                          color="lightgray" if name in ("others", "no answer") else None)
             below = [a + b for a, b in zip(below, share)]
     left.set(title="right candidates, 95 % interval" if answers else "answers of the population",
@@ -674,6 +709,8 @@ def main(arguments=None):
     settings = dict(source=given.checkpoint or f"{given.model} at {re.sub('//.*@', '//', given.endpoint)}",
                     budgets={name: str(budget) for name, budget in budgets.items()}, prompt=style, seed=given.seed,
                     temperature=given.temperature, tokenizer=given.tokenizer, problems=problems)
+    if given.picture and not os.path.isdir(os.path.dirname(given.picture) or "."):
+        raise SystemExit(f"--picture {given.picture}: there is no such folder")
     trace, known = open_trace(given.trace, settings, given.resume)
     unit, runs = "tokens" if tokenizer else "words", []
     for name, budget in budgets.items():
@@ -686,6 +723,8 @@ def main(arguments=None):
             results = markovian_rsa(problems, run, budget.population, budget.subset, budget.rounds, budget.budget,
                                     budget.tail, given.seed, tokenizer, PROMPTS[style])
         except RuntimeError as error:
+            if not run.failed:
+                raise
             raise SystemExit(f"{name}: {error}; the last one: {run.failed[-1]}"
                              + (f". Go on with --trace {given.trace} --resume" if given.trace else "")) from None
         runs.append((run, results))

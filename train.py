@@ -2851,7 +2851,7 @@ def main(arguments=None):
     with open(os.path.join(config.out, "report.md")) as file:
         print("\n" + file.read())
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
-          "report.md, report.png, loss.png, log.csv")
+          "report.md, report.png, loss.png, rewards.png, log.csv")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,51 @@
-"""rsa.py: the rounds, on generators whose behaviour can be worked out by hand."""
+"""rsa.py: the rounds and the answers on examples worked out by hand, a run that is killed, and a tiny random Zaya."""
+import contextlib
 import doctest
+import json
+import os
 import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rsa
-from rsa import cut_tail, markovian_rsa, report_prompt, terse_prompt
-from zaya import Tokenizer
+from rsa import (
+    Budget,
+    Candidate,
+    Checkpoint,
+    Endpoint,
+    Result,
+    Run,
+    Source,
+    count_tokens,
+    cut_tail,
+    draw_run,
+    final_answer,
+    interval,
+    last_boxed,
+    majority,
+    markovian_rsa,
+    normal_form,
+    open_trace,
+    read_problems,
+    report_prompt,
+    same,
+    score_table,
+    terse_prompt,
+)
+from zaya import Tokenizer, Zaya, ZayaConfig
 
-
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 
 
@@ -88,3 +123,611 @@ def test_nonsense_is_refused(wrong):
 def test_a_generator_that_loses_texts_is_named():
     with pytest.raises(ValueError, match="returned 1 texts for 16"):
         markovian_rsa("q", lambda prompts, n, seed: ["x"], budget=4, tail=2)
+
+
+# ---- several problems, failed rollouts ------------------------------------------------------------------------------
+
+
+def named_after_prompt(prompts, max_new_tokens, seed):
+    """A text that a prompt alone decides, and that no other prompt gives."""
+    return [f"<think>{prompt.split('|')[-1]}-{random.Random(prompt).randrange(10 ** 6)}</think>7" for prompt in prompts]
+
+
+@pytest.mark.parametrize("build", [terse_prompt, report_prompt])
+def test_problems_of_a_list_do_not_see_each_other(build):
+    shape = dict(population=4, subset=2, rounds=2, budget=9, tail=3, seed=5, build_prompt=build)
+    problems = ["first", "second", "third"]
+    together = markovian_rsa(problems, chatter, **shape)
+    assert together == markovian_rsa(iter(problems), chatter, **shape) and len(together) == 3
+    assert together != markovian_rsa(problems, chatter, **shape | dict(seed=6))
+    for problem, result in zip(problems, markovian_rsa(problems, named_after_prompt, **shape)):
+        assert [len(candidates) for candidates in result.rounds] == [4, 4, 4]
+        for candidate in sum(result.rounds, []):
+            assert problem in candidate.prompt and not any(other in candidate.prompt for other in problems
+                                                           if other != problem)
+    for old, new in ((t, t + 1) for t in (0, 1)):               # and each problem's tails are its own last round's
+        for result in together:
+            tails = {c.tail for c in result.rounds[old]}
+            if build is terse_prompt:
+                assert {tail for c in result.rounds[new] for tail in c.prompt.split("|")[1:-1]} <= tails
+    alone = markovian_rsa("first", named_after_prompt, **shape)
+    assert alone == markovian_rsa(["first", "second"], named_after_prompt, **shape)[0]
+    assert isinstance(alone, Result) and markovian_rsa([], named_after_prompt, **shape) == []
+
+
+def test_every_call_has_the_prompts_of_all_problems_in_order():
+    calls = []
+
+    def watched(prompts, max_new_tokens, seed):
+        calls.append(prompts)
+        return [f"<think>{i}</think>" for i in range(len(prompts))]
+
+    results = markovian_rsa(["a", "b"], watched, population=3, subset=3, rounds=1, budget=4, tail=4)
+    assert calls[0] == ["a"] * 3 + ["b"] * 3 and len(calls) == 2
+    assert [prompt[-1] for prompt in calls[1]] == ["a"] * 3 + ["b"] * 3
+    assert [[c.text for c in result.rounds[0]] for result in results] == \
+        [[f"<think>{i}</think>" for i in part] for part in ((0, 1, 2), (3, 4, 5))]
+    assert all(set(prompt.split("|")[1:-1]) == set("012") for prompt in calls[1][:3])
+    assert all(set(prompt.split("|")[1:-1]) == set("345") for prompt in calls[1][3:])
+    calls.clear()
+    markovian_rsa(["q", "q"], watched, population=4, subset=1, rounds=6, budget=4, tail=4)
+    drawn = [[int(prompt[1]) % 4 for call in calls[1:] for prompt in call[part]] for part in (slice(4), slice(4, 8))]
+    assert drawn[0] != drawn[1]                                 # each problem has its own luck
+
+
+def test_failed_rollouts_are_left_out_of_the_subsets():
+    calls = []
+
+    def half_fail(prompts, max_new_tokens, seed):
+        calls.append(prompts)
+        return [None if i % 4 in (1, 3) else f"<think>t{len(calls) - 1}c{i}</think>5" for i in range(len(prompts))]
+
+    a, b = markovian_rsa(["a", "b"], half_fail, population=4, subset=3, rounds=2, budget=9, tail=1)
+    for result, first in ((a, 0), (b, 4)):
+        for t in (0, 1, 2):
+            assert [c.text is None for c in result.rounds[t]] == [False, True, False, True]
+            assert [c.tail for c in result.rounds[t]] == [f"t{t}c{first}", None, f"t{t}c{first + 2}", None]
+        for t in (1, 2):                                        # 2 of 4 are left: a subset of 3 has those two
+            assert all(set(c.prompt.split("|")[1:-1]) == {f"t{t - 1}c{first}", f"t{t - 1}c{first + 2}"}
+                       for c in result.rounds[t])
+    assert a.generated_tokens == 3 * 2 and "None" not in str(calls)
+
+
+def test_when_all_fail_there_is_nothing_to_aggregate():
+    with pytest.raises(RuntimeError, match="all 3 candidates of a round failed"):
+        markovian_rsa("q", lambda prompts, n, seed: [None] * len(prompts), population=3, subset=2, budget=4, tail=2)
+    with pytest.raises(RuntimeError, match="all 3 candidates"):                     # of one problem are enough
+        markovian_rsa(["q", "r"], lambda prompts, n, seed: [None] * 3 + ["x"] * 3, population=3, subset=2, budget=4,
+                      tail=2)
+
+
+def test_tokens_are_counted_with_tags_as_one_each():
+    assert count_tokens("<think>ab</think>c", BYTES) == 5 and count_tokens("abc", BYTES) == 3
+    assert count_tokens("", BYTES) == count_tokens("") == 0 and count_tokens("<think>a b</think> c") == 3
+    assert count_tokens("<think><think>é", BYTES) == 4
+    result = markovian_rsa("qq", lambda prompts, n, seed: ["<think>ab</think>c"] * len(prompts), population=2, subset=1,
+                           rounds=1, budget=9, tail=2, tokenizer=BYTES)
+    assert result.generated_tokens == 2 * 2 * 5 and result.longest_prompt == len("|ab|qq")
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hangs_are_errors(seconds=60):
+    """No stopwatch: what is done well takes milliseconds here, what is not takes minutes."""
+    def stop(*_):
+        raise TimeoutError("it hangs")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("text, inside", [
+    (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2", "1"),
+    (r"\boxed{}", ""), (r"\boxed{a \boxed{b} c}", "b"), (r"\boxed{a {b} {c {d}}} }}", "a {b} {c {d}}"),
+    (r"} \boxed{x}", "x"), (r"\boxed{ \boxed{3} {", "3"), (r"\boxed{{}", None), ("boxed{1}", None), ("", None),
+    (r"\boxed{1}\boxed{ {", "1")])
+def test_the_last_complete_box_counts(text, inside):
+    assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("<think>7*6</think>It is \\boxed{42}.", "42"), ("<think>so \\boxed{1}", None), ("<think>\\boxed{1}</think>", None),
+    ("<think>\\boxed{1}</think>2", "2"), ("<think>a</think>b</think> c ", "c"), ("12", "12"), ("", None), (None, None),
+    ("<think></think>\n\n 5 \n", "5"), ("<think></think>two\nlines", None), ("<think></think>" + "9" * 100, "9" * 100),
+    ("<think></think>" + "9" * 101, None), ("long\ntext\n#### 1,000\n", "1,000"), ("a #### 1 #### 2", "2"),
+    ("x\n<answer> 3 </answer>\n<answer>4\n</answer>", "4"), ("<answer>1</answer> \\boxed{2} #### 3", "2"),
+    ("<answer>1</answer> #### 3", "1"), ("\\boxed{ }", None), ("x\n<answer>5", None), ("x\n####", None),
+    ("reasoning without an opening tag</think>8", "8")])
+def test_final_answers_by_hand(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("spellings", [
+    ["7", "07", "7.0", "+7", "$7$", " 7 . ", "7\\%", "7^\\circ", r"\text{7}", "14/2", r"\frac{14}{2}", r"\dfrac{7}{1}"],
+    ["1234567", "1,234,567", "$1,234,567.00$", r"1{,}234{,}567".replace("{,}", "\\,")], ["-1/2", "-0.5", "-2/4"],
+    ["Even", "even", r"\text{Even}", "\\mathrm{even}.", "e v e n"], [r"\left(1,2\right)", "(1, 2)", "(1,2)"],
+    [r"\sqrt{2}", r"\sqrt{ 2 }"], ["12,34", "12, 34"]])
+def test_spellings_of_one_answer_are_the_same(spellings):
+    assert len(set(map(normal_form, spellings))) == 1
+    assert all(same(a, b) for a in spellings for b in spellings)
+    assert majority(spellings) == (spellings[0], len(spellings))
+
+
+def test_different_answers_are_different():
+    answers = ["7", "-7", "0.7", "1/7", "7/0", "(7)", "seven", "7e3", "1e999999999", "12,34", "1234", "7.7.7", "", "."]
+    forms = [normal_form(answer) for answer in answers]
+    assert len(set(forms)) == len(answers) - 1 and normal_form("") == normal_form(".")
+    assert normal_form("0.1") == Fraction(1, 10) and not same(None, "7") and not same("8", "7")
+    assert not same(None, "none") and not same("", "7")
+
+
+def test_none_never_wins_a_vote():
+    assert majority([None] * 9 + ["3"]) == ("3", 1) and majority([None, None]) == majority([]) == (None, 0)
+    assert majority(["a", "b", "b", "a"]) == ("a", 2)           # the first of several
+    assert majority([None, "8", "0.50", "1/2", "8", r"\frac12", ".5", r"\frac{1}{2}"]) == ("0.50", 3)
+
+
+PIECES = ["\\boxed{", "}", "{", "<answer>", "</answer>", "####", "<think>", "</think>", "\\frac{", "\\text{", "1", "0",
+          "/", ",", ".", "-", "e999999999", "9" * 5000, "0" * 5000, "$", "\\", " ", "\n", "^\\circ", "%", "٣", "\ud800"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)))
+def test_any_text_has_an_answer_or_none(text):
+    answer, boxed = final_answer(text), last_boxed(text)
+    assert answer is None or (answer == answer.strip() != "" and answer in text)
+    assert boxed is None or f"\\boxed{{{boxed}}}" in text and boxed.count("{") == boxed.count("}")
+    form = normal_form(text)
+    assert isinstance(form, (str, Fraction)) and form == normal_form(f" {text}") and same(text, text)
+    assert majority([None, text, None]) == (text, 1)
+    assert cut_tail(text, 3, BYTES) is not None and count_tokens(text, BYTES) >= 0
+
+
+@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed{}", "{", "<answer>", "</answer>", "\\frac{1}{", "\\text{",
+                                   "1,111", "0", "9", "1/", "####", "</think>", "<think>", ".", "$"])
+def test_what_a_model_repeats_for_ever_is_read_at_once(piece):
+    for text in (piece * 60000, "1/" + piece * 60000 + "1", "\\frac{1}{" + piece * 60000 + "1}"):
+        with hangs_are_errors():
+            final_answer(text)
+            final_answer(text + "\n")
+            normal_form(text)
+            same(text, text)
+
+
+def test_intervals():
+    assert interval([]) == interval([1.0]) == [0.0, 1.0]
+    assert interval([1] * 10) == pytest.approx([1 - 0.196, 1.0]) and interval([0] * 10) == pytest.approx([0, 0.196])
+    spread = 1.96 * (25 / 99) ** 0.5 / 10                       # 100 problems, half of them right
+    assert interval([0, 1] * 50) == pytest.approx([0.5 - spread, 0.5 + spread])
+    assert interval([True, False]) == [0.0, 1.0]
+    low, high = interval([0.5] * 4)
+    assert low == pytest.approx(0.01) and high == pytest.approx(0.99)
+
+
+# ---- a run, its trace, and going on ---------------------------------------------------------------------------------
+
+
+class Fake(Source):
+    """A source that remembers what it was asked; `fails` of (prompt) says which rollouts fail."""
+
+    def __init__(self, fails=lambda prompt: False):
+        self.asked, self.fails = [], fails
+
+    def stream(self, prompts, max_new_tokens, seed, known=()):
+        for i in reversed(range(len(prompts))):
+            if i not in known:
+                self.asked.append(prompts[i])
+                if self.fails(prompts[i]):
+                    yield i, None, 0, "it broke"
+                else:
+                    yield i, f"<think>{random.Random(prompts[i]).randrange(999)} é\u2028 so</think>{i}", 4, None
+
+
+SMALL = Budget(population=3, subset=2, rounds=2, budget=9, tail=2)
+SETTINGS = dict(source="fake", seed=0, problems=["p", "q"])
+
+
+def fake_run(source, path=None, resume=False, problems=("p", "q"), name="small", budget=SMALL, known=()):
+    file, rows = open_trace(path and str(path), SETTINGS, resume)
+    run = Run(source, name, budget, None, len(problems), file, rows or known)
+    with file or contextlib.nullcontext():
+        return run, markovian_rsa(list(problems), run, budget.population, budget.subset, budget.rounds, budget.budget,
+                                  budget.tail)
+
+
+def trace_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def unordered(rows):
+    return sorted(json.dumps(row, sort_keys=True) for row in rows)
+
+
+def test_a_trace_has_every_rollout(tmp_path):
+    path = tmp_path / "trace"
+    run, results = fake_run(Fake(), path)
+    head, *rows = trace_rows(path)
+    assert head == {"settings": SETTINGS} and len(rows) == run.total == 2 * 3 * 3
+    for row in rows:
+        candidate = results[row["problem"]].rounds[row["round"]][row["index"]]
+        assert row == dict(run="small", problem=row["problem"], round=row["round"], index=row["index"],
+                           prompt=candidate.prompt, text=candidate.text, tail=candidate.tail, tokens=4,
+                           answer=final_answer(candidate.text))
+    assert len({(row["problem"], row["round"], row["index"]) for row in rows}) == 18
+    assert run.tokens == [24, 24, 24] and run.failed == [] and run.round == 3
+    assert fake_run(Fake())[1] == results                       # with a trace or without
+
+
+def test_nothing_finished_is_asked_again(tmp_path):
+    path = tmp_path / "trace"
+    whole, results = fake_run(Fake(), path)
+    before = path.read_bytes()
+    again = Fake()
+    resumed, same_results = fake_run(again, path, resume=True)
+    assert again.asked == [] and same_results == results and resumed.tokens == whole.tokens
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("lost", [1, 17, 400, 1500])
+def test_a_torn_line_is_dropped_and_asked_again(tmp_path, lost):
+    path = tmp_path / "trace"
+    results, rows = fake_run(Fake(), path)[1], trace_rows(path)
+    torn = path.read_bytes()[:-lost]
+    path.write_bytes(torn)
+    left = torn.count(b"\n") - 1
+    again = Fake()
+    assert fake_run(again, path, resume=True)[1] == results and len(again.asked) == 18 - left > 0
+    assert unordered(trace_rows(path)) == unordered(rows)
+    assert path.read_bytes().startswith(torn[:torn.rindex(b"\n") + 1])
+
+
+def test_only_the_same_prompt_of_the_same_budget_is_known(tmp_path):
+    path = tmp_path / "trace"
+    fake_run(Fake(), path)
+    head, *rows = trace_rows(path)
+    for changed, asked in ((dict(problems=("p", "other")), 9), (dict(name="large"), 18), ({}, 0)):
+        source = Fake()
+        fake_run(source, known=rows, **changed)
+        assert len(source.asked) == asked
+    victim = next(row for row in rows if row["round"] == 0 and row["problem"] == 1)
+    victim["text"] = victim["text"].replace("so", "but")        # its tail changes: so do prompts that show it
+    source = Fake()
+    results = fake_run(source, known=rows)[1]
+    assert 0 < len(source.asked) < 9 and all(prompt.endswith("|q") for prompt in source.asked)
+    assert any("but" in prompt for prompt in source.asked)
+    assert results[1].rounds[0][victim["index"]].text == victim["text"]
+
+
+def test_what_failed_is_reported_traced_and_asked_again(tmp_path, capsys):
+    path = tmp_path / "trace"
+    fails = []
+
+    def fail_once_a_problem(prompt):
+        fails.append(prompt)
+        return fails.count(prompt) == 1 and "|" not in prompt
+
+    run, results = fake_run(Fake(fail_once_a_problem), path)
+    said = capsys.readouterr()
+    assert run.failed == ["problem 1, round 0, candidate 2: it broke", "problem 0, round 0, candidate 2: it broke"]
+    assert all(f"failed, and left out of the subsets: {line}" in said.err for line in run.failed)
+    broken = [row for row in trace_rows(path)[1:] if row["text"] is None]
+    assert [(row["problem"], row["round"], row["index"], row["error"]) for row in broken] == \
+        [(1, 0, 2, "it broke"), (0, 0, 2, "it broke")]
+    assert results[0].rounds[0][2] == Candidate("p", None, None) and run.tokens == [16, 24, 24]
+    again = Fake()
+    resumed, whole = fake_run(again, path, resume=True)
+    assert sorted(prompt for prompt in again.asked if "|" not in prompt) == ["p", "q"] and resumed.failed == []
+    assert whole == fake_run(Fake())[1]
+
+
+def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
+    path = tmp_path / "trace"
+    fake_run(Fake(), path)
+    for now, resume, says in ((SETTINGS, False, "exists: add --resume"),
+                              (SETTINGS | dict(seed=1), True, r"with other settings \(seed\)"),
+                              (SETTINGS | dict(seed=1, source="x"), True, r"\(source, seed\)")):
+        before = path.read_bytes()
+        with pytest.raises(SystemExit, match=says):
+            open_trace(str(path), now, resume)
+        assert path.read_bytes() == before
+    for content in (b'{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}', b"my notes\nand more",
+                    b"[1, 2]\n3", b"5\n6", b"my only line", b'{"settings": {"seed": 0}}\n{"a": 1'):
+        path.write_bytes(content)
+        with pytest.raises(SystemExit, match="no trace of rsa.py|with other settings"):
+            open_trace(str(path), SETTINGS, True)
+        assert path.read_bytes() == content                     # also without a line end: nothing is cut off
+    assert open_trace(None, SETTINGS, False) == (None, [])
+    path.write_bytes(b"")                                       # an empty file is a new one
+    open_trace(str(path), SETTINGS, False)[0].close()
+    assert trace_rows(path) == [{"settings": SETTINGS}]
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def asked(*arguments):
+    return rsa.budgets_asked(rsa.parse_arguments(["q", *arguments]))
+
+
+def test_budgets_with_the_command_lines_numbers():
+    here, there = ["--checkpoint", "x"], ["--endpoint", "x", "--model", "m"]
+    assert asked(*here) == {"tiny": rsa.BUDGETS["tiny"]} and asked(*there) == {"default": rsa.BUDGETS["default"]}
+    assert list(asked(*there, "--budget", "high,light").items()) == \
+        [(name, rsa.BUDGETS[name]) for name in ("high", "light")]
+    assert asked(*here, "--population", "3", "--max-tokens", "9") == {"tiny": Budget(3, 3, 2, 9, 9)}
+    assert asked(*here, "--population", "32", "--subset", "1", "--rounds", "0", "--tail", "0", "--budget", "light") == \
+        {"light": Budget(32, 1, 0, 40960, 0)}
+    assert asked(*there, "--max-tokens", "99999", "--tail", "99999") == {"default": Budget(16, 4, 2, 99999, 99999)}
+
+
+@pytest.mark.parametrize("wrong", [["--population", "0"], ["--subset", "0"], ["--subset", "17"], ["--rounds", "-1"],
+                                   ["--max-tokens", "0"], ["--tail", "-1"], ["--tail", "9", "--max-tokens", "8"]])
+def test_budgets_that_make_no_sense(wrong):
+    with pytest.raises(SystemExit, match="makes no sense: 1 <= C <= N"):
+        asked("--checkpoint", "x", *wrong)
+
+
+def test_problems_are_read_and_mistakes_located(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"problem": "1+1", "answer": 2}\n\n{"problem": "é", "answer": "x", "more": 1}\n', encoding="utf-8")
+    assert read_problems(str(path)) == [("1+1", "2"), ("é", "x")]
+    for bad in (b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b"3", b'{"problem": "\xff"}'):
+        path.write_bytes(b'{"problem": "1+1", "answer": 2}\n' + bad + b"\n")
+        with pytest.raises(SystemExit, match=re.escape(str(path)) + ", line 2: not"):
+            read_problems(str(path))
+    path.write_text("\n \n")
+    with pytest.raises(SystemExit, match="holds no problems"):
+        read_problems(str(path))
+
+
+def hand_made(name, answers, tokens, failed=(), longest=7):
+    """answers[problem][round]: the candidates' answers, None for one that failed -> (Run, results)."""
+    results = [Result([[Candidate("q", None if a is None else f"<think>t</think>{a}", None if a is None else "t")
+                        for a in row] for row in rounds], longest_prompt=longest) for rounds in answers]
+    rounds, population = len(answers[0]), len(answers[0][0])
+    return SimpleNamespace(name=name, budget=Budget(population, 1, rounds - 1, 9, 3), tokens=tokens,
+                           failed=list(failed)), results
+
+
+TWO = [[["5", "5", "6", "7"], ["5", "05", "5.0", "7"]], [["1", "2", "2", None], ["1", "1", "2", "3"]]]
+
+
+def test_scores_by_hand():
+    lines = score_table([hand_made("light", TWO, [1000, 2000], ["one"]),
+                         hand_made("high", TWO[::-1], [10, 20], longest=1234)], ["5", "1"]).split("\n")
+    assert len(lines) == 4 and all(line.count("|") == 9 for line in lines)
+    light, high = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    # right in round 0: 2 of 4 and 1 of 4 (the failed one is not right); in round 1: 3 of 4 and 2 of 4
+    assert light[0] == "light: N=4 C=1 T=1 beta=9 tau=3" and light[5:] == ["1,500", "7", "1"]
+    assert [cell.split()[0] for cell in light[1:5]] == ["0.375", "0.500", "0.625", "1.000"]
+    assert light[1] == "0.375 [0.000, 1.000]" and light[4] == "1.000 [0.020, 1.000]"
+    assert [cell.split()[0] for cell in high[1:5]] == ["0.000"] * 4 and high[5:] == ["15", "1,234", "0"]
+    titles = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert titles == ["budget", "single", "majority", "Markovian RSA", "its majority", "tokens a problem",
+                      "longest prompt", "failed"]
+
+
+@pytest.mark.parametrize("answers", [None, ["5", "1"]], ids=["one_problem", "scored"])
+def test_pictures_are_drawn(tmp_path, answers):
+    path = tmp_path / "run.png"
+    nasty = [[[r"$\foo$", "$", r"a_b^^c$$", "_x"], ["others", None, "no answer", r"\frac{1}{"]]]
+    for content in (TWO, nasty, [[["1", "2", None, "1"]], [["2", "2", "2", "2"]]]):
+        draw_run(str(path), [hand_made("light", content, [5] * len(content[0]))], answers)
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+    draw_run(str(path), [hand_made("light", TWO, [5, 6]), hand_made("high", [[*p, p[1]] for p in TWO], [5, 6, 7])],
+             answers)
+    assert os.listdir(tmp_path) == ["run.png"]
+
+
+# ---- a checkpoint of ours -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ZayaConfig(vocab_size=BYTES.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=24,
+                        router_hidden_size=12, eos_token_id=BYTES.end, pad_token_id=BYTES.pad,
+                        max_position_embeddings=512)
+    return randomise(Zaya(config), 6)
+
+
+PROMPTS = ["47+85", "a longer prompt", "x", "47+86", "x", "another prompt of that size", "47+85"]
+
+
+def test_a_checkpoint_answers_each_prompt_its_own(model):
+    greedy = Checkpoint(model, BYTES, temperature=0)
+    alone = [greedy([prompt], 12, 0)[0] for prompt in PROMPTS]
+    assert len(set(alone)) == len(set(PROMPTS)) == 5
+    for rows in (1, 2, 3, 256):
+        assert Checkpoint(model, BYTES, 0, rows)(PROMPTS, 12, 5) == alone
+
+
+def test_a_checkpoint_samples_by_its_seed(model):
+    source = Checkpoint(model, BYTES)
+    texts = source(PROMPTS, 12, 5)
+    assert texts == source(PROMPTS, 12, 5) != source(PROMPTS, 12, 6)
+    distinct = sorted(set(PROMPTS))
+    texts = dict(zip(distinct, source(distinct, 12, 5)))
+    for order in (distinct[::-1], distinct[2:] + distinct[:2]):                     # whatever their order
+        assert dict(zip(order, source(order, 12, 5))) == texts
+    for rows in (3, 256):                                                           # also over several batches
+        assert len(set(Checkpoint(model, BYTES, 1.0, rows)(["x"] * 9, 12, 5))) == 9
+    assert len(set(Checkpoint(model, BYTES, 0)(["x"] * 3, 12, 5))) == 1
+    sharp = Checkpoint(model, BYTES, 0.02)(["x"] * 9, 12, 5)                        # the temperature arrives
+    assert len(set(sharp)) < 9
+
+
+def test_a_checkpoint_counts_its_tokens(model):
+    rows = list(Checkpoint(model, BYTES).stream(PROMPTS, 12, 5))
+    assert sorted(i for i, *_ in rows) == list(range(len(PROMPTS)))
+    assert all(error is None and tokens == count_tokens(text, BYTES) > 0 for _, text, tokens, error in rows)
+
+
+@pytest.mark.parametrize("prefill_chunk", [2, 2048])
+def test_rows_that_are_equal_are_prefilled_once_and_stay_themselves(model, prefill_chunk, monkeypatch):
+    """Left-padded too; two of them differ in their padding only."""
+    rows = [[5, 6, 7, 8], [9, 9], [5, 6, 7, 8], [6, 7, 8], [9, 9], [5, 6, 7, 8], [BYTES.pad, 9, 9]]
+    ids, mask = rsa.left_padded(rows, BYTES.pad, "cpu")
+    assert ids.shape == mask.shape == (7, 4) and ids[4].tolist() == [BYTES.pad, BYTES.pad, 9, 9]
+    widths, hidden_states = [], Zaya.hidden_states
+    monkeypatch.setattr(Zaya, "hidden_states", lambda self, input_ids, *rest, **options: widths.append(
+        tuple(input_ids.shape)) or hidden_states(self, input_ids, *rest, **options))
+    together = model.generate(ids, 10, 0, attention_mask=mask, prefill_chunk=prefill_chunk)
+    prefills = -(-4 // prefill_chunk)
+    assert widths == [(4, 4 // prefills)] * prefills + [(7, 1)] * 9
+    for row, new in zip(rows, together):
+        alone = model.generate(torch.tensor([row]), 10, 0, prefill_chunk=prefill_chunk)[0]
+        assert torch.equal(new[4:], alone[len(row):])
+    assert len({tuple(new[4:].tolist()) for new in together}) == 4
+    plain = torch.tensor([[5, 6, 7], [6, 7, 8], [5, 6, 7]])
+    assert torch.equal(model.generate(plain, 10, 0),
+                       torch.cat([model.generate(plain[i:i + 1], 10, 0) for i in range(3)]))
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    BYTES.save_pretrained(path)
+    return str(path)
+
+
+def shortened(folder, *arguments):
+    return ["--checkpoint", folder, "--population", "4", "--subset", "2", "--max-tokens", "12", "--tail", "6",
+            *map(str, arguments)]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")                      # a random model's answers are any bytes
+def test_one_problem_on_the_command_line(folder, tmp_path, capsys):
+    picture, trace = tmp_path / "x.png", tmp_path / "x.trace"
+    rsa.main(["3+4", *shortened(folder, "--picture", picture, "--trace", trace)])
+    said = capsys.readouterr().out
+    assert "tiny: N=4 C=2 T=2 beta=12 tau=6, 1 problem: 12 rollouts, at most 144 tokens; prompts of at most the " \
+        "problem and 12 tokens of tails" in said
+    assert all(f"round {t}: " in said for t in (0, 1, 2)) and f"drawn: {picture}" in said and "0 failed" in said
+    assert "majority of the last round" in said or "no candidate of the last round" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    head, *rows = trace_rows(trace)
+    assert head["settings"]["problems"] == ["3+4"] and len(rows) == 12
+    assert {row["prompt"] for row in rows if row["round"] == 0} == {"3+4"}
+    assert all(re.fullmatch(r"(?s)\|.*\|.*\|3\+4", row["prompt"]) for row in rows if row["round"])      # terse
+    source = Checkpoint.from_pretrained(folder)
+    by_hand = markovian_rsa("3+4", source, 4, 2, 2, 12, 6, 0, source.tokenizer)
+    assert {(row["round"], row["index"]): (row["prompt"], row["text"], row["tail"]) for row in rows} == \
+        {(t, i): (c.prompt, c.text, c.tail) for t, row in enumerate(by_hand.rounds) for i, c in enumerate(row)}
+    spent = [sum(row["tokens"] for row in rows if row["round"] == t) for t in (0, 1, 2)]
+    assert all(f"round {t}: {spent[t]:,} tokens" in said for t in (0, 1, 2))
+    assert f"{sum(spent):,} tokens generated" in said
+
+
+def test_a_file_of_problems_on_the_command_line(folder, tmp_path, capsys):
+    problems, picture, trace = (tmp_path / name for name in ("x.jsonl", "x.png", "x.trace"))
+    problems.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}\n')
+    rsa.main(["--problems", str(problems), "--budget", "light,tiny", "--prompt", "report", "--rounds", "1",
+              *shortened(folder, "--picture", picture, "--trace", trace, "--temperature", 0)])
+    said = capsys.readouterr().out
+    assert "2 problems: 16 rollouts" in said and "| light: N=4 C=2 T=1 beta=12 tau=6 |" in said
+    assert "| tiny: N=4 C=2 T=1 beta=12 tau=6 |" in said and picture.read_bytes().startswith(b"\x89PNG")
+    rows = trace_rows(trace)[1:]
+    assert len(rows) == 2 * 2 * 4 * 2 and {row["run"] for row in rows} == {"light", "tiny"}
+    assert all(("Candidate solution 2" in row["prompt"]) == bool(row["round"]) for row in rows)
+    assert len({(row["problem"], row["text"]) for row in rows if not row["round"]}) == 2            # temperature 0
+
+
+@pytest.mark.parametrize("kept", ["nothing", "part of a round", "rounds and a part"])
+def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, kept):
+    """Equal prompts share a batch: the missing ones must not get the random numbers of those that are there."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ["3+4", *shortened(folder)]
+    rsa.main([*arguments, "--trace", str(whole)])
+    lines = whole.read_text(encoding="utf-8").split("\n")
+    keep = {"nothing": 1, "part of a round": 3, "rounds and a part": 8}[kept]
+    cut.write_text("\n".join([*lines[:keep], lines[keep][:20]]), encoding="utf-8")
+    rsa.main([*arguments, "--trace", str(cut), "--resume"])
+    assert unordered(trace_rows(cut)) == unordered(trace_rows(whole))
+    texts = [row["text"] for row in trace_rows(cut)[1:] if row["round"] == 0]
+    assert len(set(texts)) == 4
+
+
+def test_a_killed_run_goes_on(folder, tmp_path):
+    """kill -9 while it generates, and the same command with --resume."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["3+4", *shortened(folder, "--rounds", 30, "--max-tokens", 40)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen([sys.executable, os.path.join(ROOT, "rsa.py"), *arguments, "--trace", killed], cwd=ROOT,
+                          env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (killed.exists() and killed.read_bytes().count(b"\n") > 6):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        said = process.stderr.read()
+    assert process.returncode == -signal.SIGKILL, said
+    done = killed.read_bytes().count(b"\n") - 1
+    assert 6 <= done < 4 * 31
+    rsa.main([*arguments, "--trace", str(killed), "--resume"])
+    rsa.main([*arguments, "--trace", str(whole)])
+    assert len(trace_rows(whole)) == 1 + 4 * 31
+    assert unordered(trace_rows(killed)) == unordered(trace_rows(whole))
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--checkpoint x", "give one problem, or --problems FILE"),
+    ("q --problems x --checkpoint x", "give one problem, or --problems FILE"),
+    ("q", "give --checkpoint FOLDER or --endpoint URL"),
+    ("q --checkpoint x --endpoint x --model m", "give --checkpoint FOLDER or --endpoint URL"),
+    ("q --endpoint http://localhost:1/v1", "--endpoint needs --model NAME"),
+    ("q --checkpoint x --resume", "--resume goes on with a --trace FILE"),
+    ("q --checkpoint x --budget huge", "--budget huge: there are tiny, light, default, high, extra-high"),
+    ("q --checkpoint x --budget tiny,", "there are tiny, light, default, high, extra-high"),
+    ("q --checkpoint x --population 2 --subset 3", "makes no sense: 1 <= C <= N"),
+    ("q --checkpoint x --prompt long", "invalid choice"),
+    ("q --checkpoint x --concurrency 0", "--concurrency must be at least 1"),
+    ("q --checkpoint x --retries -1", "--retries must be at least 0"),
+    ("q --checkpoint x --temperature -0.1", "--temperature must be at least 0"),
+    ("q --checkpoint x --rounds two", "invalid int value"), ("q --checkpoint x --pop 4", "unrecognized arguments"),
+    ("q --checkpoint no/such/folder", "--checkpoint no/such/folder: "),
+    ("--problems no/such/file --checkpoint MODEL", "no/such/file"),
+    ("q --checkpoint MODEL --trace no/such/folder/x", "no/such/folder"),
+    ("q --checkpoint MODEL --picture no/such/folder/x.png", "no/such/folder"),
+    ("q --endpoint http://127.0.0.1:1/v1 --model m --tokenizer no/such/tokenizer", "--tokenizer no/such/tokenizer: ")])
+def test_mistakes_get_one_clear_sentence(folder, capsys, monkeypatch, arguments, says):
+    if "--endpoint http://127" in arguments:
+        pytest.importorskip("openai")
+        pytest.importorskip("transformers")
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(arguments.replace("MODEL", folder).split())
+    said = capsys.readouterr().err
+    code = stop.value.code
+    assert says in (code if isinstance(code, str) else said.splitlines()[-1])
+    assert code == 2 or isinstance(code, str) and "\n" not in code
+
+
+def test_the_endpoint_needs_its_client(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(SystemExit, match="pip install openai"):
+        Endpoint("http://127.0.0.1:1/v1", "m")
+    with pytest.raises(SystemExit, match="--endpoint needs the openai client: pip install openai"):
+        rsa.main(["q", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m"])
+
+
+def test_trouble_of_the_machine_is_not_taken_for_failed_rollouts(folder, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(Zaya, "generate", out_of_memory)
+    with pytest.raises((RuntimeError, SystemExit), match="out of memory"):
+        rsa.main(["q", *shortened(folder)])
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        rsa.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{name}" in said for name in ("problems", "checkpoint", "endpoint", "budget", "trace", "resume",
+                                                "key-variable", "picture", *rsa.BUDGETS["tiny"].__dict__.keys()
+                                                - {"budget"}))

@@ -1,0 +1,605 @@
+"""rsa.py against servers: one here that fails on purpose, in every way a server can, and a real one."""
+import collections
+import http.server
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import zlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import randomise
+
+import rsa
+from rsa import Endpoint, final_answer
+from zaya import Tokenizer, Zaya, ZayaConfig
+
+openai = pytest.importorskip("openai")
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+KEY = "sk-very-secret-0123456789"
+COLOURS = ["red", "green", "blue", "black", "white", "brown", "grey", "pink"]
+
+
+def reply_to(body):
+    """What the fake model says: the prompt and the seed decide it, and hardly two of them give the same."""
+    number = zlib.crc32(f"{body['messages'][0]['content']} {body['seed']}".encode())
+    return f"<think>{COLOURS[number % 8]} t{number}</think>{number % 5}"
+
+
+def completion(content, finish_reason="stop", usage=None, **message):
+    return {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [
+        {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": content, **message}}],
+        "usage": usage or {"prompt_tokens": 1, "completion_tokens": 3, "total_tokens": 4}}
+
+
+def clients_end():
+    for thread in threading.enumerate():
+        if type(thread) is threading.Thread and not re.search("process_request_thread|serve_forever", thread.name):
+            thread.join(10)
+
+
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """Answers chat completions, but what `fault(n, attempt, body)` names goes wrong: n counts the different rollouts
+    (prompt and seed) in the order in which they first come, attempt the requests for this one, both from 0."""
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Condition()
+        self.release = threading.Event()                        # ends what hangs
+        self.fresh()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, kwargs=dict(poll_interval=0.02), daemon=True).start()
+
+    def fresh(self, fault=lambda n, attempt, body: None, reply=None):
+        """Forget all, and behave like this from now on.  No thread of an earlier run is left that might still ask."""
+        self.release.set()
+        clients_end()
+        self.generation = object()
+        self.fault, self.reply = fault, reply or (lambda body: completion(reply_to(body)))
+        self.bodies, self.keys, self.times, self.rollouts = [], [], [], collections.Counter()
+        self.running = self.most = self.crowd = 0
+        self.release.clear()
+        return self
+
+    def handle_error(self, request, client_address):            # a client that has gone away is no news
+        pass
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True                              # 40 ms an answer
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, status, content, kind="application/json", cut=0, **headers):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": len(data), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(data[:len(data) - cut])
+        if cut:
+            self.close_connection = True
+
+    def do_POST(self):
+        server = self.server
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(raw)
+        rollout = body["messages"][0]["content"], body["seed"]
+        with server.lock:
+            attempt = server.rollouts[rollout]
+            server.rollouts[rollout] += 1
+            server.bodies.append(body)
+            server.keys.append(self.headers["Authorization"])
+            server.times.append(time.monotonic())
+            n = list(server.rollouts).index(rollout)
+            server.running += 1
+            generation = server.generation
+            server.most = max(server.most, server.running)
+            server.lock.notify_all()
+            if server.crowd:                                    # answer when that many are here, or nobody else comes
+                server.lock.wait_for(lambda: server.most >= server.crowd, timeout=5)
+        try:
+            self.answer(server.fault(n, attempt, body), body)
+        finally:
+            with server.lock:
+                server.running -= generation is server.generation
+                server.lock.notify_all()
+
+    def answer(self, fault, body):
+        answer = self.server.reply(body)
+        error = {"error": {"message": f"no: {self.headers['Authorization']} is not welcome", "code": "bad"}}
+        if fault is None:
+            self.send(200, answer)
+        elif fault == "429 later":
+            self.send(429, error, Retry_After="0.25")
+        elif isinstance(fault, int):
+            self.send(fault, error)
+        elif fault == "cut":
+            self.send(200, answer, cut=20)
+        elif fault == "hang up":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif fault == "slow":
+            self.server.release.wait(1.5)
+            self.send(200, answer)
+        elif fault == "hang":
+            self.server.release.wait(300)
+            self.send(200, answer)
+        elif fault == "html":
+            self.send(200, b"<html>busy</html>", kind="text/html")
+        elif isinstance(fault, bytes):
+            self.send(200, fault)
+        else:
+            self.send(200, fault["json"])
+
+
+@pytest.fixture(scope="module")
+def running_server():
+    server = FaultyServer()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def server(running_server, monkeypatch):
+    """The server, and a client that does not sleep between its attempts."""
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01, raising=False)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.02, raising=False)
+    monkeypatch.setattr(rsa, "time", SimpleNamespace(sleep=lambda seconds: None, perf_counter=time.perf_counter))
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("MY_KEY", KEY)
+    yield running_server.fresh()
+    running_server.release.set()
+
+
+def line(server, *arguments):
+    return ["--endpoint", server.url, "--model", "m", "--key-variable", "MY_KEY", "--population", "5", "--subset", "3",
+            "--rounds", "2", "--max-tokens", "9", "--tail", "1", "--concurrency", "4", "--timeout", "30",
+            *map(str, arguments)]
+
+
+def trace_rows(path):
+    return [json.loads(row) for row in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def unordered(rows):
+    return sorted(json.dumps(row, sort_keys=True) for row in rows)
+
+
+def solve(server, path, *arguments):
+    """One problem on the command line -> the rows of its trace, without the settings."""
+    rsa.main(["why?", *line(server, "--trace", path, *arguments)])
+    return trace_rows(path)[1:]
+
+
+# ---- what is asked, and what comes back -----------------------------------------------------------------------------
+
+
+def test_requests_say_what_the_protocol_wants(server, tmp_path, capsys):
+    rows = solve(server, tmp_path / "trace", "--temperature", "0.5")
+    assert len(rows) == len(server.bodies) == 15 and set(server.keys) == {f"Bearer {KEY}"}
+    for body in server.bodies:
+        assert body["model"] == "m" and body["max_tokens"] == 9 and body["temperature"] == 0.5
+        assert [message["role"] for message in body["messages"]] == ["user"] and body.get("top_p", 1) == 1
+    assert len({body["seed"] for body in server.bodies}) == 15                      # equal prompts, different samples
+    assert sorted(body["messages"][0]["content"] for body in server.bodies) == sorted(row["prompt"] for row in rows)
+    answers = {(body["messages"][0]["content"], reply_to(body)) for body in server.bodies}
+    assert answers == {(row["prompt"], row["text"]) for row in rows}                # each prompt has its own answer
+    for row in rows:
+        number = row["text"].split(" t")[1].split("<")[0]
+        assert row["tail"] == f"t{number}" and row["answer"] == str(int(number) % 5) and row["tokens"] == 3
+        assert row["prompt"].count("Candidate solution") == (3 if row["round"] else 0)
+    said = capsys.readouterr().out
+    assert "default: 45 tokens generated" in said and "0 failed" in said
+    assert "counted in words" in said and "majority of the last round" in said
+    again = solve(server.fresh(), tmp_path / "again", "--temperature", "0.5")
+    assert unordered(again) == unordered(rows)                  # deterministic, if the server is
+    other = solve(server.fresh(), tmp_path / "other", "--seed", "1")
+    assert not {row["text"] for row in other} & {row["text"] for row in rows}
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_as_many_at_once_as_asked(server, concurrency):
+    server.crowd = concurrency
+    source = Endpoint(server.url, "m", concurrency=concurrency, timeout=30)
+    texts = source([f"p{i}" for i in range(11)], 9, 0)
+    assert len(set(texts)) == 11 and server.most == concurrency
+
+
+def test_texts_come_as_they_are_finished_with_their_place(server):
+    """The first prompt's answer comes last: it waits for the others."""
+    def first_waits(n, attempt, body):
+        if body["messages"][0]["content"] == "p0":
+            with server.lock:
+                server.lock.wait_for(lambda: server.rollouts.total() == 6 and server.running == 1, timeout=20)
+    server.fresh(first_waits)
+    rows = list(Endpoint(server.url, "m", concurrency=3, timeout=30).stream([f"p{i}" for i in range(6)], 9, 0))
+    said = {body["messages"][0]["content"]: reply_to(body) for body in server.bodies}
+    assert sorted(i for i, *_ in rows) == list(range(6))
+    assert all((text, tokens, error) == (said[f"p{i}"], 3, None) for i, text, tokens, error in rows)
+
+
+@pytest.mark.parametrize("message, text, answer", [
+    (completion("It is 4", reasoning_content="two and two"), "<think>two and two</think>It is 4", "It is 4"),
+    (completion("4", reasoning="two and two"), "<think>two and two</think>4", "4"),
+    (completion("<think>two</think>4"), "<think>two</think>4", "4"),
+    (completion("two and two</think>4"), "<think>two and two</think>4", "4"),       # the template opened it
+    (completion("just 4"), "just 4", "just 4"),
+    (completion(None, "length", reasoning_content="so 4"), "<think>so 4", None),    # cut off inside its reasoning
+    (completion("", "length", reasoning="so 4"), "<think>so 4", None),
+    (completion("<think>so 4", "length"), "<think>so 4", None),
+    (completion("\n<think>so 4", "length"), "<think>so 4", None),
+    (completion("4", "length", reasoning_content="so"), "<think>so</think>4", "4"),
+    (completion(None, reasoning_content="4"), "<think>4</think>", None),            # ended, and says nothing
+    (completion(None), "", None), (completion("", "length"), "", None),
+    (completion("half \ud83d"), "half ?", "half ?"),                                # no text of UTF-8: no trace of it
+], ids=lambda value: None)
+def test_reasoning_wherever_the_server_puts_it(server, tmp_path, message, text, answer):
+    server.fresh(reply=lambda body: message)
+    rows = solve(server, tmp_path / "trace", "--rounds", "1")
+    assert {row["text"] for row in rows} == {text} and {row["answer"] for row in rows} == {answer}
+    assert final_answer(text) == answer and len(rows) == len(server.bodies) == 10
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": 3}, {"completion_tokens": None}])
+def test_servers_that_do_not_count_tokens(server, tmp_path, usage):
+    def uncounted(body):
+        answer = completion(reply_to(body))
+        answer["usage"] = usage
+        return answer
+    rows = solve(server.fresh(reply=uncounted), tmp_path / "trace")
+    assert len(rows) == 15 and all(row["text"] and isinstance(row["tokens"], int) for row in rows)
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+SHAPES = {"no choices": {}, "empty choices": {"choices": []}, "null choices": {"choices": None}, "list": [1],
+          "null": None, "text": "busy", "no message": {"choices": [{"index": 0}]},
+          "error in a 200": {"error": {"message": "overloaded"}}, "number": completion(5),
+          "parts": completion([{"type": "text", "text": "4"}])}
+FAULTS = {"429": 429, "429 with Retry-After": "429 later", "408": 408, "500": 500, "503": 503, "cut": "cut",
+          "hang up": "hang up", "not JSON": b'{"choices": [{"mess', "empty": b"", "html": "html",
+          "not UTF-8": b'{"choices": "\xff\xfe"}', **{name: {"json": shape} for name, shape in SHAPES.items()}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(running_server, tmp_path_factory):
+    """The trace of a run without faults: faults that pass must not change a word of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY"):
+            patch.setenv(name, "127.0.0.1")
+        return solve(running_server.fresh(), tmp_path_factory.mktemp("undisturbed") / "trace")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_pass_change_nothing(server, undisturbed, tmp_path, capfd, fault):
+    """Every second rollout meets it at first, every fourth one twice."""
+    server.fresh(lambda n, attempt, body: FAULTS[fault] if attempt < (0, 1, 0, 2)[n % 4] else None)
+    rows = solve(server, tmp_path / "trace")
+    assert unordered(rows) == unordered(undisturbed)
+    assert len(server.bodies) == 15 + sum((0, 1, 0, 2)[n % 4] for n in range(15))
+    said = capfd.readouterr()
+    assert "failed, and left out" not in said.err and "0 failed" in said.out
+
+
+def test_slow_answers_are_asked_for_again(server, undisturbed, tmp_path):
+    server.fresh(lambda n, attempt, body: "slow" if n in (2, 7) and attempt == 0 else None)
+    assert unordered(solve(server, tmp_path / "trace", "--timeout", "0.5")) == unordered(undisturbed)
+    assert len(server.bodies) >= 17
+
+
+def test_all_kinds_of_faults_in_one_run(server, undisturbed, tmp_path):
+    """Different ones for the same rollout, too."""
+    kinds, rng = list(FAULTS.values()), random.Random(0)
+    plans = [rng.choices(kinds, k=rng.randrange(4)) for _ in range(15)]
+    server.fresh(lambda n, attempt, body: plans[n][attempt] if attempt < len(plans[n]) else None)
+    assert unordered(solve(server, tmp_path / "trace")) == unordered(undisturbed)
+    assert len(server.bodies) == 15 + sum(map(len, plans))
+
+
+def test_the_server_says_when_to_come_back(server):
+    server.fresh(lambda n, attempt, body: "429 later" if attempt == 0 else None)
+    assert Endpoint(server.url, "m")(["p"], 9, 0) == [reply_to(server.bodies[0])]
+    assert server.times[1] - server.times[0] >= 0.25
+
+
+@pytest.mark.parametrize("fault", [500, 429, "hang up", "cut", "html", {"json": {"choices": []}}, "hang"],
+                         ids=["500", "429", "hang up", "cut", "html", "empty choices", "hang"])
+def test_a_rollout_that_always_fails_is_reported_and_left_out(server, tmp_path, capsys, fault):
+    victims = []
+
+    def curse(n, attempt, body):
+        if n == 1 and not victims:
+            victims.append(body["seed"])
+        return fault if body["seed"] in victims else None
+
+    server.fresh(curse)
+    path, more = tmp_path / "trace", ("--subset", "5", "--retries", "1", *(("--timeout", "1") * (fault == "hang")))
+    rows = solve(server, path, *more)
+    said = capsys.readouterr()
+    broken, = [row for row in rows if row["text"] is None]
+    assert set(broken) == {"run", "problem", "round", "index", "prompt", "text", "error"} and broken["round"] == 0
+    assert broken["prompt"] == "why?" and len(broken["error"]) > 10 and "\n" not in broken["error"]
+    assert f"failed, and left out of the subsets: problem 0, round 0, candidate {broken['index']}: " \
+        f"{broken['error']}" in said.err
+    assert "1 failed" in said.out and len(rows) == 15
+    assert server.rollouts["why?", victims[0]] == 2             # one try more than none
+    tails = {t: {row["tail"] for row in rows if row["round"] == t and row["text"]} for t in (0, 1, 2)}
+    assert [len(tails[t]) for t in (0, 1, 2)] == [4, 5, 5]
+    for row in rows:                                            # subsets are as large as can be: 4 are left of 5
+        if row["round"]:
+            seen = re.findall(r"mistakes\):\n(.*)\n", row["prompt"])
+            assert set(seen) == tails[row["round"] - 1] and len(seen) == len(set(seen)) and "None" not in row["prompt"]
+    assert KEY not in said.out + said.err + path.read_text()
+
+    server.fresh()                                              # another day: only what depends on it is asked
+    rsa.main(["why?", *line(server, "--trace", path, *more, "--resume")])
+    first = [body for body in server.bodies if body["messages"][0]["content"] == "why?"]
+    assert [body["seed"] for body in first] == victims and "0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_when_all_fail_the_run_says_how_to_go_on(server, tmp_path, capsys, trace):
+    server.fresh(lambda n, attempt, body: 503 if n >= 5 else None)                  # round 0 is fine
+    path = tmp_path / "trace"
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(["why?", *line(server, "--retries", "1", *(["--trace", path] if trace else []))])
+    words = stop.value.code
+    assert "all 5 candidates of a round failed" in words and "503" in words and "\n" not in words
+    assert (f"--trace {path} --resume" in words) == trace
+    assert capsys.readouterr().err.count("failed, and left out") == 5
+    if trace:
+        assert KEY not in words + path.read_text()
+        server.fresh()
+        rows = solve(server, path, "--retries", "1", "--resume")
+        assert len(server.bodies) == 10 and len([row for row in rows if row["text"]]) == 15
+
+
+def test_no_server_at_all(server, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(SystemExit, match="all 5 candidates of a round failed.*[Cc]onnect"):
+        rsa.main(["why?", *line(server, "--endpoint", url, "--retries", "1")])
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_a_refusal_stops_at_once_with_the_servers_words(server, tmp_path, capsys, status):
+    server.fresh(lambda n, attempt, body: status)
+    path = tmp_path / "trace"
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(["why?", *line(server, "--population", "40", "--trace", path)])
+    words = stop.value.code
+    clients_end()                                               # what was under way may come in
+    assert str(status) in words and "is not welcome" in words and "'m'" in words and "\n" not in words
+    assert 1 <= len(server.bodies) <= 12 and max(server.rollouts.values()) == 1     # 4 at once, none of them again
+    said = capsys.readouterr()
+    assert len(trace_rows(path)) == 1 and KEY not in words + said.out + said.err + path.read_text()
+
+
+def test_a_refusal_does_not_wait_for_what_hangs(server, tmp_path):
+    server.fresh(lambda n, attempt, body: 401 if n == 3 else "hang")
+    with start(server, tmp_path / "trace", "--timeout", "250") as process:
+        said = ended(process)
+    assert process.returncode == 1 and "Traceback" not in said and KEY not in said
+    assert "the server refuses model 'm'" in said.splitlines()[-1] and len(server.bodies) in (4, 5)
+
+
+def test_another_servers_trace_is_refused(server, tmp_path):
+    path = tmp_path / "trace"
+    solve(server, path)
+    for more, says in ((("--model", "other"), "source"), (("--temperature", "0.5"), "temperature"),
+                       (("--tail", "2"), "budgets"), (("--seed", "3", "--prompt", "terse"), "prompt, seed")):
+        with pytest.raises(SystemExit, match=re.escape(f"was made with other settings ({says})")):
+            solve(server, path, *more, "--resume")
+    assert KEY not in path.read_text() and len(server.bodies) == 15
+    with pytest.raises(SystemExit, match="add --resume"):
+        solve(server, path)
+
+
+def test_a_refusal_in_the_middle_leaves_a_trace_to_go_on_with(server, undisturbed, tmp_path):
+    server.fresh(lambda n, attempt, body: 401 if n >= 8 else None)
+    path = tmp_path / "trace"
+    with pytest.raises(SystemExit, match="401"):
+        solve(server, path)
+    done = len(trace_rows(path)) - 1
+    assert 5 <= done <= 8
+    assert unordered(solve(server.fresh(), path, "--resume")) == unordered(undisturbed)
+    assert len(server.bodies) == 15 - done == len(server.rollouts)
+
+
+@pytest.mark.parametrize("key", [KEY, KEY + "\n", "  " + KEY], ids=["plain", "newline", "blanks"])
+@pytest.mark.parametrize("fault", [401, 500, "hang up", {"json": [KEY]}, {"json": {"choices": KEY}}],
+                         ids=["401", "500", "hang up", "list", "choices"])
+def test_the_key_is_seen_nowhere(server, tmp_path, monkeypatch, key, fault):
+    """In nothing that is printed or written.  A key from a file ends in a newline, which no header may hold."""
+    monkeypatch.setenv("MY_KEY", key)
+    server.fresh(lambda n, attempt, body: fault)
+    path, printed = tmp_path / "trace", []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=printed.append, flush=lambda: None))
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=printed.append, flush=lambda: None))
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(["why?", *line(server, "--retries", "1", "--trace", path)])
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    seen = "".join(printed) + str(stop.value.code) + path.read_text()
+    assert KEY not in seen and "very-secret" not in seen
+
+
+def test_without_a_key_the_server_is_asked_all_the_same(server, monkeypatch):
+    monkeypatch.delenv("MY_KEY")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-another-server")                    # not the variable that was named
+    assert Endpoint(server.url, "m", "MY_KEY")(["p"], 9, 0) == [reply_to(server.bodies[0])]
+    assert "another" not in server.keys[0]
+    Endpoint(server.url, "m")(["p"], 9, 0)
+    assert server.keys[1] == "Bearer sk-of-another-server"
+    server.fresh(lambda n, attempt, body: 500)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "none of these" in Endpoint(server.url, "m").hide("none of these")       # no key, nothing to hide
+
+
+# ---- killed ---------------------------------------------------------------------------------------------------------
+
+
+def start(server, path, *arguments):
+    return subprocess.Popen([sys.executable, os.path.join(ROOT, "rsa.py"), "why?",
+                             *line(server, "--trace", path, *arguments)], cwd=ROOT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_rows(process, path, count):
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > count):
+        time.sleep(0.02)
+
+
+def ended(process):
+    """What a process prints until it ends by itself: before what hangs comes back, long after that."""
+    try:
+        return process.communicate(timeout=60)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
+def test_what_was_finished_before_a_kill_is_not_asked_again(server, undisturbed, tmp_path):
+    """8 rollouts are answered, those after them hang, then kill -9."""
+    path = tmp_path / "trace"
+    server.fresh(lambda n, attempt, body: "hang" if n >= 8 else None)
+    with start(server, path) as process:
+        wait_for_rows(process, path, 8)
+        process.send_signal(signal.SIGKILL)
+        said = process.stdout.read()
+    assert process.returncode == -signal.SIGKILL, said
+    server.release.set()
+    finished = {(row["prompt"], row["text"]) for row in trace_rows(path)[1:]}
+    assert len(finished) == 8
+    rows = solve(server.fresh(), path, "--resume")
+    assert not finished & {(body["messages"][0]["content"], reply_to(body)) for body in server.bodies}
+    assert len(server.bodies) == 7 and unordered(rows) == unordered(undisturbed)
+
+
+def test_control_c_says_how_to_go_on(server, undisturbed, tmp_path):
+    """At once: it does not wait for requests that may take half an hour."""
+    path = tmp_path / "trace"
+    server.fresh(lambda n, attempt, body: "hang" if n >= 8 else None)
+    with start(server, path, "--timeout", "250") as process:
+        wait_for_rows(process, path, 8)
+        process.send_signal(signal.SIGINT)
+        said = ended(process)
+    assert process.returncode == 1 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("stopped; with --trace FILE, the same command and --resume")
+    assert unordered(solve(server.fresh(), path, "--resume")) == unordered(undisturbed)
+
+
+# ---- a real server --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A random model that says printable characters, tags and <|end|> only, served: (its folder, the server's URL)."""
+    for name in ("transformers", "fastapi", "uvicorn"):
+        pytest.importorskip(name)
+    folder = tmp_path_factory.mktemp("served")
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+    config = ZayaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=24,
+                        router_hidden_size=12, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad,
+                        bos_token_id=tokenizer.end_of_text, max_position_embeddings=512)
+    model = randomise(Zaya(config), 272)
+    with torch.no_grad():
+        spoken = [*range(32, 127), tokenizer.special["<think>"], tokenizer.special["</think>"], tokenizer.end]
+        silent = [i for i in range(tokenizer.vocab_size) if i not in spoken]
+        model.embed_tokens.weight[silent] *= 0.01               # tied: the logits of what is not to be said
+        model.embed_tokens.weight[spoken[-3:]] *= torch.tensor([[2.0], [1.3], [2.2]])
+        for layer in model.layers:
+            layer.gate.balancing_biases[-1] = -1.0              # HF puts this one back to -1 when it loads
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({                     # without it the server is greedy,
+        "do_sample": True, "top_k": 0, "eos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}))  # always
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder.parent / "server.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "no_proxy": "127.0.0.1"}
+    with open(log, "w") as file:
+        process = subprocess.Popen([os.path.join(os.path.dirname(sys.executable), "transformers"), "serve", str(folder),
+                                    "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"], env=environment,
+                                   stdout=file, stderr=subprocess.STDOUT)
+    try:
+        body = {"model": str(folder), "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(request, timeout=60).read()
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.5)
+        else:
+            raise AssertionError(log.read_text()[-3000:])
+        yield str(folder), f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def test_a_real_server_says_what_the_checkpoint_says(served, tmp_path, monkeypatch):
+    """Greedily, the same folder through both sources: the same texts, tags and all, tails, prompts and answers."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, url = served
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps({"problem": p, "answer": "7"}) + "\n"
+                                for p in ("3+4", "find x", "a", "7*6-1", "b b", "one more problem", "3", " z3c8")))
+    common = ["--problems", str(problems), "--prompt", "terse", "--population", "2", "--subset", "1", "--rounds", "1",
+              "--max-tokens", "8", "--tail", "8", "--temperature", "0"]
+    rsa.main([*common, "--checkpoint", folder, "--trace", str(tmp_path / "ours")])
+    rsa.main([*common, "--endpoint", url, "--model", folder, "--tokenizer", folder, "--budget", "tiny", "--concurrency",
+              "2", "--timeout", "60", "--trace", str(tmp_path / "theirs")])
+    ours, theirs = (trace_rows(tmp_path / name)[1:] for name in ("ours", "theirs"))
+    assert len(ours) == 32 and len({row["text"] for row in ours}) > 8
+    assert any(re.fullmatch("<think>[^<]+", row["text"]) for row in ours)
+    assert any(re.match("<think>[^<]+</think>", row["text"]) for row in ours)
+    assert any(row["text"] == "%%%%" for row in ours)           # ended by <|end|>, which a server may count or not
+    for row in ours + theirs:
+        row.pop("tokens")
+        if "</think>" in row["text"] and "<think>" not in row["text"]:              # what Endpoint adds
+            row["text"] = "<think>" + row["text"]
+    assert unordered(ours) == unordered(theirs)
+
+
+def test_a_real_server_samples_by_the_seeds(served, monkeypatch):
+    """One at a time: the seed is the whole server's."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    source = Endpoint(served[1], served[0], concurrency=1, timeout=60)
+    texts = source(["3+4"] * 5, 8, 0)
+    assert len(set(texts)) == 5 and source(["3+4"] * 5, 8, 0) == texts and not set(source(["3+4"], 8, 1)) & set(texts)
+
+
+def test_a_real_server_refuses_another_model(served, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(SystemExit, match="the server refuses model 'other' or this request.*pinned"):
+        rsa.main(["q", "--endpoint", served[1], "--model", "other", "--max-tokens", "8"])
