@@ -1,7 +1,8 @@
 """Train ZAYA1 from random weights: data, tasks, answer-preserving trimming, Muon, and the stages one after another.
 
     python train.py                     every stage at preset tiny, into out/tiny; goes on where it stopped
-    python train.py --preset smoke      the same path in under a minute
+    python train.py --stages evaluate   afterwards: Markovian RSA and its alternatives on held-out problems
+    python train.py --preset smoke      the same path in a minute
     python train.py --data my.jsonl --out out/mine --stages pretrain,midtrain
 
 TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
@@ -154,7 +155,7 @@ def option(default, help, group, type=None):
 class TrainConfig:
     """Every setting of a run; the command line is built from these fields.  None: the preset decides."""
     preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape and the stages' lengths", "run")
-    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages, in this order", "run")
+    stages: str = option(",".join(STAGES), "which stages, in this order; evaluate measures test-time compute", "run")
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", "run", str)
     seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run")
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")

@@ -646,8 +646,9 @@ class Zaya(nn.Module):
         return name if name.startswith("lm_head.") else "model." + name
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
-        """Write config.json and model.safetensors (sharded with an index above `max_shard_bytes`) that HF's
-        ZayaForCausalLM.from_pretrained loads.  Each file is written to a temporary name and then renamed."""
+        """Write config.json, generation_config.json and model.safetensors (sharded with an index above
+        `max_shard_bytes`) that HF's ZayaForCausalLM.from_pretrained loads, each under a temporary name, then renamed.
+        """
         from safetensors.torch import save_file
         os.makedirs(directory, exist_ok=True)
         shards, size = [{}], 0
@@ -661,7 +662,10 @@ class Zaya(nn.Module):
         names = ["model.safetensors"] if len(shards) == 1 else \
             [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         config = {**self.config.to_dict(), "dtype": str(self.embed_tokens.weight.dtype).removeprefix("torch.")}
-        texts = {"config.json": config}
+        # Without the second file HF's generate and its server would be greedy, whatever temperature they are asked for.
+        texts = {"config.json": config,
+                 "generation_config.json": {"do_sample": True, "top_k": 0, "eos_token_id": self.config.eos_token_id,
+                                            "pad_token_id": self.config.pad_token_id}}
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = {
                 "metadata": {"total_size": sum(t.numel() * t.element_size() for t in self.state_dict().values())},

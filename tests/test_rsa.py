@@ -641,7 +641,7 @@ def test_a_file_of_problems_on_the_command_line(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kept", ["nothing", "part of a round", "rounds and a part"])
-def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, kept):
+def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, monkeypatch, kept):
     """Equal prompts share a batch: the missing ones must not get the random numbers of those that are there."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = ["3+4", *shortened(folder)]
@@ -653,6 +653,8 @@ def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, 
     assert unordered(trace_rows(cut)) == unordered(trace_rows(whole))
     texts = [row["text"] for row in trace_rows(cut)[1:] if row["round"] == 0]
     assert len(set(texts)) == 4
+    monkeypatch.setattr(Zaya, "generate", None)                 # and what is finished needs no model at all
+    rsa.main([*arguments, "--trace", str(cut), "--resume"])
 
 
 def test_a_killed_run_goes_on(folder, tmp_path):
