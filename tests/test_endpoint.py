@@ -462,7 +462,9 @@ def start(server, path, *arguments):
     return subprocess.Popen([sys.executable, os.path.join(ROOT, "rsa.py"), "why?",
                              *line(server, "--trace", path, *arguments)], cwd=ROOT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            # a script's background job, with all that it starts, would ignore Ctrl-C
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def wait_for_rows(process, path, count):
