@@ -67,7 +67,7 @@ def terse_prompt(problem, tails):
 
 
 def report_prompt(problem, tails):
-    """The report's order: the problem, the candidates, and the request for one improved solution.
+    r"""The report's order: the problem, the candidates, and the request for one improved solution.
 
     >>> print(report_prompt("What is 47+85?", ["so 12 and carry 1"]))
     What is 47+85?
@@ -75,11 +75,11 @@ def report_prompt(problem, tails):
     Candidate solution 1 (may contain mistakes):
     so 12 and carry 1
     <BLANKLINE>
-    Write one improved solution, and mark the final answer.
+    Write one improved solution, and put its final answer in \boxed{}.
     """
     candidates = "".join(f"Candidate solution {i} (may contain mistakes):\n{tail}\n\n"
                          for i, tail in enumerate(tails, 1))
-    return f"{problem}\n\n{candidates}Write one improved solution, and mark the final answer."
+    return f"{problem}\n\n{candidates}Write one improved solution, and put its final answer in \\boxed{{}}."
 
 
 PROMPTS = {"terse": terse_prompt, "report": report_prompt}
@@ -339,7 +339,10 @@ class Endpoint(Source):
         self.openai, self.model, self.retries = openai, model, retries
         self.concurrency, self.sampling = concurrency, dict(temperature=temperature, top_p=top_p)
         self.key = os.environ.get(key_variable, "").strip() or "none"
-        self.client = openai.OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
+        try:
+            self.client = openai.OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
+        except Exception as error:                              # an address that is none, whatever the library calls it
+            raise SystemExit(f"--endpoint {url}: {self.hide(error)}") from None
 
     def hide(self, text):
         """`text` without the key, on one line."""
@@ -382,6 +385,8 @@ class Endpoint(Source):
             content = f"<think>{reasoning}" + (f"</think>{content}" if ended else "")
         elif content.lstrip().startswith("<think>"):
             content = content.lstrip()
+        elif content and choice.finish_reason == "length" and "</think>" not in content:
+            content = "<think>" + content                       # cut off: whatever it was, it had not ended
         elif "</think>" in content and "<think>" not in content:        # the chat template had opened it
             content = "<think>" + content
         tokens = getattr(answer.usage, "completion_tokens", 0)
@@ -449,6 +454,8 @@ class Run:
         with contextlib.closing(self.source.stream(prompts, max_new_tokens, seed, known)) as stream:
             for i, text, tokens, error in stream:
                 problem, index = places[i]
+                if text is not None:                            # some servers do not count
+                    tokens = tokens or count_tokens(text, self.tokenizer)
                 texts[i], spent = text, spent + tokens
                 row = dict(run=self.name, problem=problem, round=self.round, index=index, prompt=prompts[i], text=text)
                 if text is None:
@@ -458,7 +465,7 @@ class Run:
                 else:
                     row |= dict(tail=cut_tail(text, self.budget.tail, self.tokenizer), answer=final_answer(text),
                                 tokens=tokens)
-                if self.trace:
+                if self.trace is not None:
                     self.trace.write(json.dumps(row, ensure_ascii=False) + "\n")
                     self.trace.flush()
                 self.bar.update()
@@ -477,8 +484,11 @@ def open_trace(path, settings, resume):
     if os.path.exists(path) and os.path.getsize(path):
         if not resume:
             raise SystemExit(f"--trace {path} exists: add --resume to go on with it, or name another file")
-        with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
+        try:
+            with open(path, "rb") as file:
+                lines = file.read().split(b"\n")
+        except OSError as error:
+            raise SystemExit(f"--trace {path}: {error.strerror}") from None
         for number, line in enumerate(lines[:-1], 1):
             try:
                 rows.append(dict(json.loads(line)))
@@ -489,6 +499,9 @@ def open_trace(path, settings, resume):
             other = [key for key in settings if old.get(key) != settings[key]]
             raise SystemExit(f"--trace {path} was made with other settings ({', '.join(other) or 'none are there'}): "
                              "name another file, or repeat the command that made it")
+        for number, row in enumerate(rows[1:], 2):
+            if not {"run", "problem", "round", "index", "prompt", "text"} <= row.keys():
+                raise SystemExit(f"{path}, line {number}: not a rollout of rsa.py")
         if lines[-1]:                                           # killed while writing: that rollout was not finished
             os.truncate(path, os.path.getsize(path) - len(lines[-1]))
     try:
@@ -505,7 +518,7 @@ def open_trace(path, settings, resume):
 
 
 def read_problems(path):
-    """A .jsonl of {"problem", "answer"} -> list of (problem, answer), answers as text."""
+    """A .jsonl of {"problem", "answer"} -> list of (problem, answer); of a worked answer (… #### 72) what counts."""
     rows = []
     try:
         file = open(path, "rb")
@@ -517,7 +530,7 @@ def read_problems(path):
                 continue
             try:
                 row = json.loads(line)
-                rows.append((str(row["problem"]), str(row["answer"])))
+                rows.append((str(row["problem"]), final_answer(str(row["answer"])) or str(row["answer"])))
             except (ValueError, KeyError, TypeError) as error:
                 raise SystemExit(f'{path}, line {number}: not {{"problem": …, "answer": …}} '
                                  f"({type(error).__name__}: {error})") from None
@@ -540,8 +553,8 @@ def voted(results, answers, t):
 
 def score_table(runs, answers):
     """Markdown: one row a budget.  runs: list of (Run, results)."""
-    lines = ["| budget | single | majority | Markovian RSA | its majority | tokens a problem | longest prompt | "
-             "failed |",
+    lines = ["| budget | single | majority of round 0 | Markovian RSA | its majority | tokens a problem | "
+             "longest prompt | failed |",
              "|---" * 8 + "|"]
     for run, results in runs:
         scores = [rates(results, answers, 0), voted(results, answers, 0), rates(results, answers, -1),
@@ -590,7 +603,7 @@ def draw_run(path, runs, answers=None):
                 left.bar(range(len(given)), share, bottom=below, width=0.7, label=name[:24].replace("$", r"\$"),
                          color="lightgray" if name in ("others", "no answer") else None)
             below = [a + b for a, b in zip(below, share)]
-    left.set(title="right candidates, 95 % interval" if answers else "answers of the population",
+    left.set(title="right candidates, 95 % interval" if answers else f"answers of the population, {runs[0][0].name}",
              ylabel="share of the candidates", ylim=(0, 1.02))
     most = max(tokens / len(results) for run, results in runs for tokens in run.tokens)
     right.set(title="tokens generated", ylabel="tokens a problem", ylim=(0, 1.1 * most + 1))
@@ -598,6 +611,8 @@ def draw_run(path, runs, answers=None):
         axis.set(xlabel="round (0: no aggregation yet)", xticks=range(max(run.budget.rounds for run, _ in runs) + 1))
         axis.grid(alpha=0.3)
     left.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(runs) > 1:
+        right.legend(fontsize=8)
     figure.savefig(path + ".tmp.png", dpi=130)
     os.replace(path + ".tmp.png", path)
     plt.close(figure)
@@ -629,7 +644,8 @@ def parse_arguments(arguments):
     add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key "
         "(default OPENAI_API_KEY)")
     add("--trace", metavar="FILE", help="write every prompt, text, tail and answer there, a JSON line each")
-    add("--resume", action="store_true", help="go on with an existing --trace: nothing finished is asked again")
+    add("--resume", action="store_true", help="go on with an existing --trace: nothing finished is asked again, "
+        "but for what depends on a rollout that had failed")
     add("--picture", metavar="FILE", help="draw answers and tokens by round, as PNG")
     given = parser.parse_args(arguments)
     if (given.problem is None) == (given.problems is None):

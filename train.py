@@ -838,6 +838,9 @@ class Sat(Search):
                 break
         return f"{answer}:" + ",".join(parts), works
 
+    def certified(self, text):
+        return split_answer(text) is not None and text.partition("</think>")[0].endswith("y")
+
     def check(self, data, answer):
         if not re.fullmatch("".join(f"{v}[+-]" for v in range(1, data["count"] + 1)), answer):
             return False
@@ -1716,6 +1719,7 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     task, N, T = find_task(name), asked.population, asked.rounds
     problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
     equal, methods = sample_methods([p.prompt for p in problems], Checkpoint(model, tokenizer), asked, seed, tokenizer)
+    greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget, seed)
     first = [texts[:N] for texts in equal]
 
     def verified(texts):
@@ -1736,7 +1740,7 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     rounds["vote"] = [right(vote(texts[:N * (t + 1)]) for texts in equal) for t in range(T + 1)]
     rounds["markovian_rsa_majority"] = [right(map(vote, texts)) for texts in populations("markovian_rsa")]
     scores = {"single": mean(verified(equal)),
-              "greedy": solve_rates(model, tokenizer, problems, 1, temperature=0.0),
+              "greedy": mean(verified([text] for text in greedy)),
               "pass@N": map(max, verified(first)), "pass@equal_tokens": map(max, verified(equal)),
               "maj@N": right(map(vote, first)), "maj@equal_tokens": rounds["vote"][T],
               **{method: rounds[method][T] for method in (*methods, "markovian_rsa_majority")}}
@@ -2753,8 +2757,9 @@ def draw_curves(log, curves, stages, title, save):
 def run_evaluation(config, report, tasks, device):
     """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
     asked, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
-    if not final:
-        raise SystemExit(f"evaluate asks {config.out}/final, which is not there: run the other stages first")
+    if not (final and report["stages"]):
+        raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
+                         "first")
     model, tokenizer, _ = final
     for name in tasks:
         if any((row["task"], row["difficulty"]) == (name, asked.tasks[name]) for row in report["ttc"]):
@@ -2787,7 +2792,11 @@ def main(arguments=None):
     report = {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
     if os.path.exists(report_path):
         with open(report_path) as file:
-            report = {**json.load(file), "preset": config.preset, "seed": config.seed}
+            older = json.load(file)
+        if config.stages == "evaluate" and (older["preset"], older["seed"]) != (config.preset, config.seed):
+            raise SystemExit(f"{config.out} was made with --preset {older['preset']} --seed {older['seed']}: say so "
+                             "again")
+        report = {**older, "preset": config.preset, "seed": config.seed}
     (there, wanted), tasks, model = stages_to_run(config), task_names(config.tasks), None
     evaluated = {**PRESETS[config.preset]["evaluate"].tasks} if "evaluate" in config.stages.split(",") else {}
     evaluated = [name for name in evaluated if name in tasks]
@@ -2819,12 +2828,11 @@ def main(arguments=None):
             report["params"] = {"total": counts["total"], "active": counts["active"]}
             print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without "
                   f"the embedding), vocabulary {tokenizer.vocab_size}")
-        if state is None:                                       # what an older run in this folder reported is gone
-            for later in STAGES[STAGES.index(name):]:
+        if not (state and state.get("done")):                   # what an older run in this folder reported is gone
+            for later in [*STAGES[STAGES.index(name):], "evaluate"]:
                 report["stages"].pop(later, None)
                 report["seconds"].pop(later, None)
             report["ttc"] = []
-            report["seconds"].pop("evaluate", None)
         if state and state.get("done") and name in report["stages"]:
             print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
             continue
@@ -2851,8 +2859,10 @@ def main(arguments=None):
         run_evaluation(config, report, evaluated, device)
     with open(os.path.join(config.out, "report.md")) as file:
         print("\n" + file.read())
+    files = [name for name in ("report.md", "report.png", "loss.png", "rewards.png", "log.csv")
+             if os.path.exists(os.path.join(config.out, name))]
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
-          "report.md, report.png, loss.png, rewards.png, log.csv")
+          + ", ".join(files))
 
 
 if __name__ == "__main__":

@@ -692,7 +692,7 @@ class Zaya(nn.Module):
         is not used.  `dtype` converts them one by one.  Raises FileNotFoundError or ValueError naming the file or
         tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         path = os.path.join(directory, "config.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} is no checkpoint in the official layout")
@@ -724,7 +724,11 @@ class Zaya(nn.Module):
         for name in files:
             if not os.path.exists(os.path.join(directory, name)):
                 raise FileNotFoundError(f"{index} names {name}, which is not in {directory!r}")
-            with safe_open(os.path.join(directory, name), "pt") as file:
+            try:
+                opened = safe_open(os.path.join(directory, name), "pt")
+            except SafetensorError as error:
+                raise ValueError(f"{os.path.join(directory, name)} is damaged: {error}") from None
+            with opened as file:
                 for official in file.keys():
                     take(official, file.get_tensor(official), name)
         if not files:

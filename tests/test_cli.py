@@ -112,6 +112,8 @@ def test_a_finished_run_is_not_trained_again(smoke):
     before = (out / "midtrain/model.safetensors").stat().st_mtime_ns
     assert "midtrain: done before" in run("--preset", "smoke", "--out", out)
     assert "evaluate: " not in run("--preset", "smoke", "--out", out, "--stages", "evaluate")
+    said = run("--preset", "smoke", "--out", out, "--stages", "evaluate", "--seed", "1", code=1)
+    assert said.strip().endswith(f"{out} was made with --preset smoke --seed 0: say so again")
     assert (out / "midtrain/model.safetensors").stat().st_mtime_ns == before
     run("--preset", "smoke", "--out", out, "--stages", "pretrain")
     final, last = (load_file(out / name / "model.safetensors") for name in ("final", train.STAGES[-1]))

@@ -71,7 +71,7 @@ def chatter(prompts, max_new_tokens, seed):
 @given(population=st.integers(1, 6), subset=st.integers(1, 6), rounds=st.integers(0, 4), tail=st.integers(0, 20))
 def test_prompts_stay_bounded_whatever_the_rounds(population, subset, rounds, tail):
     subset = min(subset, population)
-    for build, words in ((terse_prompt, 4), (report_prompt, 4 + 7 * subset + 9)):
+    for build, words in ((terse_prompt, 4), (report_prompt, 4 + 7 * subset + 11)):
         result = markovian_rsa("what is it ?", chatter, population, subset, rounds, budget=20, tail=tail, seed=3,
                                build_prompt=build)
         assert [len(r) for r in result.rounds] == [population] * (rounds + 1)
@@ -509,7 +509,7 @@ def test_scores_by_hand():
     assert light[1] == "0.375 [0.000, 1.000]" and light[4] == "1.000 [0.020, 1.000]"
     assert [cell.split()[0] for cell in high[1:5]] == ["0.000"] * 4 and high[5:] == ["15", "1,234", "0"]
     titles = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert titles == ["budget", "single", "majority", "Markovian RSA", "its majority", "tokens a problem",
+    assert titles == ["budget", "single", "majority of round 0", "Markovian RSA", "its majority", "tokens a problem",
                       "longest prompt", "failed"]
 
 

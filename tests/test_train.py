@@ -662,6 +662,11 @@ def test_replies_that_say_they_hold():
     assert find.certified("<think></think>b5c1") is True and find.certified("<think></think>b5c.") is False
     assert find.certified("<think>b5c1") is find.certified("") is False
     assert TASKS["add"].certified("<think></think>132") is None
+    sat = TASKS["sat"]
+    for seed in range(40):
+        problem = sat.make(seed, 4)
+        assert sat.certified(sat.solve(problem, seed)) == bool(sat.verify(problem, sat.solve(problem, seed))[0])
+    assert sat.certified("") is sat.certified("<think>1+2-y") is False
 
 
 class Parrot:
@@ -690,9 +695,8 @@ def test_test_time_compute_by_hand(monkeypatch):
     asked = train.Evaluation({"find": 3}, 5, rounds=1, most_rounds=2, population=8, subset=2, budget=64, tail=3)
     parrot = Parrot()
     monkeypatch.setattr(train, "Checkpoint", lambda *_: parrot)
-    monkeypatch.setattr(train, "solve_rates", lambda *_, **__: np.full(5, 0.5))
     row = train.evaluate_ttc(None, BYTES, "find", asked)
-    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.5
+    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.4
     assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
     assert row["maj@N"] == row["maj@equal_tokens"] == 0         # twelve of sixteen say that they found nothing
     assert row["field_vote@equal_tokens"] == 1                  # … and a dot has no vote
@@ -705,7 +709,8 @@ def test_test_time_compute_by_hand(monkeypatch):
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
     for key in ("single", "maj@N", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    assert [size for size, _ in parrot.calls] == [5 * 16, 5 * 8] + [5 * 8] * 4  # the first populations are one
+    # The first populations are one; then two rounds, one of Delethink, one of full RSA, and greedy.
+    assert [size for size, _ in parrot.calls] == [5 * 16, 5 * 8] + [5 * 8] * 4 + [5]
 
 
 # ---- aggregation prompts, other people's tasks ----------------------------------------------------------------------
