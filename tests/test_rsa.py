@@ -477,6 +477,8 @@ def test_problems_are_read_and_mistakes_located(tmp_path):
     path = tmp_path / "problems.jsonl"
     path.write_text('{"problem": "1+1", "answer": 2}\n\n{"problem": "é", "answer": "x", "more": 1}\n', encoding="utf-8")
     assert read_problems(str(path)) == [("1+1", "2"), ("é", "x")]
+    path.write_text(json.dumps({"problem": "q", "answer": "3 * 4 = 12\n12 + 60\n#### 72"}))
+    assert read_problems(str(path)) == [("q", "72")]
     for bad in (b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b"3", b'{"problem": "\xff"}'):
         path.write_bytes(b'{"problem": "1+1", "answer": 2}\n' + bad + b"\n")
         with pytest.raises(SystemExit, match=re.escape(str(path)) + ", line 2: not"):

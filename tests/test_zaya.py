@@ -1179,6 +1179,14 @@ def drop(*path):
     return damage
 
 
+def test_damaged_weights_are_named(tmp_path, saved_model):
+    saved_model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        Zaya.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("damage", [
     drop("model", "vocab"), drop("model"), drop("pre_tokenizer", "pretokenizers", 0), drop("added_tokens", 3),
     lambda content: content["model"]["vocab"].update({"€": 300}), lambda content: content.update(added_tokens=None),
