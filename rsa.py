@@ -284,10 +284,10 @@ class Source:
     as rollouts finish, in any order, but for the indices in `known`.  What it yields for an index does not depend on
     which others are known: a run that goes on after a kill samples what it would have sampled."""
 
-    def __call__(self, prompts, max_new_tokens, seed):
-        """As markovian_rsa's generate: list of str -> list of str."""
+    def __call__(self, prompts, max_new_tokens, seed, progress=iter):
+        """As markovian_rsa's generate: list of str -> list of str.  progress: a bar such as tqdm, around the stream."""
         texts = [None] * len(prompts)
-        for index, text, *_ in self.stream(prompts, max_new_tokens, seed):
+        for index, text, *_ in progress(self.stream(prompts, max_new_tokens, seed)):
             texts[index] = text
         return texts
 
@@ -436,7 +436,7 @@ class Run:
         self.source, self.name, self.budget, self.tokenizer, self.trace = source, name, budget, tokenizer, trace
         self.known = {(row["round"], row["problem"], row["index"], row["prompt"]): row for row in known
                       if row["run"] == name and row.get("text") is not None}
-        self.problems, self.round, self.tokens, self.failed = problems, 0, [], []
+        self.round, self.tokens, self.failed = 0, [], []
         self.total = problems * budget.population * (budget.rounds + 1)
         self.bar = None
 

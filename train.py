@@ -40,8 +40,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from rsa import (Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids, reply,
-                 terse_prompt)
+from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
+                 reply, terse_prompt)
 from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -83,15 +83,11 @@ class RLStage:
 
 @dataclass
 class Evaluation:
-    """Test-time compute on held-out problems harder than those RL trained on; the symbols are rsa.markovian_rsa's."""
+    """Test-time compute on held-out problems harder than those RL trained on."""
     tasks: dict                             # difficulty by task
     problems: int                           # of each task
-    rounds: int = 2                         # T of the headline …
-    most_rounds: int = 4                    # … and of the curve
-    population: int = 16
-    subset: int = 4
-    budget: int = 160
-    tail: int = 24
+    budget: Budget                          # N, C, T, beta and tau of the headline …
+    most_rounds: int = 4                    # … and T of Markovian RSA's curve
 
 
 STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
@@ -116,28 +112,28 @@ def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_s
 PRESETS = {
     "smoke": dict(
         tokens_per_step=1024, text_bytes=300_000, balancer_lr=1e-2, eval_problems=4, eval_samples=2,
-        evaluate=Evaluation(dict(find=1, column_sums=2), 4, 1, 2, 4, 2, 64, 8),
+        evaluate=Evaluation(dict(find=1, column_sums=2), 4, Budget(4, 2, 1, 64, 8), 2),
         stages=dict(pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
                     midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
                     sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, 0.1, 8),
                     **rl_stages((4, 4, 4, 4), (64,) * 4, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
-        evaluate=Evaluation(dict(find=6, sat=6, column_sums=10), 100),
+        evaluate=Evaluation(dict(find=6, sat=6, column_sums=10), 100, BUDGETS["tiny"]),
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
                     sft=Stage(1000, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.2),
                     **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation(dict(find=12, sat=12, column_sums=20), 100, budget=1024, tail=64),
+        evaluate=Evaluation(dict(find=12, sat=12, column_sums=20), 100, Budget(16, 4, 2, 1024, 64)),
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
                     midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
                     sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
                     **rl_stages((200, 400, 400, 200), (1024,) * 4, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation(dict(find=24, sat=24, column_sums=30), 100, budget=40960, tail=4096),
+        evaluate=Evaluation(dict(find=24, sat=24, column_sums=30), 100, BUDGETS["default"]),
         stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
                     midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
                     sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
@@ -1672,7 +1668,7 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
 
 
 def vote(texts):
-    """The most frequent answer, letter by letter; None, which a reply without an answer gives, never wins."""
+    """The most frequent answer, letter by letter; a reply without one has no vote.  "" if none has."""
     votes = collections.Counter(answer for text in texts if (answer := split_answer(text)))
     return votes.most_common(1)[0][0] if votes else ""
 
@@ -1690,22 +1686,23 @@ def field_vote(labels, texts):
 
 def sample_methods(prompts, generate, asked, seed, tokenizer):
     """-> N (T + 1) plain samples a prompt, and the populations of Markovian RSA and of two special cases of it."""
-    known = {}
+    b, known = asked.budget, {}
 
     def remembered(*call):
         """The methods' first rounds are the same: sampled once."""
         key = (tuple(call[0]), *call[1:])
         if key not in known:
-            known[key] = generate(*call)
+            known[key] = generate(*call, progress=functools.partial(
+                tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None))
         return known[key]
 
     def sample(population, subset, rounds, tail):
-        return markovian_rsa(prompts, remembered, population, subset, rounds, asked.budget, tail, seed, tokenizer)
+        return markovian_rsa(prompts, remembered, population, subset, rounds, b.budget, tail, seed, tokenizer)
 
-    N, T = asked.population, asked.rounds
-    plain = [[c.text for c in result.candidates] for result in sample(N * (T + 1), 1, 0, 0)]
-    return plain, {"markovian_rsa": sample(N, asked.subset, asked.most_rounds, asked.tail),
-                   "delethink": sample(N, 1, T, asked.tail), "full_rsa": sample(N, asked.subset, T, asked.budget)}
+    plain = [[c.text for c in result.candidates] for result in sample(b.population * (b.rounds + 1), 1, 0, 0)]
+    return plain, {"markovian_rsa": sample(b.population, b.subset, asked.most_rounds, b.tail),
+                   "delethink": sample(b.population, 1, b.rounds, b.tail),
+                   "full_rsa": sample(b.population, b.subset, b.rounds, b.budget)}
 
 
 def evaluate_ttc(model, tokenizer, name, asked, seed=0):
@@ -1716,10 +1713,10 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
     then, a problem.
     """
-    task, N, T = find_task(name), asked.population, asked.rounds
+    task, N, T = find_task(name), asked.budget.population, asked.budget.rounds
     problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
     equal, methods = sample_methods([p.prompt for p in problems], Checkpoint(model, tokenizer), asked, seed, tokenizer)
-    greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget, seed)
+    greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget.budget, seed)
     first = [texts[:N] for texts in equal]
 
     def verified(texts):
@@ -1755,7 +1752,8 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
                       for texts in (samples if method == "vote" else populations(method))]
              for method in ("vote", *methods)}
     row = {"task": name, "difficulty": asked.tasks[name], "problems": len(problems), "population": N,
-           "subset": asked.subset, "T": T, "tail": asked.tail, "generated_tokens": sum(spent["markovian_rsa"][:T + 1]),
+           "subset": asked.budget.subset, "T": T, "tail": asked.budget.tail,
+           "generated_tokens": sum(spent["markovian_rsa"][:T + 1]),
            "longest_prompt": max(result.longest_prompt for result in methods["markovian_rsa"]),
            "longest_prompt_full_rsa": max(result.longest_prompt for result in methods["full_rsa"]),
            "rounds": {method: [sum(v) / len(v) for v in values] for method, values in rounds.items()},
@@ -2798,8 +2796,8 @@ def main(arguments=None):
                              "again")
         report = {**older, "preset": config.preset, "seed": config.seed}
     (there, wanted), tasks, model = stages_to_run(config), task_names(config.tasks), None
-    evaluated = {**PRESETS[config.preset]["evaluate"].tasks} if "evaluate" in config.stages.split(",") else {}
-    evaluated = [name for name in evaluated if name in tasks]
+    evaluated = [name for name in PRESETS[config.preset]["evaluate"].tasks
+                 if name in tasks and "evaluate" in config.stages.split(",")]
     if not (wanted or evaluated):
         raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
     for name in wanted:

@@ -676,7 +676,7 @@ class Parrot:
     def __init__(self, *_):
         self.calls = []
 
-    def __call__(self, prompts, max_new_tokens, seed):
+    def __call__(self, prompts, max_new_tokens, seed, progress=iter):
         self.calls.append((len(prompts), "|" in prompts[0]))
         texts = []
         for i, prompt in enumerate(prompts):
@@ -692,7 +692,7 @@ class Parrot:
 
 def test_test_time_compute_by_hand(monkeypatch):
     """Three tokens of tail show the `ok`; a quarter of the singles are right, the rest agree on nothing found."""
-    asked = train.Evaluation({"find": 3}, 5, rounds=1, most_rounds=2, population=8, subset=2, budget=64, tail=3)
+    asked = train.Evaluation({"find": 3}, 5, rsa.Budget(8, 2, 1, 64, 3), most_rounds=2)
     parrot = Parrot()
     monkeypatch.setattr(train, "Checkpoint", lambda *_: parrot)
     row = train.evaluate_ttc(None, BYTES, "find", asked)
