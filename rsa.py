@@ -301,9 +301,10 @@ class Checkpoint(Source):
     @classmethod
     def from_pretrained(cls, folder):
         import torch
+        from kernels import fuse
         from zaya import Tokenizer, Zaya
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(Zaya.from_pretrained(folder, device=device), Tokenizer.from_pretrained(folder))
+        return cls(fuse(Zaya.from_pretrained(folder, device=device)), Tokenizer.from_pretrained(folder))
 
     def stream(self, prompts, max_new_tokens, seed, known=()):
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))

@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from kernels import fuse, linear_cross_entropy
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
                  reply, terse_prompt)
 from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
@@ -60,7 +61,8 @@ class Stage:
     turns: int                              # … and conversations up to this many problems
     mask_prompts: bool = False              # only what the assistant says counts in the loss
     aggregation: float = 0.0                # share of problems that come with other candidates' tails …
-    tail: int = 24                          # … of this many tokens
+    tail: int = 24                          # … of this many tokens …
+    candidates: tuple = (1, 2, 3, 4, 4)     # … of one of these numbers of candidates
 
 
 @dataclass
@@ -101,8 +103,8 @@ def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_s
     def stage(index, tasks, **more):
         return RLStage(steps[index], context[index], rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
                        tail=tail, **more)
-    return dict(warmup=stage(0, MATH + PUZZLES, aggregation=0.15), rlve=stage(1, REASONING, adaptive=True),
-                mathcode=stage(2, MATH + CODE, aggregation=0.15),
+    return dict(warmup=stage(0, MATH + PUZZLES), rlve=stage(1, REASONING, adaptive=True),
+                mathcode=stage(2, MATH + CODE, aggregation=0.25),
                 behavior=stage(3, ("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
 
 
@@ -119,10 +121,10 @@ PRESETS = {
                     **rl_stages((4, 4, 4, 4), (64,) * 4, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
-        evaluate=Evaluation(dict(find=6, sat=6, column_sums=10), 100, BUDGETS["tiny"]),
+        evaluate=Evaluation(dict(find=5, synthesize=4, column_sums=10), 100, BUDGETS["tiny"]),
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-                    sft=Stage(1000, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.2),
+                    midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8, False, 0.3),
+                    sft=Stage(2400, 256, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.45),
                     **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
@@ -338,6 +340,7 @@ class Task:
     difficulties end.
     """
     exact, levels, hardest = True, (1, 2, 3), 30
+    reads = False                           # whether `aggregate` builds on the replies it is shown
     fields = False                          # whether an answer is a list of label and value, one character each
 
     def __init__(self, name):
@@ -378,7 +381,7 @@ class Task:
         """Whether a reply says of itself that its answer holds; None: replies of this task say nothing."""
 
     def aggregate(self, problem, replies, seed=0):
-        """A correct reply by someone who has read other replies; None if 100 attempts give none."""
+        """A reply by someone who has read other replies, right if that can be; None if 100 attempts give none."""
         for attempt in range(100):
             text = self.solve(problem, f"{seed} {attempt}")
             if self.verify(problem, text)[0]:
@@ -400,16 +403,18 @@ class Search(Task):
             text, works = self.trial(data, answer, rng, slip)
             trials.append(text)
             if works or len(trials) == self.most or rng.random() < self.gives_up:
-                return ";".join(trials), answer
+                return f"{';'.join(trials)}#{'ny'[works]}{answer}", answer
 
     def aggregate(self, problem, replies, seed=0):
-        """If one of the replies is right, its trial is made again and nothing else."""
+        """If one of the replies is right, it is taken over."""
         good = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
         if not good:
             return super().aggregate(problem, replies, seed)
-        rng = random.Random(f"aggregate {seed}")
-        answer = rng.choice(good)
-        return f"<think>{self.trial(problem.data, answer, rng, 0.0)[0]}</think>{answer}"
+        answer = random.Random(f"aggregate {seed}").choice(good)
+        return f"<think>#y{answer}</think>{answer}"
+
+    def certified(self, text):
+        return "#y" in text
 
 
 def slipped(value, rng, slip, base=10):
@@ -430,18 +435,19 @@ def labels(rng, count):
 class ColumnSums(Task):
     """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
 
-    sum 75c39d -> <think>c7+5=2d3+9=2#c2d2</think>c2d2
+    sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
+    A label is followed by its value in lists only: who reads another's tail finds it there, and nowhere else.
     """
     levels, fields = (6, 7, 8), True
 
     def pose(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
-        return "sum " + "".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
+        return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
 
     def reason(self, data, rng, slip):
         steps = [(label, a, b, slipped((a + b) % 10, rng, slip)) for a, b, label in data["columns"]]
         answer = "".join(f"{label}{total}" for label, _, _, total in steps)
-        return "".join(f"{label}{a}+{b}={total}" for label, a, b, total in steps) + "#" + answer, answer
+        return "".join(f"{label}:{a}+{b}={total}" for label, a, b, total in steps) + "#" + answer, answer
 
     def check(self, data, answer):
         return answer == "".join(f"{label}{(a + b) % 10}" for a, b, label in data["columns"])
@@ -653,10 +659,10 @@ def random_chain(rng, count):
 class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
-    fit 0>3,4>7 -> <think>x*2:0*2=0;x+3:0+3=3/4+3=7</think>x+3
+    fit 0>3,4>7 -> <think>x*2:0*2=0;x+3:0+3=3/4+3=7#yx+3</think>x+3
     A trial stops at the first example that does not hold.
     """
-    levels = (1, 2)
+    reads, levels = True, (1, 2)
 
     def pose(self, rng, d):
         hidden = self.guess({"count": (d + 1) // 2}, rng)
@@ -684,7 +690,7 @@ class Synthesize(Search):
 class Falsify(Search):
     """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
 
-    break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5</think>8
+    break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
     A trial looks whether the input takes the branch, and if so works out both programs.
     """
     hardest = 12
@@ -720,14 +726,14 @@ class Falsify(Search):
 class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (a + x) mod 10 < t.  Many valid answers.
 
-    find 06b85c -> <think>b555c08.#b5c.</think>b5c.   (label, guess, (a + x) mod 10, the guess if it holds, else a dot)
+    find 06b,85c -> <think>b:555c:08.#b5c.</think>b5c.    (label, guess, (a + x) mod 10, the guess if it holds or a dot)
     The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
     """
-    exact, fields = False, True
+    exact, fields, reads = False, True, True
 
     def pose(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in labels(rng, d)]
-        return "find " + "".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
+        return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
 
     def reason(self, data, rng, slip):
         steps, answer = "", ""
@@ -735,7 +741,7 @@ class Find(Task):
             x = rng.randrange(10)
             value = slipped((a + x) % 10, rng, slip)
             kept = str(x) if value < t else "."
-            steps += f"{label}{x}{value}{kept}"
+            steps += f"{label}:{x}{value}{kept}"
             answer += label + kept
         return f"{steps}#{answer}", answer
 
@@ -750,21 +756,19 @@ class Find(Task):
         return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
-        """Column by column, a valid value that one of the replies has, else any that holds."""
-        rng, steps, answer = random.Random(f"aggregate {seed}"), "", ""
+        """Column by column, a valid value that one of the replies has; what nobody solved keeps its dot."""
+        rng, answer = random.Random(f"aggregate {seed}"), ""
         found = [pair for reply in replies for pair in re.findall("([a-zA-Z])([0-9])", split_answer(reply) or "")]
         for a, t, label in problem.data["columns"]:
             valid = [x for mark, x in found if mark == label and (a + int(x)) % 10 < t]
-            x = rng.choice(valid or [str(x) for x in range(10) if (a + x) % 10 < t])
-            steps += f"{label}{x}{(a + int(x)) % 10}{x}"
-            answer += label + x
-        return f"<think>{steps}#{answer}</think>{answer}"
+            answer += label + rng.choice(valid or ["."])
+        return f"<think>#{answer}</think>{answer}"
 
 
 class Countdown(Search):
     """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
 
-    make 13 of 3,5,2 -> <think>3+2-5=0;3*5-2=13</think>3*5-2
+    make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
     """
     levels, hardest = (1, 2), 7
 
@@ -778,8 +782,9 @@ class Countdown(Search):
 
     @staticmethod
     def value(expression):
-        total = int(expression[0])
-        for operator, number in zip(expression[1::2], map(int, expression[2::2])):
+        first, rest = re.fullmatch("(-?[0-9]+)(.*)", expression).groups()
+        total = int(first)
+        for operator, number in zip(rest[::2], map(int, rest[1::2])):
             total = {"+": total + number, "-": total - number, "*": total * number}[operator]
         return total
 
@@ -792,8 +797,12 @@ class Countdown(Search):
         return text
 
     def trial(self, data, answer, rng, slip):
-        value = slipped(self.value(answer), rng, slip)
-        return f"{answer}={value}", value == data["target"]
+        value, steps = int(answer[0]), []
+        for operator, number in zip(answer[1::2], answer[2::2]):
+            steps.append(f"{value}{operator}{number}")
+            value = slipped(self.value(f"{value}{operator}{number}"), rng, slip)
+            steps[-1] += f"={value}"
+        return f"{answer}:{','.join(steps)}", value == data["target"]
 
     def check(self, data, answer):
         return re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer) is not None and \
@@ -803,7 +812,7 @@ class Countdown(Search):
 class Sat(Search):
     """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
 
-    sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y</think>1+2-
+    sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
     A trial stops at the first clause that does not hold.
     """
 
@@ -833,9 +842,6 @@ class Sat(Search):
             if not works:
                 break
         return f"{answer}:" + ",".join(parts), works
-
-    def certified(self, text):
-        return split_answer(text) is not None and text.partition("</think>")[0].endswith("y")
 
     def check(self, data, answer):
         if not re.fullmatch("".join(f"{v}[+-]" for v in range(1, data["count"] + 1)), answer):
@@ -1270,13 +1276,15 @@ class TaskSource:
     def exchange(self, rng, hold):
         """A problem and the teacher's reply; for a share `aggregation` of them the problem comes with the tails of
         right and of wrong replies, and the answer is a right one by someone who has read those."""
-        task = find_task(rng.choice(self.tasks))
+        read = [name for name in self.tasks if find_task(name).reads]
+        together = bool(read) and rng.random() < self.stage.aggregation
+        task = find_task(rng.choice(read if together else self.tasks))
         most = self.stage.difficulty
         d = min(rng.randint(1, most), rng.randint(1, most), task.hardest)      # easy ones more often, no sudden end
         problem = draw(task, rng.getrandbits(48), d, hold)
-        if self.stage.aggregation and rng.random() < self.stage.aggregation:
+        if together:
             replies = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
-                       for _ in range(rng.choice((1, 2, 3, 4, 4)))]
+                       for _ in range(rng.choice(self.stage.candidates))]
             answer = task.aggregate(problem, replies, rng.getrandbits(48))
             if answer:
                 tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
@@ -1441,14 +1449,14 @@ def orthogonalize(matrices, steps=5):
     """The nearest (semi-)orthogonal matrices, roughly: (…, m, n) -> U V^T of each, by Newton-Schulz iterations.
 
     x <- a x + (b x x^T + c (x x^T)^2) x pushes every singular value towards 1 (to within about 0.7 … 1.2, which is
-    enough); the coefficients are Keller Jordan's.  fp32 on the CPU, bf16 on a GPU.
+    enough); the coefficients are Keller Jordan's.  bf16 where that multiplies fast, on a GPU or with AMX, else fp32.
 
     >>> u = orthogonalize(torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)))
     >>> bool((torch.linalg.svdvals(u) - 1).abs().max() < 0.35)
     True
     """
     x = matrices.reshape(-1, *matrices.shape[-2:])
-    x = x.bfloat16() if matrices.is_cuda else x.float()
+    x = x.bfloat16() if matrices.is_cuda or torch.cpu._is_amx_tile_supported() else x.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                                     # the small side's Gram matrix is the cheap one
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
@@ -1550,7 +1558,7 @@ def load_checkpoint(folder, device):
         shutil.rmtree(leftover, ignore_errors=True)
     if not os.path.exists(folder):
         return None
-    model = Zaya.from_pretrained(folder, torch.float32, device)
+    model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
     for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
         parameter.data = parameter.data.clone()                 # else a resumed run may round differently
     path = os.path.join(folder, "trainer.pt")
@@ -1832,7 +1840,7 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr):
         x, y, p = x.to(device), y.to(device), p.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden = model.hidden_states(x, position_ids=p)
-        loss = F.cross_entropy(model.logits(hidden).flatten(0, 1), y.flatten(), reduction="sum") / count.to(device)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, y.flatten()) / count.to(device)
         loss.backward()
         total += loss.item()
     norm, health = update(model, optimizers, balancer, config, lr, total)
@@ -2212,9 +2220,9 @@ class Actor:
             if group.asked:
                 best = environment["best"]
                 best[group.asked] = max(best.get(group.asked, 0.0), rate)
-                if self.stage.aggregation and rate < 1:
-                    tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
-                    self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
+            if self.stage.aggregation and find_task(name).reads and rate < 1:      # later rounds' replies too
+                tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
+                self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
         signals = [group for group in groups if has_signal(group.rewards)]
         self.buffer += signals
         self.useful = max(0.1, 0.8 * self.useful + 0.2 * len(signals) / len(groups))
@@ -2581,7 +2589,7 @@ def new_model(config, changes, tokenizer):
     except ValueError as error:
         raise SystemExit(str(error)) from None
     torch.manual_seed(config.seed)
-    return Zaya(shape)
+    return fuse(Zaya(shape))
 
 
 def write_report(out, report):

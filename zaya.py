@@ -507,11 +507,15 @@ class Zaya(nn.Module):
         """input_ids (B, S) int64 -> logits (B, S, V) fp32; the arguments are those of `hidden_states`."""
         return self.logits(self.hidden_states(input_ids, attention_mask, position_ids, cache))
 
+    @property
+    def output_weight(self):
+        """The LM head's (V, E)."""
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, hidden):
         """LM head in fp32, whatever the weights' dtype and autocast say: (…, E) -> (…, V)."""
-        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), weight.float())
+            return F.linear(hidden.float(), self.output_weight.float())
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         """Everything below the LM head: (B, S) int64 -> (B, S, E) in the weights' dtype.

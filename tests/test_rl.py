@@ -531,7 +531,7 @@ def describe(groups):
 
 def test_an_actor_goes_on_where_it_stopped():
     """Through a file, and into an actor that was made from other weights."""
-    changes = dict(aggregation=0.5, tail=4, context=64, adaptive=True)
+    changes = dict(aggregation=0.5, tail=4, context=64, adaptive=True, tasks=("add", "find"))
     one = Actor(short_spoken(sharp_model()), BYTES, tiny_stage(**changes), "s", first_half)
     one.take(0)
     file = io.BytesIO()
@@ -564,7 +564,7 @@ def test_aggregation_prompts_come_at_their_share(talk):
 
 
 def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
-    actor = make_actor(aggregation=1e-9, tail=3)
+    actor = make_actor(aggregation=1e-9, tail=3, tasks=("find", "synthesize"))
     groups = actor.generate()
     assert actor.pool == [(group.problem, ["one", "two", "ree", "orm"]) for group in groups]
     actor.score = lambda group: [1.0] * 4                       # all right: nothing to improve
@@ -574,9 +574,10 @@ def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
     for _ in range(20):
         last = actor.generate()
     assert len(actor.pool) == actor.pool_size and actor.pool[-1][0] == last[-1].problem
-    actor = make_actor(aggregation=0.0)
-    actor.generate()
-    assert actor.pool == []
+    for changes in (dict(aggregation=0.0, tasks=("find",)), dict(aggregation=0.5, tasks=("add",))):    # add reads none
+        actor = make_actor(**changes)
+        actor.generate()
+        assert actor.pool == []
 
 
 def test_a_dead_stage_stops_and_says_why(talk):

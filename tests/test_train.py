@@ -156,10 +156,11 @@ def test_who_reads_wrong_replies_can_still_be_right(name):
             problem = task.make(seed, d)
             replies = [task.corrupt(problem, 1), "no form", task.corrupt(problem, 2)]
             text = task.aggregate(problem, replies, seed)
-            assert text is None or task.verify(problem, text) == (1, 1)
+            assert text is None or task.verify(problem, text) == (name != "find" or "." not in text, 1)
             assert task.aggregate(problem, replies, seed) == text
             unsolved += text is None
     assert unsolved <= (0 if task.exact or name == "find" else 1)       # a search may fail a hundred times
+    assert task.reads == (name in ("find", "synthesize"))
 
 
 def test_aggregating_gives_up_on_what_nobody_can_solve():
@@ -167,17 +168,28 @@ def test_aggregating_gives_up_on_what_nobody_can_solve():
     assert TASKS["countdown"].aggregate(problem, ["<think></think>1+1"]) is None
 
 
-@pytest.mark.parametrize("name, data, answer, reasoning", [
-    ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2=13"),
-    ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:0*2=0,0+3=3/4*2=8,8+3=1"),
-    ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, "3", "3y:3*2=6,6+3=9/3*7=1,1+3=4"),
-    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, "1+2-", "1+2-:1+2+y,1+2-y,1-2-y"),
+@pytest.mark.parametrize("name, data, answer, trial, wrong, failed", [
+    ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2:3*5=15,15-2=13", "3-5*2",
+     "3-5*2:3-5=-2,-2*2=-4"),
+    ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:0*2=0,0+3=3/4*2=8,8+3=1", "x*2+2",
+     "x*2+2:0*2=0,0+2=2"),
+    ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, "3", "3y:3*2=6,6+3=9/3*7=1,1+3=4", "8", "8n"),
+    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, "1+2-", "1+2-:1+2+y,1+2-y,1-2-y", "1-2-",
+     "1-2-:1+2+n"),
 ])
-def test_searchers_take_over_the_right_candidate(name, data, answer, reasoning):
-    problem = train.Problem(name, 2, "?", data)
+def test_searchers_say_what_they_found_and_take_it_over(name, data, answer, trial, wrong, failed):
+    task, problem = TASKS[name], train.Problem(name, 2, "?", data)
     replies = ["<think>long</think>wrong", f"<think>bad reasoning</think>{answer}", answer]
     for seed in range(5):
-        assert TASKS[name].aggregate(problem, replies, seed) == f"<think>{reasoning}</think>{answer}"
+        assert task.aggregate(problem, replies, seed) == f"<think>#y{answer}</think>{answer}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "guess", lambda *_: answer)
+        assert task.solve(problem) == f"<think>{trial}#y{answer}</think>{answer}"
+        assert task.certified(task.solve(problem))
+        patch.setattr(task, "guess", lambda *_: wrong)
+        text = task.solve(problem)
+        assert re.fullmatch(re.escape(f"<think>{failed}") + f"(;{re.escape(failed)})*#n{re.escape(wrong)}</think>"
+                            + re.escape(wrong), text) and not task.certified(text)
 
 
 def test_searchers_choose_among_right_candidates():
@@ -191,9 +203,8 @@ def test_find_takes_valid_values_from_the_candidates():
     problem = train.Problem("find", 2, "find 06b85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
     replies = ["<think>b1</think>b4c.", "<think></think>b9c3", "b0c2 without the form", "<think></think>c6"]
     texts = {TASKS["find"].aggregate(problem, replies, seed) for seed in range(20)}
-    assert texts == {"<think>b444c313#b4c3</think>b4c3", "<think>b444c646#b4c6</think>b4c6"}
-    free = {TASKS["find"].aggregate(problem, replies[:1], seed)[-4:] for seed in range(60)}
-    assert free == {f"b4c{x}" for x in range(2, 7)}             # nobody solved c: any value that holds
+    assert texts == {"<think>#b4c3</think>b4c3", "<think>#b4c6</think>b4c6"}
+    assert TASKS["find"].aggregate(problem, replies[:1]) == "<think>#b4c.</think>b4c."           # nobody solved c
 
 
 # ---- the mini interpreter -------------------------------------------------------------------------------------------
@@ -479,7 +490,7 @@ def test_orthogonalize_gives_singular_values_near_one(shape):
     assert values.min() > 0.5 and values.max() < 1.35
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     assert (result - u @ v).norm() / (u @ v).norm() < 0.35      # and the singular vectors are the matrix's own
-    assert torch.allclose(train.orthogonalize(1e4 * matrices), result, atol=1e-4)
+    assert torch.allclose(train.orthogonalize(2.0**13 * matrices), result, atol=1e-4)
 
 
 def test_muon_moves_each_matrix_as_if_alone():
@@ -681,7 +692,7 @@ class Parrot:
         texts = []
         for i, prompt in enumerate(prompts):
             problem, single = prompt.rpartition("|")[2], not prompt.startswith("|")
-            columns = [problem[5 + 3 * j:8 + 3 * j] for j in range((len(problem) - 5) // 3)]
+            columns = problem.removeprefix("find ").split(",")
             right = "".join(f"{c[2]}{-int(c[0]) % 10}" for c in columns)                    # (a + x) mod 10 = 0 < t
             if i % 4 == 0 if single else "ok" in prompt:
                 texts.append(f"<think>{'far ' * 20}ok</think>{right}")
@@ -716,12 +727,13 @@ def test_test_time_compute_by_hand(monkeypatch):
 # ---- aggregation prompts, other people's tasks ----------------------------------------------------------------------
 
 def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
-    """The tails are cut by rsa.cut_tail, some of right and some of wrong replies; the target is right."""
+    """The tails are cut by rsa.cut_tail, some of right and some of wrong replies; the target is right, but for dots
+    where no candidate solved a column."""
     cut = []
     monkeypatch.setattr(train, "cut_tail", lambda text, tail, tokenizer: cut.append(
         (text, train_cut(text, tail, tokenizer))) or cut[-1][1])
     train_cut = rsa.cut_tail
-    tasks = ["column_sums", "find", "sat"]
+    tasks = ["column_sums", "find", "synthesize"]               # the first does not read: it has no such rows
     source = TaskSource(tasks, tiny_stage(aggregation=1.0, tail=9), BYTES, 0)
     right = []
     for index in range(60):
@@ -735,10 +747,16 @@ def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
         assert question == rsa.terse_prompt(problem_text, tails) and 1 <= len(tails) <= 4
         assert all(len(tail) <= 9 and "</think>" not in tail and text.split("</think>")[0].endswith(tail)
                    for text, tail in cut)
-        task = {"sum": "column_sums", "find": "find", "sat": "sat"}[problem_text.split(" ")[0]]
+        task = {"find": "find", "fit": "synthesize"}[problem_text.split(" ")[0]]
         problem = next(p for p in [train.draw(TASKS[task], seed, d, False) for seed, d in drawn(index)]
                        if p.prompt == problem_text)
-        assert TASKS[task].verify(problem, answer)[0] == 1
+        if task == "find" and "." in answer:
+            label = answer[answer.rindex(".") - 1]
+            column = next(c for c in problem.data["columns"] if c[2] == label)
+            found = re.findall(f"{label}([0-9])", "".join(text.split("</think>")[1] for text, _ in cut))
+            assert not any((column[0] + int(x)) % 10 < column[1] for x in found)
+        else:
+            assert TASKS[task].verify(problem, answer)[0] == 1
         right += [TASKS[task].verify(problem, text)[0] for text, _ in cut]
     assert 0.2 < np.mean(right) < 0.8
 
@@ -746,7 +764,8 @@ def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
 def drawn(index):
     """The (seed, difficulty) that TaskSource.exchange draws its problem with."""
     rng = random.Random(index)
-    rng.choice(["column_sums", "find", "sat"])
+    rng.random()
+    rng.choice(["find", "synthesize"])
     d = min(rng.randint(1, 2), rng.randint(1, 2))
     return [(rng.getrandbits(48), d)]
 

@@ -1,0 +1,192 @@
+"""What Markovian RSA needs, measured on finished runs of train.py: training rows, rounds, a population, an order.
+
+    python train.py --seed 1 --out out/seed-1                    # once a seed, all stages
+    python notebooks/markovian_rsa.py out/seed-1                 # writes notebooks/results/markovian_rsa/seed-1.json
+    python notebooks/markovian_rsa.py --table                    # the tables and the picture
+
+Controls, each trained from the run's own pretrain checkpoint through midtrain and sft, with the same steps, tokens, rates
+and data, but for the aggregation rows: none; rows with one candidate only; the problem before the candidates, as in the
+report.  They are compared with the run's own sft checkpoint, so reinforcement learning has no part in it.
+"""
+import argparse
+import dataclasses
+import glob
+import json
+import os
+import sys
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import rsa  # noqa: E402
+import train  # noqa: E402
+
+RESULTS = os.path.join(ROOT, "notebooks", "results", "markovian_rsa")
+EARLY = {"synthesize": (2, 4), "find": (3, 4)}      # where single samples after sft are right now and then
+POPULATIONS, ROUNDS = (4, 8, 16, 32), 6
+
+
+def problem_first(problem, tails):
+    """terse_prompt in the report's order."""
+    return f"{problem}|" + "".join(f"{tail}|" for tail in tails)
+
+
+CONTROLS = {"no rows": (dict(aggregation=0.0), rsa.terse_prompt),
+            "one candidate": (dict(candidates=(1,)), rsa.terse_prompt),
+            "problem first": ({}, problem_first)}
+
+
+def control(run, report, name):
+    """Train one control, or go on with it -> model, tokenizer, seconds."""
+    changes, train.terse_prompt = CONTROLS[name]                # the name by which train.py builds its prompts
+    config = train.parse_arguments(["--preset", report["preset"], "--seed", str(report["seed"]),
+                                    "--out", os.path.join(run, "control-" + name.replace(" ", "-"))])[0]
+    os.makedirs(config.out, exist_ok=True)
+    model, tokenizer, state = train.load_checkpoint(os.path.join(run, "pretrain"), "cpu")
+    if train.settings(config) != state["settings"]:
+        raise SystemExit(f"{run} was not made with the settings of --preset {report['preset']}: nothing to compare")
+    seconds = 0.0
+    for stage in ("midtrain", "sft"):
+        found, state = train.load_checkpoint(os.path.join(config.out, stage), "cpu"), None
+        if found:
+            model, tokenizer, state = found
+        if not (state and state.get("done")):
+            settings = dataclasses.replace(train.stage_settings(config, stage), **changes)
+            state = train.run_stage(stage, config, settings, model, tokenizer, state, "cpu", torch.float32)
+        seconds += state["seconds"]
+    train.terse_prompt = rsa.terse_prompt
+    return model, tokenizer, seconds
+
+
+def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4, rounds=4, build=rsa.terse_prompt):
+    """Mean correctness of the population after each round, 0 … `rounds`, with 95 % intervals over the problems."""
+    task, budget = train.find_task(name), rsa.BUDGETS["tiny"]
+    held = train.held_out_problems([name], problems, (d,))
+    results = rsa.markovian_rsa([p.prompt for p in held], rsa.Checkpoint(model, tokenizer), population, subset, rounds,
+                                budget.budget, budget.tail, seed, tokenizer, build)
+    right = np.array([[np.mean([task.verify(p, c.text)[0] for c in population_]) for population_ in result.rounds]
+                      for p, result in zip(held, results)])                         # (problems, rounds + 1)
+    return {"task": name, "difficulty": d, "problems": problems, "population": population, "subset": subset,
+            "accuracy": right.mean(0).tolist(), "ci95": [train.interval(list(column)) for column in right.T],
+            "tokens": float(np.mean([result.generated_tokens for result in results]))}
+
+
+def measure(run, problems):
+    with open(os.path.join(run, "report.json")) as file:
+        report = json.load(file)
+    os.makedirs(RESULTS, exist_ok=True)
+    path, seed = os.path.join(RESULTS, f"seed-{report['seed']}.json"), report["seed"]
+    result = {"command": f"python notebooks/markovian_rsa.py {run}", "seed": seed, "ttc": report["ttc"]}
+    if not report["ttc"]:
+        raise SystemExit(f"{run}/report.json has no test-time compute: run train.py --stages evaluate")
+    model, tokenizer, _ = train.load_checkpoint(os.path.join(run, "final"), "cpu")
+    result["population"] = [by_round(model, tokenizer, row["task"], row["difficulty"], problems, seed, n, 4, ROUNDS)
+                            for row in report["ttc"] if row["task"] in EARLY for n in POPULATIONS]
+    train.write_json(path, result)
+    own = train.load_checkpoint(os.path.join(run, "sft"), "cpu")
+    models = {"own rows": (own[0], own[1], own[2]["seconds"])}
+    for name in ("own rows", *CONTROLS):
+        begun = time.perf_counter()
+        model, tokenizer, seconds = models.get(name) or control(run, report, name)
+        build = CONTROLS[name][1] if name in CONTROLS else rsa.terse_prompt
+        result[name] = {"seconds": seconds, "rows": [
+            by_round(model, tokenizer, task, d, problems, seed, subset=subset, build=build)
+            for task, ds in EARLY.items() for d in ds for subset in ((4, 1) if name == "one candidate" else (4,))]}
+        train.write_json(path, result)
+        print(f"{name}: {time.perf_counter() - begun:.0f} s", *(
+            f"{row['task']} at {row['difficulty']}, C = {row['subset']}: "
+            + " ".join(f"{a:.3f}" for a in row["accuracy"]) for row in result[name]["rows"]), sep="\n    ", flush=True)
+
+
+def read_results():
+    results = []
+    for path in sorted(glob.glob(os.path.join(RESULTS, "seed-*.json"))):
+        with open(path) as file:
+            results.append(json.load(file))
+    return results
+
+
+def shown(values):
+    return f"{np.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+
+
+def table():
+    """Two markdown tables, mean and each seed: what it gains over other uses of tokens, what rows it needs."""
+    results = read_results()
+    tasks = [(row["task"], row["difficulty"]) for row in results[0]["ttc"]]
+    lines = ["| mean (each seed) | " + " | ".join(f"{task}, difficulty {d}" for task, d in tasks) + " |",
+             "|---" * (len(tasks) + 1) + "|"]
+    kinds = [("single", "one sample"), ("greedy", "greedy"), ("maj@equal_tokens", "majority of 48: equal tokens"),
+             ("field_vote@equal_tokens", "… vote on each field"),
+             ("certified@equal_tokens", "the first of 48 that says it holds"), ("delethink", "Delethink, C = 1"),
+             ("full_rsa", "full RSA"), ("markovian_rsa", "**Markovian RSA**"),
+             ("markovian_rsa_majority", "… majority of its last round"), ("pass@equal_tokens", "any of 48 (oracle)")]
+    for key, what in kinds:
+        cells = [shown([r["ttc"][i][key] for r in results]) if key in results[0]["ttc"][i] else "-"
+                 for i in range(len(tasks))]
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    longest = [[max(r["ttc"][i][key] for r in results) for key in ("longest_prompt", "longest_prompt_full_rsa")]
+               for i in range(len(tasks))]
+    lines.append("| longest prompt (full RSA's) | " + " | ".join(f"{ours} ({full})" for ours, full in longest) + " |")
+    early = [(task, d) for task, ds in EARLY.items() for d in ds]
+    lines += ["", "| after sft, T = 0 → T = 2 | " + " | ".join(f"{task}, difficulty {d}" for task, d in early) + " |",
+              "|---" * (len(early) + 1) + "|"]
+    names = [("own rows", 4, "trained with rows of 1 to 4 candidates"), ("no rows", 4, "no aggregation rows"),
+             ("one candidate", 4, "rows with one candidate"), ("one candidate", 1, "… used with C = 1"),
+             ("problem first", 4, "the problem before the candidates")]
+    for name, subset, what in names:
+        cells = []
+        for task, d in early:
+            rows = [row["accuracy"] for r in results if name in r for row in r[name]["rows"]
+                    if (row["task"], row["difficulty"], row["subset"]) == (task, d, subset)]
+            cells.append(f"{np.mean([a[0] for a in rows]):.2f} → {shown([a[2] for a in rows])}")
+        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    print("\n".join(lines))
+
+
+def picture():
+    """results/markovian_rsa.png: where rounds and population stop helping; what the rows are for."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    results = read_results()
+    tasks = list(dict.fromkeys((row["task"], row["difficulty"]) for row in results[0]["population"]))
+    figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4.6 * (len(tasks) + 1), 3.8), constrained_layout=True)
+    for axis, (task, d) in zip(axes, tasks):
+        for n, color in zip(POPULATIONS, plt.cm.viridis(np.linspace(0.85, 0, len(POPULATIONS)))):
+            seeds = np.array([row["accuracy"] for r in results for row in r["population"]
+                              if (row["task"], row["difficulty"], row["population"]) == (task, d, n)])
+            axis.errorbar(range(ROUNDS + 1), seeds.mean(0), seeds.std(0), color=color, marker="o", markersize=4,
+                          capsize=2, label=f"N = {n}")
+        axis.set(title=f"{task}, difficulty {d}, the finished model", xlabel="rounds of aggregation T", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("right (mean and deviation of the seeds)")
+    axes[0].legend(fontsize=8)
+    for name, color, what in (("own rows", "C0", "1 to 4 candidates"), ("problem first", "C1", "… problem first"),
+                              ("one candidate", "C2", "one candidate"), ("no rows", "C3", "no aggregation rows")):
+        seeds = np.array([[row["accuracy"] for row in r[name]["rows"] if row["subset"] == 4]
+                          for r in results if name in r])
+        axes[-1].plot(range(seeds.shape[-1]), seeds.mean((0, 1)), color=color, marker="o", markersize=4, label=what)
+        for one in seeds.mean(1):
+            axes[-1].plot(range(seeds.shape[-1]), one, color=color, alpha=0.3, linewidth=1)
+    axes[-1].set(title="after sft, by the rows it was trained on", xlabel="rounds of aggregation T", ylim=(0, 1.02))
+    axes[-1].grid(alpha=0.3)
+    axes[-1].legend(fontsize=8)
+    figure.savefig(os.path.join(RESULTS, "rounds.png"), dpi=110)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="*", help="finished runs of train.py")
+    parser.add_argument("--problems", type=int, default=60, help="held-out problems of each measurement")
+    parser.add_argument("--table", action="store_true", help="print the tables and draw the picture")
+    arguments = parser.parse_args()
+    for folder in arguments.run:
+        measure(folder, arguments.problems)
+    if arguments.table:
+        table()
+        picture()

@@ -1,0 +1,210 @@
+"""kernels.py: every fast path has the values and the gradients of what it stands for, in fp32 and bf16."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+import zaya
+
+DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
+
+
+def small(seed=0, **changes):
+    """A model whose every parameter is random, so that none can be left out unnoticed."""
+    torch.manual_seed(seed)
+    shape = dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=3)
+    model = zaya.Zaya(zaya.ZayaConfig.preset("smoke", **{**shape, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def packing():
+    """Two rows of 40: samples of 7, 1, 22 tokens and padding; one of 40."""
+    packed = torch.cat([torch.arange(7), torch.arange(1), torch.arange(22), torch.full((10,), -1)])
+    return torch.stack([packed, torch.arange(40)])
+
+
+def close(got, wanted, bound):
+    """Largest difference, relative to the largest value."""
+    scale = wanted.float().abs().max().clamp_min(1e-6)
+    assert (got.float() - wanted.float()).abs().max() / scale < bound
+
+
+def compare(fast, plain, inputs, modules, bound):
+    """Both on the same inputs (floating ones get gradients), the same random gradients backwards."""
+    results = []
+    for function in (fast, plain):
+        leaves = [x.detach().clone().requires_grad_() if x is not None and x.is_floating_point() else x for x in inputs]
+        modules.zero_grad()
+        outputs = function(*leaves)
+        generator = torch.Generator().manual_seed(1)
+        sum((o.float() * torch.randn(o.shape, generator=generator)).sum() for o in outputs).backward()
+        results.append(([o.detach() for o in outputs], [x.grad for x in leaves if x is not None and x.requires_grad],
+                        {name: p.grad.clone() for name, p in modules.named_parameters() if p.grad is not None}))
+    (values, grads, weights), (expected, wanted, reference) = results
+    assert weights.keys() == reference.keys() and weights
+    for got, want in zip([*values, *grads, *weights.values()], [*expected, *wanted, *reference.values()]):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        close(got, want, bound)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+def test_residual_norm(dtype, bound):
+    torch.manual_seed(0)
+    both = torch.nn.ModuleList([zaya.ResidualScaling(48), zaya.RMSNorm(48).to(dtype)])
+    for parameter in both.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+
+    def plain(x, y):
+        x = both[0](x, y)
+        return x, both[1](x)
+
+    compare(lambda x, y: kernels.residual_norm(x, y, *both), plain,
+            (torch.randn(3, 5, 48), torch.randn(3, 5, 48).to(dtype)), both, bound)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("reach", [packing(), None], ids=["packed", "whole rows"])
+def test_cca(dtype, bound, reach):
+    """Convolutions, means, norms, temperature, RoPE, value shift, attention: the module's own forward and backward."""
+    plain = small().layers[1].self_attn.to(dtype)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = kernels.FusedCCA
+    position = torch.arange(40)[None].expand(2, -1) if reach is None else reach
+    rope = zaya.CCA.rope_table(position, 1e4, 8)
+    mask = None if reach is None else zaya.CCA.attention_mask(reach, 40)
+    real = torch.ones(2, 40, 1) if reach is None else (reach >= 0)[..., None]
+    both = torch.nn.ModuleDict({"plain": plain, "fast": fast})
+    results = []
+    for module in (fast, plain):
+        x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
+        out = module(x, rope, reach, mask) * real                # nobody reads what stands at padding
+        out.float().square().sum().backward()
+        results.append([out.detach(), x.grad * real, *(p.grad for p in module.parameters())])
+    assert len(results[0]) == 2 + len(list(plain.parameters())) and len(both) == 2
+    for got, want in zip(*results):
+        close(got, want, bound)
+
+
+def test_cca_mix_alone_and_its_limits():
+    cca = small().layers[0].self_attn
+    reach = packing()
+    rope = zaya.CCA.rope_table(reach, 1e4, 8)
+    packed = torch.randn(2, 40, 6 * 16, requires_grad=True)
+
+    def plain(packed):
+        seen = torch.cat([packed.new_zeros(2, 2, packed.shape[-1]), packed], 1)
+        q_mean, k_mean = cca.qk_mean(packed)
+        mixed = cca.convolve(seen, 40, reach)
+        q, k = cca.unit(mixed[:, :, :4] + q_mean), cca.unit(mixed[:, :, 4:] + k_mean) * cca.temp[:, None]
+        return cca.rotate(q, *rope), cca.rotate(k, *rope)
+
+    compare(lambda p: kernels.cca_mix(p, cca, rope, reach), plain, (packed,), cca, 2e-5)
+    wide = small(cca_time0=3).layers[0].self_attn
+    with pytest.raises(ValueError, match="cca_time0 = cca_time1 = 2, not 3 and 2"):
+        kernels.cca_mix(packed, wide, rope, reach)
+
+
+def test_samples_are_found_and_what_is_no_packing_is_refused():
+    assert kernels.sample_lengths(packing()) == [7, 1, 22, 10, 40]
+    assert kernels.sample_lengths(torch.tensor([[-1, -1, 0, 1], [0, 1, 2, 3]])) == [2, 2, 4]
+    assert kernels.sample_lengths(torch.tensor([[3, 4, 5, 6]])) == [4]          # a row may begin anywhere
+    assert kernels.sample_lengths(torch.tensor([[0, 1, 5, 6]])) is None         # a jump looks across samples
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("only", [None, 2, 4], ids=["all", "one expert", "all skipped"])
+def test_experts(dtype, bound, only):
+    plain = small().layers[0].experts.to(dtype)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = kernels.FusedExperts
+    choice = torch.randint(0, 5, (30,)) if only is None else torch.full((30,), only)
+    choice[choice == 1] = 0                                     # an expert that nobody visits
+    results = []
+    for module in (fast, plain):
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(30, 64, generator=generator).to(dtype).requires_grad_()
+        weight = torch.rand(30, generator=generator).requires_grad_()
+        y = module(x, choice, weight)
+        y.float().mul(torch.randn(30, 64, generator=generator)).sum().backward()
+        results.append([y.detach(), x.grad, weight.grad, *(p.grad for p in module.parameters())])
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype
+        close(got, want, bound)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_linear_cross_entropy(dtype, bound, chunk):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(48, 101, bias=False).to(dtype)
+    targets = torch.randint(0, 101, (30,))
+    targets[::4] = -100
+
+    def plain(hidden):
+        logits = hidden.float() @ head.weight.float().t()
+        return (F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100),)
+
+    compare(lambda h: (kernels.linear_cross_entropy(h, head.weight, targets, chunk),), plain,
+            (torch.randn(30, 48).to(dtype),), head, bound)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(cca_time0=3),
+                                     dict(tie_word_embeddings=False),
+                                     dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=5)],
+                         ids=["two KV heads", "one", "three taps", "own head", "windows"])
+def test_the_whole_model(changes):
+    plain = small(**changes).train()
+    fast = kernels.fuse(copy.deepcopy(plain))
+    ids, positions = torch.randint(0, 300, (2, 40)), packing()
+    targets = torch.where(positions >= 0, ids.roll(-1, 1), -100)
+    for model in (plain, fast):
+        hidden = model.hidden_states(ids, position_ids=positions)
+        kernels.linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten()).backward()
+    for p, q in zip(plain.parameters(), fast.parameters()):
+        close(q.grad, p.grad, 1e-4)
+    for a, b in zip(plain.layers, fast.layers):
+        assert torch.equal(a.gate.load, b.gate.load)
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(layer_types=["hybrid_sliding"] * 3, sliding_window=5)],
+                         ids=["full", "windows"])
+def test_decoding(changes):
+    """The same tokens, from prompts of different lengths, one of a single token, rows that end early."""
+    plain = small(**changes)
+    fast = kernels.fuse(copy.deepcopy(plain))
+    ids = torch.randint(10, 300, (4, 12))
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :11] = 0, 0
+    for eos in (None, 40):
+        assert torch.equal(*(model.generate(ids, 40, 1.0, 1.0, mask, torch.Generator().manual_seed(5), eos)
+                             for model in (plain, fast)))
+    with torch.no_grad():
+        caches = [zaya.Cache(3), zaya.Cache(3)]
+        for part in (slice(0, 12), slice(0, 1), slice(4, 5)):
+            some = [model(ids[:, part], mask[:, part] if part.stop == 12 else None, cache=cache)
+                    for model, cache in zip((plain, fast), caches)]
+        close(some[1], some[0], 2e-5)
+
+
+def test_autocast_keeps_its_dtypes():
+    """As on a GPU: bf16 in the middle, an fp32 residual stream and loss, gradients near those in fp32."""
+    plain = small().train()
+    fast = kernels.fuse(copy.deepcopy(plain))
+    ids = torch.randint(0, 300, (2, 40))
+    for model in (plain, fast):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.hidden_states(ids, position_ids=packing())
+            loss = kernels.linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, ids.flatten())
+        assert loss.dtype == torch.float32
+        loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), fast.named_parameters()):
+        assert p.grad.dtype == q[1].grad.dtype
+        if p.ndim >= 2 and "gate" not in name:                  # a router's choice may flip in bf16
+            cosine = F.cosine_similarity(p.grad.flatten(), q[1].grad.flatten(), 0)
+            assert cosine > 0.9, (name, cosine)
