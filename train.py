@@ -724,9 +724,9 @@ class Falsify(Search):
 
 
 class Find(Task):
-    """Predict an input: for each of d columns (a, t) find a digit x with (a + x) mod 10 < t.  Many valid answers.
+    """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
 
-    find 06b,85c -> <think>b:555c:08.#b5c.</think>b5c.    (label, guess, (a + x) mod 10, the guess if it holds or a dot)
+    find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
     The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
     """
     exact, fields, reads = False, True, True
@@ -735,15 +735,15 @@ class Find(Task):
         columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in labels(rng, d)]
         return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
 
-    def reason(self, data, rng, slip):
-        steps, answer = "", ""
+    def reason(self, data, rng, slip, found=None):
+        steps, answer = [], ""
         for a, t, label in data["columns"]:
-            x = rng.randrange(10)
-            value = slipped((a + x) % 10, rng, slip)
+            x = rng.choice((found or {}).get(label) or range(10))
+            value = slipped((x + a) % 10, rng, slip)
             kept = str(x) if value < t else "."
-            steps += f"{label}:{x}{value}{kept}"
+            steps.append(f"{label}:{x}+{a}={value}<{t}{kept}")
             answer += label + kept
-        return f"{steps}#{answer}", answer
+        return f"{';'.join(steps)}#{answer}", answer
 
     def check(self, data, answer):
         columns = data["columns"]
@@ -756,13 +756,14 @@ class Find(Task):
         return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
-        """Column by column, a valid value that one of the replies has; what nobody solved keeps its dot."""
-        rng, answer = random.Random(f"aggregate {seed}"), ""
-        found = [pair for reply in replies for pair in re.findall("([a-zA-Z])([0-9])", split_answer(reply) or "")]
-        for a, t, label in problem.data["columns"]:
-            valid = [x for mark, x in found if mark == label and (a + int(x)) % 10 < t]
-            answer += label + rng.choice(valid or ["."])
-        return f"<think>#{answer}</think>{answer}"
+        """Column by column, a valid value that one of the replies has, else a guess; each is checked anew."""
+        found = {}
+        for label, x in re.findall("([a-zA-Z])([0-9])", "|".join(split_answer(text) or "" for text in replies)):
+            found.setdefault(label, []).append(int(x))
+        valid = {label: [x for x in found.get(label, []) if (x + a) % 10 < t]
+                 for a, t, label in problem.data["columns"]}
+        reasoning, answer = self.reason(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
+        return f"<think>{reasoning}</think>{answer}"
 
 
 class Countdown(Search):
