@@ -11,8 +11,17 @@ of a model's modules for subclasses that call them; parameters, checkpoints and 
 
 Why it is faster on a CPU: the model's matrices are small, so most of a training step goes into elementwise passes over
 activations and into dispatching them.  Written by hand, a backward pass reads each of them once.
+`python kernels.py` prints how equal and how fast each path is on this machine.  On CUDA and ROCm the first three are
+Triton kernels, from one source; importing this file needs neither Triton nor a GPU.
 Featuring: eager functions that need no compiler and work for any shape.  Does NOT include: the model (zaya.py).
 """
+import argparse
+import copy
+import functools
+import importlib.util
+import json
+import time
+
 import torch
 import torch.nn.functional as F
 
@@ -52,9 +61,20 @@ class ResidualNorm(torch.autograd.Function):
 
 def residual_norm(x, y, scaling, norm):
     """zaya.ResidualScaling, then zaya.RMSNorm:  x (…, E) fp32, y (…, E) any float -> the new x fp32, norm(x)."""
+    function = triton_residual_norm if on_gpu(x) else ResidualNorm.apply
     with torch.autocast(x.device.type, enabled=False):
-        return ResidualNorm.apply(x, y, scaling.residual_scale, scaling.residual_bias, scaling.hidden_states_scale,
-                                  scaling.hidden_states_bias, norm.weight, norm.eps)
+        return function(x, y, scaling.residual_scale, scaling.residual_bias, scaling.hidden_states_scale,
+                        scaling.hidden_states_bias, norm.weight, norm.eps)
+
+
+@functools.cache
+def has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
+def on_gpu(x):
+    """Whether the Triton kernels below are to be used: CUDA and ROCm builds of PyTorch bring Triton."""
+    return x.is_cuda and has_triton()
 
 
 # ---- 2. CCA: from the projections to attention ----------------------------------------------------------------------
@@ -224,6 +244,12 @@ class FusedCCA(zaya.CCA):
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
         if step:
             return self.step(packed, current, delayed, rope, reach, mask, cache)
+        if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
+            depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
+            q, k, v = triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
+                                     grouped.weight.to(packed.dtype), grouped.bias, self.temp, *rope, reach)
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
+            return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
         shifted = F.pad(delayed[:, :-1], (0, 0, 1, 0))
         if reach is not None:
             shifted = shifted * (reach >= 1)[..., None]
@@ -303,7 +329,8 @@ def expert_mlp(x, gate_up_proj, down_proj, choice, weight):
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up_proj.dtype
     with torch.autocast(device, enabled=False):
-        return ExpertMLP.apply(x.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype), choice, weight).to(x.dtype)
+        inputs = x.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype), choice, weight
+        return (triton_experts if on_gpu(x) else ExpertMLP.apply)(*inputs).to(x.dtype)
 
 
 class FusedExperts(zaya.Experts):
@@ -344,13 +371,459 @@ class LinearCrossEntropy(torch.autograd.Function):
         return g_hidden * g, g_weight * g, None, None
 
 
-def linear_cross_entropy(hidden, weight, targets, chunk=1024):
-    """F.cross_entropy(model.logits(hidden), targets, reduction="sum"), fp32, with `chunk` rows of logits at a time.
+def linear_cross_entropy(hidden, weight, targets, chunk=None):
+    """F.cross_entropy(model.logits(hidden), targets, reduction="sum") in fp32, `chunk` rows of logits at a time.
 
-    hidden (N, E) any float, weight (V, E), targets (N,) int64, negative where nothing is asked -> () fp32.
+    hidden (N, E) any float, weight (V, E), targets (N,) int64, negative where nothing is asked -> () fp32.  By default
+    a chunk's logits are 64 MiB.
     """
+    chunk = chunk or max(1, 2**24 // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):                         # fp32, whatever else is not
         return LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+# ---- Triton: 1, 2 and 3 for CUDA and ROCm, from one source ----------------------------------------------------------
+# Each @triton.jit function lives in a cached function, so that Triton is imported at the first call and not with this
+# file.  Sums are accumulated in fp32 and in a fixed order, without atomics: two runs give the same bits.  The block
+# sizes fit an H100 and an MI300X; nobody has tuned them.  In `mix` to `weight_gradient`, token indices are columns.
+
+def import_triton():
+    """-> the modules triton and triton.language.  Raises RuntimeError, saying what to do, where there is no Triton."""
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError as error:
+        raise RuntimeError(f"the Triton kernels need Triton ({error}): pip install triton, or use the other paths of "
+                           "this file, which need only PyTorch") from None
+    return triton, tl
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def power_of_2(n):
+    return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def norm_kernels():
+    """-> forward, backward of `triton_residual_norm`; a program holds whole rows, E channels in a power of two."""
+    triton, tl = import_triton()
+
+    @triton.jit
+    def norm_forward(x, y, vectors, out, normed, eps, E, BLOCK: tl.constexpr):
+        c = tl.arange(0, BLOCK)
+        here, at = c < E, tl.program_id(0).to(tl.int64) * E + c
+        a_r, b_r = tl.load(vectors + c, here, 0.), tl.load(vectors + E + c, here, 0.)
+        a_o, b_o = tl.load(vectors + 2 * E + c, here, 0.), tl.load(vectors + 3 * E + c, here, 0.)
+        new = (tl.load(x + at, here, 0.) + b_r) * a_r + (tl.load(y + at, here, 0.).to(tl.float32) + b_o) * a_o
+        tl.store(out + at, new, here)
+        tl.store(normed + at, tl.load(vectors + 4 * E + c, here, 0.) * new * tl.rsqrt(tl.sum(new * new, 0) / E + eps),
+                 here)
+
+    @triton.jit
+    def norm_backward(x, y, vectors, d_out, d_normed, dx, dy, sums, eps, N, E, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        here = c < E
+        a_r, b_r = tl.load(vectors + c, here, 0.), tl.load(vectors + E + c, here, 0.)
+        a_o, b_o = tl.load(vectors + 2 * E + c, here, 0.), tl.load(vectors + 3 * E + c, here, 0.)
+        w = tl.load(vectors + 4 * E + c, here, 0.)
+        sum_d = tl.zeros((BLOCK,), tl.float32)
+        sum_x, sum_y, sum_unit = sum_d, sum_d, sum_d
+        for row in range(program * ROWS, tl.minimum((program + 1) * ROWS, N)):
+            at = row * E + c
+            stream = tl.load(x + at, here, 0.) + b_r                                # cheaper to redo than to keep
+            update = tl.load(y + at, here, 0.).to(tl.float32) + b_o
+            new = stream * a_r + update * a_o
+            rms = tl.rsqrt(tl.sum(new * new, 0) / E + eps)
+            unit, d = new * rms, tl.load(d_normed + at, here, 0.).to(tl.float32)
+            sum_unit += d * unit
+            d *= w
+            d = tl.load(d_out + at, here, 0.) + rms * (d - unit * (tl.sum(d * unit, 0) / E))
+            tl.store(dx + at, d * a_r, here)
+            tl.store(dy + at, d * a_o, here)
+            sum_d += d
+            sum_x += d * stream
+            sum_y += d * update
+        sums += program * 5 * E + c
+        tl.store(sums, sum_x, here)
+        tl.store(sums + E, sum_d * a_r, here)
+        tl.store(sums + 2 * E, sum_y, here)
+        tl.store(sums + 3 * E, sum_d * a_o, here)
+        tl.store(sums + 4 * E, sum_unit, here)
+
+    return norm_forward, norm_backward
+
+
+class TritonResidualNorm(torch.autograd.Function):
+    """The Function behind `triton_residual_norm`; `vectors` (5, E) fp32 are a_r, b_r, a_o, b_o, w."""
+    ROWS = 16                                                           # of which a program sums the five gradients
+
+    @staticmethod
+    def forward(ctx, x, y, vectors, dtype, eps):
+        (kernel, _), E = norm_kernels(), x.shape[-1]
+        out, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+        kernel[(x.numel() // E,)](x, y, vectors, out, normed, eps, E, BLOCK=power_of_2(E))
+        ctx.save_for_backward(x, y, vectors)
+        ctx.eps = eps
+        return out, normed
+
+    @staticmethod
+    def backward(ctx, d_out, d_normed):
+        (_, kernel), (x, y, vectors), ROWS = norm_kernels(), ctx.saved_tensors, TritonResidualNorm.ROWS
+        E, N = x.shape[-1], x.shape[:-1].numel()
+        dx, dy, sums = torch.empty_like(x), torch.empty_like(y), x.new_empty(cdiv(N, ROWS), 5, E)
+        kernel[(len(sums),)](x, y, vectors, d_out.contiguous(), d_normed.contiguous(), dx, dy, sums, ctx.eps, N, E,
+                             ROWS=ROWS, BLOCK=power_of_2(E), num_warps=8)
+        return dx, dy, sums.sum(0), None, None
+
+
+def triton_residual_norm(x, y, residual_scale, residual_bias, hidden_states_scale, hidden_states_bias, weight,
+                         eps=1e-5):
+    """Join a sublayer's output to the stream and norm the result for the next sublayer, in one pass.
+
+        x <- (x + b_r) * a_r + (y + b_o) * a_o,    normed = w * x / sqrt(mean(x^2) + eps)
+
+    x (…, E) fp32, y (…, E) any float, five vectors (E,) any float -> x (…, E) fp32, normed (…, E) in weight's dtype.
+    Equals zaya.py's ResidualScaling followed by RMSNorm.  Raises ValueError unless x is fp32 and of y's shape.
+    """
+    if x.dtype != torch.float32 or x.shape != y.shape:
+        raise ValueError(f"triton_residual_norm: x must be fp32 and of y's shape {tuple(y.shape)}, not {x.dtype} "
+                         f"{tuple(x.shape)}")
+    vectors = residual_scale, residual_bias, hidden_states_scale, hidden_states_bias, weight
+    return TritonResidualNorm.apply(x.contiguous(), y.contiguous(), torch.stack([v.float() for v in vectors]),
+                                    weight.dtype, eps)
+
+
+@functools.cache
+def mix_kernels():
+    """-> mix (forward, and backward up to the second convolution's output), unmix (the rest of backward).
+
+    A program works on BT of the N = B * S tokens and one of the H + K heads; the head's D channels are one block, and
+    both dimensions of the convolution inside it.  `link` (N,) int8: does the token see the one before it.
+    """
+    triton, tl = import_triton()
+
+    @triton.jit
+    def mix(packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link, q, k, v, dz, taps, sums, N,
+            H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
+            BT: tl.constexpr, BI: tl.constexpr):
+        C: tl.constexpr = (H + K) * D
+        GROUP: tl.constexpr = H // K
+        V: tl.constexpr = K * D // 2                                                # half of the value channels
+        head, c = tl.program_id(1), tl.arange(0, D)[None, :]
+        is_key = head >= H
+        group = tl.where(is_key, head - H, head // GROUP)
+        t = (tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
+        real = t < N
+        one = tl.load(link + t, real, 0) != 0                                       # t sees t - 1
+        two = one & (tl.load(link + t - 1, one, 0) != 0)                            # and t - 1 sees t - 2
+        channel = head * D + c
+        z = tl.zeros((BT, D), tl.float32) + tl.load(b1 + channel).to(tl.float32)
+        for i in range(0, D, BI):                                                   # a few channels in: few registers
+            inner = i + tl.arange(0, BI)
+            channel_in = head * D + inner[None, :]
+            at_in = t * C + channel_in                                              # (BT, BI)
+            p0 = tl.load(packed + at_in, real, 0.).to(tl.float32)
+            p1 = tl.load(packed + at_in - C, one, 0.).to(tl.float32)
+            p2 = tl.load(packed + at_in - 2 * C, two, 0.).to(tl.float32)
+            old, new = tl.load(w0 + channel_in).to(tl.float32), tl.load(w0 + C + channel_in).to(tl.float32)
+            bias = tl.load(b0 + channel_in).to(tl.float32)
+            y0 = (bias + p0 * new + p1 * old).to(packed.dtype.element_ty)           # the first convolution at t
+            y1 = (bias + p1 * new + p2 * old).to(packed.dtype.element_ty)           # at t - 1; its bias at a border
+            matrix = w1 + channel * D + inner[:, None]                              # (BI in, D out)
+            z = tl.dot(y0, tl.load(matrix + C * D), z, input_precision="ieee")
+            z = tl.dot(y1, tl.load(matrix), z, input_precision="ieee")
+            if BACKWARD:
+                tl.store(taps + at_in + t * C, y1, real)                            # (N, 2, C)
+                tl.store(taps + at_in + t * C + C, y0, real)
+
+        first = tl.where(is_key, group * GROUP, head)                               # q-k-mean: a key and the mean of
+        count = tl.where(is_key, GROUP, 1)                                          # its queries, a query and its key
+        mean = tl.zeros((BT, D), tl.float32)
+        for h in range(first, first + count):
+            mean += tl.load(packed + t * C + h * D + c, real, 0.).to(tl.float32)
+        z += (mean / count + tl.load(packed + t * C + (H + group) * D + c, real, 0.).to(tl.float32)) / 2
+
+        norm = tl.sqrt(tl.sum(z * z, 1, keep_dims=True))
+        scale = D ** 0.5 / tl.maximum(norm, 1.1920929e-7)
+        unit = z * scale
+        gain = tl.where(is_key, tl.load(temp + group).to(tl.float32), 1.)
+        turned, angle = real & (c < 2 * HALF), t * HALF + tl.where(c < HALF, c, c - HALF)
+        cosine = tl.load(cos + angle, turned, 1.)
+        sine = tl.load(sin + angle, turned, 0.) * tl.where(c < HALF, -1., 1.)
+        partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+        partner = tl.broadcast_to(partner, (BT, D))
+        at_q, at_k = t * (H * D) + head * D + c, t * (K * D) + group * D + c
+        if BACKWARD:                                                                # q and k hold their gradients
+            if is_key:
+                d = tl.load(k + at_k, real, 0.).to(tl.float32)
+            else:
+                d = tl.load(q + at_q, real, 0.).to(tl.float32)
+            d = d * cosine - tl.gather(d, partner, 1) * sine                        # turn back
+            sums += tl.program_id(0) * 2 * C + channel
+            tl.store(sums + C, tl.sum(d * unit, 0, keep_dims=True))                 # for the temperature
+            d *= gain
+            along = tl.sum(d * unit, 1, keep_dims=True) / D
+            d = scale * (d - tl.where(norm > 1.1920929e-7, unit * along, 0.))
+            tl.store(sums, tl.sum(d, 0, keep_dims=True))                            # for the second bias
+            tl.store(dz + t * C + channel, d, real)
+        else:
+            d = unit * gain
+            d = d * cosine + tl.gather(d, partner, 1) * sine
+            if is_key:
+                e = group * D + c
+                now = tl.load(current + t * V + e, real & (e < V), 0.).to(tl.float32)
+                before = tl.load(delayed + (t - 1) * V + e - V, one & (e >= V), 0.).to(tl.float32)
+                tl.store(v + at_k, now + before, real)
+                tl.store(k + at_k, d, real)
+            else:
+                tl.store(q + at_q, d, real)
+
+    @triton.jit
+    def unmix(packed, w0, w1, link, dz, d_packed, sums, N, H: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+              BT: tl.constexpr):
+        C: tl.constexpr = (H + K) * D
+        GROUP: tl.constexpr = H // K
+        head, c, outer = tl.program_id(1), tl.arange(0, D)[None, :], tl.arange(0, D)[:, None]
+        is_key = head >= H
+        group = tl.where(is_key, head - H, head // GROUP)
+        t = (tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT))[:, None]
+        one = tl.load(link + t + 1, t + 1 < N, 0) != 0                              # t + 1 sees t
+        two = one & (tl.load(link + t + 2, t + 2 < N, 0) != 0)                      # and t + 2 sees t + 1
+        channel = head * D + c
+        at = t * C + channel
+        d0 = tl.load(dz + at, t < N, 0.)
+        d1 = tl.load(dz + at + C, one, 0.)
+        d2 = tl.load(dz + at + 2 * C, two, 0.)
+        matrix = w1 + (head * D + outer) * D + c                                    # (D out, D in)
+        w_old, w_new = tl.load(matrix), tl.load(matrix + C * D)
+        dy0 = tl.dot(d1, w_old, tl.dot(d0, w_new, input_precision="ieee"), input_precision="ieee")
+        dy1 = tl.dot(d2, w_old, tl.dot(d1, w_new, input_precision="ieee"), input_precision="ieee")
+        old, new = tl.load(w0 + channel).to(tl.float32), tl.load(w0 + C + channel).to(tl.float32)
+
+        first = tl.where(is_key, group * GROUP, H + group)                          # the heads whose mean it is part of
+        others = tl.zeros((BT, D), tl.float32)
+        for h in range(first, first + tl.where(is_key, GROUP, 1)):
+            others += tl.load(dz + t * C + h * D + c, t < N, 0.).to(tl.float32)
+        mean = (d0.to(tl.float32) + others / tl.where(is_key, 1, GROUP)) / 2
+        tl.store(d_packed + at, dy0 * new + dy1 * old + mean, t < N)
+
+        p0 = tl.load(packed + at, t < N, 0.).to(tl.float32)
+        p1 = tl.load(packed + at - C, tl.load(link + t, t < N, 0) != 0, 0.).to(tl.float32)
+        sums += tl.program_id(0) * 2 * C + channel
+        tl.store(sums, tl.sum(dy0 * p1, 0, keep_dims=True))                         # for the first weight
+        tl.store(sums + C, tl.sum(dy0 * p0, 0, keep_dims=True))
+
+    return mix, unmix
+
+
+class TritonMix(torch.autograd.Function):
+    """The Function behind `triton_cca_mix`, with both convolutions' weights as (2, …), the older token's first.
+
+    Only the inputs are kept: backward convolves again.
+    """
+    BT = 32
+
+    @staticmethod
+    def forward(ctx, packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link):
+        (B, S, C), D, K, BT = packed.shape, w1.shape[2], len(temp), TritonMix.BT
+        q, k, v = packed.new_empty(B, S, C // D - K, D), *packed.new_empty(2, B, S, K, D).unbind()
+        mix, _ = mix_kernels()
+        mix[(cdiv(B * S, BT), C // D)](
+            packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link, q, k, v, q, q, q, B * S,
+            H=C // D - K, K=K, D=D, HALF=cos.shape[-1], BACKWARD=False, BT=BT, BI=min(D, 32))
+        ctx.save_for_backward(packed, w0, b0, w1, b1, temp, cos, sin, link)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        packed, w0, b0, w1, b1, temp, cos, sin, link = ctx.saved_tensors
+        (B, S, C), D, K, BT = packed.shape, w1.shape[2], len(temp), TritonMix.BT
+        H, N, dq, dk = C // D - K, B * S, dq.contiguous(), dk.contiguous()
+        dz, d_packed, taps = torch.empty_like(packed), torch.empty_like(packed), packed.new_empty(N, 2, C)
+        sums = packed.new_empty(2, cdiv(N, BT), 2, C, dtype=torch.float32)
+        mix, unmix = mix_kernels()
+        mix[(cdiv(N, BT), C // D)](
+            packed, packed, packed, w0, b0, w1, b1, temp, cos, sin, link, dq, dk, packed, dz, taps, sums[0], N,
+            H=H, K=K, D=D, HALF=cos.shape[-1], BACKWARD=True, BT=BT, BI=min(D, 32))
+        unmix[(cdiv(N, BT), C // D)](packed, w0, w1, link, dz, d_packed, sums[1], N, H=H, K=K, D=D, BT=BT)
+        (db1, d_temp), dw0 = sums.sum(1)                                            # (C,) each, (2, C)
+        dw1 = torch.einsum("nho,nkhi->khoi", dz.view(N, H + K, D), taps.view(N, 2, H + K, D)).reshape(2, C, D)
+        # Both taps of the second convolution see the first one's bias, at a border too.
+        db0 = torch.einsum("ho,hoi->hi", db1.view(H + K, D), w1.float().sum(0).view(H + K, D, D)).flatten()
+        gradients = zip((dw0, db0, dw1, db1, d_temp[H * D:].view(K, D).sum(1)), (w0, b0, w1, b1, temp))
+        current, delayed = dv.flatten(2).chunk(2, -1)                               # (B, S, K*D/2)
+        delayed = F.pad((delayed * link.view(B, S, 1))[:, 1:], (0, 0, 0, 1))
+        return d_packed, current, delayed, *(g.to(w.dtype) for g, w in gradients), None, None, None
+
+
+def triton_cca_mix(packed, current, delayed, depthwise_weight, depthwise_bias, grouped_weight, grouped_bias, temp, cos,
+                   sin, reach=None):
+    """What CCA does between its projections and attention.
+
+        [q; k] = conv_in_head(conv_per_channel(packed)) + q-k-mean(packed),   v_t = [current_t ; delayed_(t-1)]
+        q, k  <- rope(sqrt(D) q / |q|), rope(temp_k sqrt(D) k / |k|)
+
+    packed (B, S, C), current and delayed (B, S, K*D/2), fp32 or bf16; the weights and biases of the two nn.Conv1d,
+    temp (K,); cos and sin (B, S, R/2) fp32, reach (B, S) int64 or None, as in CCA -> q (B, H, S, D), k, v (B, K, S, D)
+    in packed's dtype.  Equals zaya.py's CCA.forward from `packed` to the cache; it takes no cache: rows start here.
+    Raises ValueError for kernels other than the published 2 and 2, a D that is no power of two, and mixed dtypes.
+    """
+    taps, D = (depthwise_weight.shape[-1], grouped_weight.shape[-1]), grouped_weight.shape[1]
+    if taps != (2, 2):
+        raise ValueError(f"triton_cca_mix: convolutions of {taps[0]} and {taps[1]} taps are not implemented, only of 2 "
+                         "and 2 (cca_time0 = cca_time1 = 2, as published)")
+    if D < 16 or D & (D - 1):
+        raise ValueError(f"triton_cca_mix: head_dim must be a power of two of at least 16, not {D}")
+    if not packed.dtype == current.dtype == delayed.dtype == grouped_weight.dtype:
+        raise ValueError(f"triton_cca_mix: packed ({packed.dtype}), current ({current.dtype}), delayed "
+                         f"({delayed.dtype}) and grouped_weight ({grouped_weight.dtype}) must have one dtype")
+    B, S, _ = packed.shape
+    link = (torch.arange(S, device=packed.device) > 0).expand(B, S)
+    link = (link if reach is None else link & (reach >= 1)).flatten().to(torch.int8)
+    tensors = (packed, current, delayed, depthwise_weight[:, 0].T, depthwise_bias, grouped_weight.permute(2, 0, 1),
+               grouped_bias, temp, cos, sin, link)
+    return tuple(out.transpose(1, 2) for out in TritonMix.apply(*(tensor.contiguous() for tensor in tensors)))
+
+
+@functools.cache
+def expert_kernels():
+    """-> product, weight_gradient of `triton_experts`.
+
+    Rows are the tokens sorted by expert, `order` says which token a row is; programs work on BLOCK x BLOCK outputs.
+    """
+    triton, tl = import_triton()
+
+    @triton.jit
+    def product(a, w, out, gate_up, hidden, d_weight, weight, order, tiles, N, X, I, J, to_expert, to_j, to_i,
+                STEP: tl.constexpr, BLOCK: tl.constexpr):
+        tiles += 3 * tl.program_id(1)
+        expert, start, end = tl.load(tiles), tl.load(tiles + 1), tl.load(tiles + 2)
+        row, j = start + tl.arange(0, BLOCK)[:, None], tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        mine, wide = row < end, (row < end) & (j < J)
+        token = tl.load(order + row, mine, 0)
+        read = token if STEP == "up" or STEP == "down_gradient" else row            # where `a` has it
+        total = tl.zeros((BLOCK, BLOCK), tl.float32)
+        total_up = total
+        for i in range(0, tl.where(expert < X, I, 0), BLOCK):                       # the skip expert has no weights
+            i_a, i_w = i + tl.arange(0, BLOCK)[None, :], i + tl.arange(0, BLOCK)[:, None]
+            left = tl.load(a + read * I + i_a, mine & (i_a < I), 0.)
+            right, here = w + expert * to_expert + i_w * to_i + j * to_j, (i_w < I) & (j < J)
+            total = tl.dot(left, tl.load(right, here, 0.), total, input_precision="ieee")
+            if STEP == "up":
+                total_up = tl.dot(left, tl.load(right + J * to_j, here, 0.), total_up, input_precision="ieee")
+        scale = tl.load(weight + token, mine, 0.).to(tl.float32)
+        gates = row * 2 * J + j
+        if STEP == "up":
+            tl.store(gate_up + gates, total, wide)
+            tl.store(gate_up + gates + J, total_up, wide)
+            tl.store(hidden + row * J + j, total * tl.sigmoid(total) * total_up, wide)
+        elif STEP == "down":
+            tl.store(out + token * J + j, total * scale, wide)
+        elif STEP == "down_gradient":                                               # of `hidden`, but for the weight
+            gate = tl.load(gate_up + gates, wide, 0.).to(tl.float32)
+            up = tl.load(gate_up + gates + J, wide, 0.).to(tl.float32)
+            s = tl.sigmoid(gate)
+            tl.store(d_weight + tl.program_id(0) * N + token, tl.sum(total * gate * s * up, 1, keep_dims=True), mine)
+            tl.store(hidden + row * J + j, gate * s * up * scale, wide)
+            tl.store(out + gates, total * scale * up * s * (1 + gate * (1 - s)), wide)
+            tl.store(out + gates + J, total * scale * gate * s, wide)
+        else:
+            tl.store(out + token * J + j, total, wide)
+
+    @triton.jit
+    def weight_gradient(a, b, out, order, starts, I, J, TOKENS_IN_A: tl.constexpr, BLOCK: tl.constexpr):
+        expert = tl.program_id(2).to(tl.int64)                                      # out[expert] = a^T b over its rows
+        i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        end = tl.load(starts + expert + 1)
+        total = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for start in range(tl.load(starts + expert), end, BLOCK):
+            row_a, row_b = start + tl.arange(0, BLOCK)[None, :], start + tl.arange(0, BLOCK)[:, None]
+            here_a, here_b = row_a < end, row_b < end
+            if TOKENS_IN_A:
+                row_a = tl.load(order + row_a, here_a, 0)
+            else:
+                row_b = tl.load(order + row_b, here_b, 0)
+            total = tl.dot(tl.load(a + row_a * I + i, here_a & (i < I), 0.),
+                           tl.load(b + row_b * J + j, here_b & (j < J), 0.), total, input_precision="ieee")
+        tl.store(out + (expert * I + i) * J + j, total, (i < I) & (j < J))
+
+    return product, weight_gradient
+
+
+def expert_tiles(choice, experts, block):
+    """Which rows of the tokens sorted by expert each tile has, computed on the device: nothing waits for it.
+
+    choice (N,) int64 -> order (N,), starts (X + 2,), tiles (N / block + X, 3), all int64.  A tile (expert, start, end)
+    has at most `block` rows from start; expert X is the skip expert; the tiles left over have none.
+    """
+    order = choice.argsort(stable=True)
+    starts = torch.searchsorted(choice[order], torch.arange(experts + 2, device=choice.device))
+    last = ((starts.diff() + block - 1) // block).cumsum(0)                         # tiles up to and with each expert
+    tile = torch.arange(cdiv(len(choice), block) + experts, device=choice.device)
+    expert = torch.searchsorted(last, tile, right=True).clamp_max(experts)
+    start = starts[expert] + (tile - F.pad(last, (1, 0))[expert]) * block
+    return order, starts, torch.stack([expert, start, starts[expert + 1]], 1)
+
+
+class TritonExperts(torch.autograd.Function):
+    """The Function behind `triton_experts`.  Kept are the inputs and the (N, 2F) products before SwiGLU."""
+    BLOCK = 64
+
+    @staticmethod
+    def product(step, a, w, out, gate_up, hidden, d_weight, weight, order, tiles, I, J, to_j, to_i):
+        expert_kernels()[0][cdiv(J, TritonExperts.BLOCK), len(tiles)](
+            a, w, out, gate_up, hidden, d_weight, weight, order, tiles, len(order), len(w), I, J, w[0].numel(), to_j,
+            to_i, STEP=step, BLOCK=TritonExperts.BLOCK)
+
+    @staticmethod
+    def forward(ctx, x, choice, weight, gate_up_proj, down_proj):
+        (N, E), (X, _, width), product = x.shape, down_proj.shape, TritonExperts.product
+        order, starts, tiles = expert_tiles(choice, X, TritonExperts.BLOCK)
+        gate_up, hidden, y = x.new_empty(N, 2 * width), x.new_empty(N, width), torch.empty_like(x)
+        product("up", x, gate_up_proj, y, gate_up, hidden, y, weight, order, tiles, E, width, E, 1)
+        product("down", hidden, down_proj, y, y, y, y, weight, order, tiles, width, E, width, 1)
+        ctx.save_for_backward(x, weight, gate_up_proj, down_proj, gate_up, order, starts, tiles)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, gate_up_proj, down_proj, gate_up, order, starts, tiles = ctx.saved_tensors
+        (N, E), (X, _, width), product, dy = x.shape, down_proj.shape, TritonExperts.product, dy.contiguous()
+        d_gate_up, hidden, dx = torch.empty_like(gate_up), x.new_empty(N, width), torch.empty_like(x)
+        d_weight = x.new_empty(cdiv(width, TritonExperts.BLOCK), N, dtype=torch.float32)
+        product("down_gradient", dy, down_proj, d_gate_up, gate_up, hidden, d_weight, weight, order, tiles, E, width, 1,
+                width)
+        product("up_gradient", d_gate_up, gate_up_proj, dx, dx, dx, dx, weight, order, tiles, 2 * width, E, 1, E)
+        gradients = torch.empty_like(gate_up_proj), torch.empty_like(down_proj)
+        for a, b, out, tokens_in_a in ((d_gate_up, x, gradients[0], False), (dy, hidden, gradients[1], True)):
+            grid = cdiv(b.shape[1], TritonExperts.BLOCK), cdiv(a.shape[1], TritonExperts.BLOCK), X
+            expert_kernels()[1][grid](a, b, out, order, starts, a.shape[1], b.shape[1],
+                                      TOKENS_IN_A=tokens_in_a, BLOCK=TritonExperts.BLOCK)
+        return dx, None, d_weight.sum(0).to(weight.dtype), *gradients
+
+
+def triton_experts(x, gate_up_proj, down_proj, choice, weight):
+    """X SwiGLU networks as grouped matrix products; each token visits the one it was sent to.
+
+        y = weight * W_down(silu(g) * u),  [g; u] = W_gu x
+
+    x (N, E) fp32 or bf16, choice (N,) int64 in 0 … X, weight (N,) fp32, gate_up_proj (X, 2F, E) and down_proj (X, E, F)
+    in x's dtype -> (N, E) in x's dtype.  A choice of X, the skip expert, gives 0, and its weight gets no gradient.
+    Equals zaya.py's Experts.forward.  Raises ValueError for mixed dtypes and for shapes that do not fit.
+    """
+    if not x.dtype == gate_up_proj.dtype == down_proj.dtype:
+        raise ValueError(f"triton_experts: x ({x.dtype}), gate_up_proj ({gate_up_proj.dtype}) and down_proj "
+                         f"({down_proj.dtype}) must have one dtype")
+    X, E, width = down_proj.shape
+    if x.shape != (len(choice), E) or weight.shape != choice.shape or gate_up_proj.shape != (X, 2 * width, E):
+        raise ValueError(f"triton_experts: x {tuple(x.shape)}, choice {tuple(choice.shape)}, weight "
+                         f"{tuple(weight.shape)}, gate_up_proj {tuple(gate_up_proj.shape)} and down_proj "
+                         f"{tuple(down_proj.shape)} do not fit together")
+    return TritonExperts.apply(*(t.contiguous() for t in (x, choice, weight, gate_up_proj, down_proj)))
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -372,3 +845,156 @@ def fuse(model):
     for layer in model.layers:
         layer.__class__, layer.self_attn.__class__, layer.experts.__class__ = FusedLayer, FusedCCA, FusedExperts
     return model
+
+
+# ---- python kernels.py ----------------------------------------------------------------------------------------------
+
+
+def medians(*functions, rounds=9):
+    """Median milliseconds of each, measured in turns, so that what else the machine does hits all alike."""
+    for function in functions:
+        function()
+    times = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, some in zip(functions, times):
+            begun = time.perf_counter()
+            function()
+            some.append(1e3 * (time.perf_counter() - begun))
+    return [sorted(some)[rounds // 2] for some in times]
+
+
+def worst(got, expected):
+    """The largest error over several tensors, each relative to its largest value."""
+    return max(((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-20)).item()
+               for a, b in zip(got, expected))
+
+
+def with_gradients(function, inputs, modules):
+    """-> a function that runs forward and backward and returns the outputs and all gradients."""
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+
+    def run():
+        for tensor in (*leaves, *modules.parameters()):
+            tensor.grad = None
+        outputs = function(*leaves)
+        sum((o.float() ** 2).sum() for o in outputs).backward()
+        return [*outputs, *(x.grad for x in leaves if x.grad is not None), *(p.grad for p in modules.parameters())]
+    return run
+
+
+def machine_limits():
+    """GFLOP/s of fp32 matrix products and GB/s of a copy: how far a path could go at most."""
+    a, b = torch.randn(2048, 1024), torch.randn(1024, 1024)
+    big, other = torch.empty(2**25), torch.empty(2**25)
+    product, copy = medians(lambda: a @ b, lambda: other.copy_(big))
+    return {"matmul_gflops": 2 * 2048 * 1024 * 1024 / product / 1e6, "copy_gb_per_s": 2 * 4 * 2**25 / copy / 1e6}
+
+
+def benchmark(B=16, S=256):
+    """Every path beside what it equals: rows of {"path", "error", "plain_ms", "fused_ms", "ratio"} and a training and a
+    decoding step beside transformers', where that is installed."""
+    config = zaya.ZayaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
+                             num_key_value_heads=1, head_dim=32, num_experts=8, moe_intermediate_size=256,
+                             router_hidden_size=32, initializer_range=0.06)
+    torch.manual_seed(0)
+    plain = zaya.Zaya(config).train()
+    fused = fuse(copy.deepcopy(plain))
+    layer, fast, rows = plain.layers[1], fused.layers[1], []
+    reach = torch.arange(S).remainder(S // 4).expand(B, S).contiguous()             # four samples a row
+    rope, mask = zaya.CCA.rope_table(reach, 5e6, 16), zaya.CCA.attention_mask(reach, S)
+    x, y = torch.randn(B, S, 256), torch.randn(B, S, 256)
+    choice, weight = torch.randint(0, 8, (B * S,)), torch.rand(B * S)
+    ids, targets = torch.randint(0, 512, (B, S)), torch.randint(0, 512, (B * S,))
+
+    def compare(path, modules, reference, ours, inputs):
+        a, b = with_gradients(reference, inputs, modules[0]), with_gradients(ours, inputs, modules[1])
+        error = worst(b(), a())
+        slow, quick = medians(a, b)
+        rows.append({"path": path, "error": error, "plain_ms": slow, "fused_ms": quick, "ratio": slow / quick})
+
+    def pair(layer):
+        return torch.nn.ModuleList([layer.post_attention_residual_scale, layer.post_attention_layernorm])
+
+    def joined(x, y):
+        x = layer.post_attention_residual_scale(x, y)
+        return x, layer.post_attention_layernorm(x)
+
+    compare("residual scaling + norm", (pair(layer), pair(fast)), joined,
+            lambda x, y: residual_norm(x, y, *pair(fast)), (x, y))
+    compare("CCA, packed rows", (layer.self_attn, fast.self_attn), lambda x: [layer.self_attn(x, rope, reach, mask)],
+            lambda x: [fast.self_attn(x, rope, reach, mask)], (x,))
+    compare("experts", (layer.experts, fast.experts), lambda x, w: [layer.experts(x, choice, w)],
+            lambda x, w: [fast.experts(x, choice, w)], (x.flatten(0, 1), weight))
+    heads = [torch.nn.Linear(256, 512, bias=False) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    compare("LM head + cross-entropy", heads, lambda h: [F.cross_entropy(heads[0](h), targets, reduction="sum")],
+            lambda h: [linear_cross_entropy(h, heads[1].weight, targets)], (x.flatten(0, 1),))
+
+    def step(model):
+        def run():
+            model.zero_grad()
+            hidden = model.hidden_states(ids, position_ids=reach).flatten(0, 1)
+            (F.cross_entropy(model.logits(hidden), targets) if model is plain else
+             linear_cross_entropy(hidden, model.output_weight, targets) / len(targets)).backward()
+            return [p.grad for p in model.parameters()]
+        return run
+
+    theirs = official(config)
+    def add(path, error, functions, rounds):
+        slow, quick, *other = medians(*functions, rounds=rounds)
+        rows.append({"path": path, "error": error, "plain_ms": slow, "fused_ms": quick, "ratio": slow / quick,
+                     **({"transformers_ms": other[0], "over_transformers": other[0] / quick} if other else {})})
+
+    functions = [step(plain), step(fused)] + ([theirs["step"](ids, targets.view(B, S))] if theirs else [])
+    add(f"training step, {B} x {S}, forward and backward", worst(functions[1](), functions[0]()), functions, 7)
+    prompt = ids[:1, :32].expand(64, -1).contiguous() + torch.arange(64)[:, None] % 8
+    functions = [lambda m=m: m.generate(prompt, 64, temperature=0) for m in (plain, fused)]
+    functions += [theirs["generate"](prompt, 64)] if theirs else []
+    same = (functions[0]() != functions[1]()).float().mean().item()
+    add("generate, 64 rows, 64 new tokens (error: share of other tokens)", same, functions, 3)
+    return rows
+
+
+def official(config):
+    """transformers' model of the same shape, eager fp32: {"step", "generate"}; None where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = {key: value for key, value in config.to_dict().items()
+             if key not in ("architectures", "model_type", "dtype")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **shape)).float()
+
+    def step(ids, labels):
+        def run():
+            model.zero_grad()
+            F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten()).backward()
+        return run
+
+    def generate(prompt, count):
+        mask = torch.ones_like(prompt)
+        return lambda: model.generate(prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count,
+                                      do_sample=False, pad_token_id=0)
+    return {"step": step, "generate": generate}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(arguments)
+    limits, rows = machine_limits(), benchmark()
+    if given.json:
+        print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows}, indent=1))
+        return
+    print(f"{torch.get_num_threads()} threads: fp32 matrix products at {limits['matmul_gflops']:.0f} GFLOP/s, copies "
+          f"at {limits['copy_gb_per_s']:.1f} GB/s; medians\n")
+    print("| path | error | zaya.py, ms | fused, ms | ratio | transformers, eager fp32, ms | ratio |")
+    print("|---" * 7 + "|")
+    for row in rows:
+        more = [f"{row['transformers_ms']:.1f}", f"{row['over_transformers']:.2f}"] if "transformers_ms" in row else \
+            ["", ""]
+        print("| " + " | ".join([row["path"], f"{row['error']:.0e}", f"{row['plain_ms']:.1f}", f"{row['fused_ms']:.1f}",
+                                 f"{row['ratio']:.2f}", *more]) + " |")
+
+
+if __name__ == "__main__":
+    main()

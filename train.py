@@ -1,7 +1,7 @@
 """Train ZAYA1 from random weights: data, tasks, answer-preserving trimming, Muon, and the stages one after another.
 
     python train.py                     every stage at preset tiny, into out/tiny; goes on where it stopped
-    python train.py --stages evaluate   afterwards: Markovian RSA and its alternatives on held-out problems
+    python train.py --stages evaluate   its last stage alone: Markovian RSA and its alternatives on held-out problems
     python train.py --preset smoke      the same path in a minute
     python train.py --data my.jsonl --out out/mine --stages pretrain,midtrain
 
@@ -128,14 +128,14 @@ PRESETS = {
                     **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation(dict(find=12, sat=12, column_sums=20), 100, Budget(16, 4, 2, 1024, 64)),
+        evaluate=Evaluation(dict(find=12, synthesize=8, column_sums=20), 100, Budget(16, 4, 2, 1024, 64)),
         stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
                     midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
                     sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
                     **rl_stages((200, 400, 400, 200), (1024,) * 4, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation(dict(find=24, sat=24, column_sums=30), 100, BUDGETS["default"]),
+        evaluate=Evaluation(dict(find=24, synthesize=12, column_sums=30), 100, BUDGETS["default"]),
         stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
                     midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
                     sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
@@ -153,7 +153,8 @@ def option(default, help, group, type=None):
 class TrainConfig:
     """Every setting of a run; the command line is built from these fields.  None: the preset decides."""
     preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape and the stages' lengths", "run")
-    stages: str = option(",".join(STAGES), "which stages, in this order; evaluate measures test-time compute", "run")
+    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages, in this order; evaluate measures test-time "
+                         "compute", "run")
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", "run", str)
     seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run")
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")

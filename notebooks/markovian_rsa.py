@@ -2,11 +2,11 @@
 
     python train.py --seed 1 --out out/seed-1                    # once a seed, all stages
     python notebooks/markovian_rsa.py out/seed-1                 # writes notebooks/results/markovian_rsa/seed-1.json
-    python notebooks/markovian_rsa.py --table                    # the tables and the picture
+    python notebooks/markovian_rsa.py --table                    # the tables, the picture
 
-Controls, each trained from the run's own pretrain checkpoint through midtrain and sft, with the same steps, tokens, rates
-and data, but for the aggregation rows: none; rows with one candidate only; the problem before the candidates, as in the
-report.  They are compared with the run's own sft checkpoint, so reinforcement learning has no part in it.
+Controls, each trained from the run's own pretrain checkpoint through midtrain and sft, with the same steps, tokens,
+rates and data, but for the aggregation rows: none; rows with one candidate only; the problem before the candidates, as
+in the report.  They are compared with the run's own sft checkpoint, so reinforcement learning has no part in it.
 """
 import argparse
 import dataclasses

@@ -203,8 +203,9 @@ def test_find_takes_valid_values_from_the_candidates():
     problem = train.Problem("find", 2, "find 06b85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
     replies = ["<think>b1</think>b4c.", "<think></think>b9c3", "b0c2 without the form", "<think></think>c6"]
     texts = {TASKS["find"].aggregate(problem, replies, seed) for seed in range(20)}
-    assert texts == {"<think>#b4c3</think>b4c3", "<think>#b4c6</think>b4c6"}
-    assert TASKS["find"].aggregate(problem, replies[:1]) == "<think>#b4c.</think>b4c."           # nobody solved c
+    assert texts == {"<think>b:4+0=4<64;c:3+8=1<53#b4c3</think>b4c3", "<think>b:4+0=4<64;c:6+8=4<56#b4c6</think>b4c6"}
+    guessed = {TASKS["find"].aggregate(problem, replies[:1], seed) for seed in range(200)}
+    assert {text[-3:] for text in guessed} == {"4c.", *(f"4c{x}" for x in range(2, 7))}          # nobody solved c
 
 
 # ---- the mini interpreter -------------------------------------------------------------------------------------------
@@ -750,7 +751,7 @@ def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
         task = {"find": "find", "fit": "synthesize"}[problem_text.split(" ")[0]]
         problem = next(p for p in [train.draw(TASKS[task], seed, d, False) for seed, d in drawn(index)]
                        if p.prompt == problem_text)
-        if task == "find" and "." in answer:
+        if task == "find" and "." in answer:                    # a guess of its own that failed
             label = answer[answer.rindex(".") - 1]
             column = next(c for c in problem.data["columns"] if c[2] == label)
             found = re.findall(f"{label}([0-9])", "".join(text.split("</think>")[1] for text, _ in cut))
