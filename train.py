@@ -269,7 +269,7 @@ def resolve(config):
     for name, value, limit in values:
         if value < limit:
             raise SystemExit(f"--{name.replace('_', '-')} {value} must be at least {limit}")
-    for name in set(config.stages.split(",")) & set(STAGES):
+    for name in (name for name in STAGES if name in config.stages.split(",")):
         context = config.context[name]
         supervised = not isinstance(preset["stages"][name], RLStage)
         if supervised and (config.tokens_per_step % context or config.micro_batch < context):
