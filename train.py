@@ -121,7 +121,7 @@ PRESETS = {
                     **rl_stages((4, 4, 4, 4), (64,) * 4, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
-        evaluate=Evaluation(dict(find=5, synthesize=4, column_sums=10), 100, BUDGETS["tiny"]),
+        evaluate=Evaluation(dict(find=6, synthesize=4, column_sums=10), 100, BUDGETS["tiny"]),
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
                     midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8, False, 0.3),
                     sft=Stage(2400, 256, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.45),
