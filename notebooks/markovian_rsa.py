@@ -2,7 +2,7 @@
 
     python train.py --seed 1 --out out/seed-1                    # once a seed, all stages
     python notebooks/markovian_rsa.py out/seed-1                 # writes notebooks/results/markovian_rsa/seed-1.json
-    python notebooks/markovian_rsa.py --table                    # the tables, the picture
+    python notebooks/markovian_rsa.py --table --picture          # the tables and the picture, over all seeds
 
 Controls, each trained from the run's own pretrain checkpoint through midtrain and sft, with the same steps, tokens,
 rates and data, but for the aggregation rows: none; rows with one candidate only; the problem before the candidates, as
@@ -149,7 +149,7 @@ def table():
 
 
 def picture():
-    """results/markovian_rsa.png: where rounds and population stop helping; what the rows are for."""
+    """results/markovian_rsa/rounds.png: where rounds and population stop helping; what the rows are for."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -183,10 +183,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help="finished runs of train.py")
     parser.add_argument("--problems", type=int, default=60, help="held-out problems of each measurement")
-    parser.add_argument("--table", action="store_true", help="print the tables and draw the picture")
+    parser.add_argument("--table", action="store_true", help="print the tables over all seeds measured so far")
+    parser.add_argument("--picture", action="store_true", help="draw results/markovian_rsa/rounds.png from them")
     arguments = parser.parse_args()
     for folder in arguments.run:
         measure(folder, arguments.problems)
     if arguments.table:
         table()
+    if arguments.picture:
         picture()

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, "notebooks", "results", "tiny")
 
@@ -16,9 +18,9 @@ def read(*path):
 
 def test_the_tables_are_the_runs_own():
     readme = read("README.md")
-    rows = [line for name in ("report.md", "evaluate.md") for line in read(RESULTS, name).splitlines()
-            if line.startswith("|")]
-    assert len(rows) > 30
+    rows = [line for name in ("tiny/report.md", "kernels.md") for line in
+            read("notebooks", "results", name).splitlines() if line.startswith("|")]
+    assert len(rows) > 50
     assert all(row in readme for row in rows)
 
 
@@ -58,8 +60,9 @@ def test_the_examples_names_exist():
     assert callable(train.trim)
 
 
-def test_the_seeds_table_is_what_its_command_prints():
-    said = subprocess.run([sys.executable, os.path.join(ROOT, "notebooks", "post_training.py"), "--table"], text=True,
+@pytest.mark.parametrize("script", ["post_training.py", "markovian_rsa.py"])
+def test_the_seeds_tables_are_what_their_commands_print(script):
+    said = subprocess.run([sys.executable, os.path.join(ROOT, "notebooks", script), "--table"], text=True,
                           capture_output=True, check=True).stdout
     rows = [line for line in said.splitlines() if line.startswith("|")]
     readme = read("README.md")
