@@ -26,7 +26,7 @@ import rsa  # noqa: E402
 import train  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "markovian_rsa")
-EARLY = {"synthesize": (2, 4), "find": (3, 4)}      # where single samples after sft are right now and then
+EARLY = {"find": (4, 6), "synthesize": (2, 4)}      # where single samples after sft are right now and then
 POPULATIONS, ROUNDS = (4, 8, 16, 32), 6
 
 
@@ -75,7 +75,7 @@ def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4,
             "tokens": float(np.mean([result.generated_tokens for result in results]))}
 
 
-def measure(run, problems):
+def measure(run, problems, controls):
     with open(os.path.join(run, "report.json")) as file:
         report = json.load(file)
     os.makedirs(RESULTS, exist_ok=True)
@@ -89,7 +89,11 @@ def measure(run, problems):
     train.write_json(path, result)
     own = train.load_checkpoint(os.path.join(run, "sft"), "cpu")
     models = {"own rows": (own[0], own[1], own[2]["seconds"])}
-    for name in ("own rows", *CONTROLS):
+    result["sft"] = [train.evaluate_ttc(*own[:2], task, train.Evaluation({task: ds[-1]}, problems,
+                                                                         rsa.BUDGETS["tiny"], 2), seed)
+                     for task, ds in EARLY.items()]
+    train.write_json(path, result)
+    for name in ("own rows", *controls):
         begun = time.perf_counter()
         model, tokenizer, seconds = models.get(name) or control(run, report, name)
         build = CONTROLS[name][1] if name in CONTROLS else rsa.terse_prompt
@@ -114,24 +118,31 @@ def shown(values):
     return f"{np.mean(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})"
 
 
+def comparison(columns):
+    """Markdown rows: the ways to spend tokens, a column of rows of evaluate_ttc, one a seed, each."""
+    first = columns[0][0]
+    N, equal = first["population"], first["population"] * (first["T"] + 1)
+    kinds = [("single", "one sample"), ("greedy", "greedy"), ("maj@equal_tokens", f"majority of {equal}: equal tokens"),
+             ("field_vote@equal_tokens", f"… vote on each field, of {equal}"),
+             ("certified@equal_tokens", f"the first of {equal} that says it holds"),
+             ("pass@equal_tokens", f"any of {equal} (oracle)"), ("delethink", "Delethink, C = 1"),
+             ("full_rsa", "full RSA"), ("markovian_rsa", f"**Markovian RSA**, N = {N}, T = {first['T']}"),
+             ("markovian_rsa_majority", "… majority of its last round")]
+    lines = [f"| {what} | " + " | ".join(shown([row[key] for row in rows]) if key in rows[0] else "-"
+                                        for rows in columns) + " |" for key, what in kinds]
+    longest = [[max(row[key] for row in rows) for key in ("longest_prompt", "longest_prompt_full_rsa")]
+               for rows in columns]
+    return [*lines, "| longest prompt (full RSA's) | " + " | ".join(f"{ours} ({full})" for ours, full in longest) + " |"]
+
+
 def table():
     """Two markdown tables, mean and each seed: what it gains over other uses of tokens, what rows it needs."""
     results = read_results()
-    tasks = [(row["task"], row["difficulty"]) for row in results[0]["ttc"]]
-    lines = ["| mean (each seed) | " + " | ".join(f"{task}, difficulty {d}" for task, d in tasks) + " |",
-             "|---" * (len(tasks) + 1) + "|"]
-    kinds = [("single", "one sample"), ("greedy", "greedy"), ("maj@equal_tokens", "majority of 48: equal tokens"),
-             ("field_vote@equal_tokens", "… vote on each field"),
-             ("certified@equal_tokens", "the first of 48 that says it holds"), ("delethink", "Delethink, C = 1"),
-             ("full_rsa", "full RSA"), ("markovian_rsa", "**Markovian RSA**"),
-             ("markovian_rsa_majority", "… majority of its last round"), ("pass@equal_tokens", "any of 48 (oracle)")]
-    for key, what in kinds:
-        cells = [shown([r["ttc"][i][key] for r in results]) if key in results[0]["ttc"][i] else "-"
-                 for i in range(len(tasks))]
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
-    longest = [[max(r["ttc"][i][key] for r in results) for key in ("longest_prompt", "longest_prompt_full_rsa")]
-               for i in range(len(tasks))]
-    lines.append("| longest prompt (full RSA's) | " + " | ".join(f"{ours} ({full})" for ours, full in longest) + " |")
+    columns = [("after sft", rows) for rows in zip(*(r["sft"] for r in results))] + \
+        [("finished", rows) for rows in zip(*(r["ttc"] for r in results))]
+    heads = [f"{rows[0]['task']}, difficulty {rows[0]['difficulty']}, {when}" for when, rows in columns]
+    lines = ["| mean (each seed) | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|",
+             *comparison([rows for _, rows in columns])]
     early = [(task, d) for task, ds in EARLY.items() for d in ds]
     lines += ["", "| after sft, T = 0 → T = 2 | " + " | ".join(f"{task}, difficulty {d}" for task, d in early) + " |",
               "|---" * (len(early) + 1) + "|"]
@@ -143,8 +154,9 @@ def table():
         for task, d in early:
             rows = [row["accuracy"] for r in results if name in r for row in r[name]["rows"]
                     if (row["task"], row["difficulty"], row["subset"]) == (task, d, subset)]
-            cells.append(f"{np.mean([a[0] for a in rows]):.2f} → {shown([a[2] for a in rows])}")
-        lines.append(f"| {what} | " + " | ".join(cells) + " |")
+            cells.append(f"{np.mean([a[0] for a in rows]):.2f} → {shown([a[2] for a in rows])}" if rows else "-")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {what} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
 
 
@@ -168,6 +180,8 @@ def picture():
     axes[0].legend(fontsize=8)
     for name, color, what in (("own rows", "C0", "1 to 4 candidates"), ("problem first", "C1", "… problem first"),
                               ("one candidate", "C2", "one candidate"), ("no rows", "C3", "no aggregation rows")):
+        if not any(name in r for r in results):
+            continue
         seeds = np.array([[row["accuracy"] for row in r[name]["rows"] if row["subset"] == 4]
                           for r in results if name in r])
         axes[-1].plot(range(seeds.shape[-1]), seeds.mean((0, 1)), color=color, marker="o", markersize=4, label=what)
@@ -183,11 +197,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help="finished runs of train.py")
     parser.add_argument("--problems", type=int, default=60, help="held-out problems of each measurement")
+    parser.add_argument("--controls", default=",".join(CONTROLS), help="which ones, separated by commas")
     parser.add_argument("--table", action="store_true", help="print the tables over all seeds measured so far")
     parser.add_argument("--picture", action="store_true", help="draw results/markovian_rsa/rounds.png from them")
     arguments = parser.parse_args()
     for folder in arguments.run:
-        measure(folder, arguments.problems)
+        measure(folder, arguments.problems, [name for name in arguments.controls.split(",") if name])
     if arguments.table:
         table()
     if arguments.picture:
