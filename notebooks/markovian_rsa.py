@@ -76,34 +76,51 @@ def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4,
 
 
 def measure(run, problems, controls):
+    """Write what is not there yet: "population", "sft", "own rows", and each control under its name."""
     with open(os.path.join(run, "report.json")) as file:
         report = json.load(file)
+    if not report["ttc"]:
+        raise SystemExit(f"{run}/report.json has no test-time compute: run train.py --stages evaluate")
     os.makedirs(RESULTS, exist_ok=True)
     path, seed = os.path.join(RESULTS, f"seed-{report['seed']}.json"), report["seed"]
     result = {"command": f"python notebooks/markovian_rsa.py {run}", "seed": seed, "ttc": report["ttc"]}
-    if not report["ttc"]:
-        raise SystemExit(f"{run}/report.json has no test-time compute: run train.py --stages evaluate")
-    model, tokenizer, _ = train.load_checkpoint(os.path.join(run, "final"), "cpu")
-    result["population"] = [by_round(model, tokenizer, row["task"], row["difficulty"], problems, seed, n, 4, ROUNDS)
-                            for row in report["ttc"] if row["task"] in EARLY for n in POPULATIONS]
-    train.write_json(path, result)
-    own = train.load_checkpoint(os.path.join(run, "sft"), "cpu")
-    models = {"own rows": (own[0], own[1], own[2]["seconds"])}
-    result["sft"] = [train.evaluate_ttc(*own[:2], task, train.Evaluation({task: ds[-1]}, problems,
-                                                                         rsa.BUDGETS["tiny"], 2), seed)
-                     for task, ds in EARLY.items()]
-    train.write_json(path, result)
-    for name in ("own rows", *controls):
-        begun = time.perf_counter()
-        model, tokenizer, seconds = models.get(name) or control(run, report, name)
+    if os.path.exists(path):
+        with open(path) as file:
+            older = json.load(file)
+        if older["ttc"] != report["ttc"]:
+            raise SystemExit(f"{path} is another run's: delete it to measure {run}")
+        result = older
+
+    def add(name, compute):
+        if name not in result:
+            begun = time.perf_counter()
+            result[name] = compute()
+            train.write_json(path, result)
+            print(f"seed {seed}, {name}: {time.perf_counter() - begun:.0f} s", flush=True)
+
+    def by_rows(name):
+        model, tokenizer, seconds = load(run, "sft") if name == "own rows" else control(run, report, name)
         build = CONTROLS[name][1] if name in CONTROLS else rsa.terse_prompt
-        result[name] = {"seconds": seconds, "rows": [
+        return {"seconds": seconds, "rows": [
             by_round(model, tokenizer, task, d, problems, seed, subset=subset, build=build)
             for task, ds in EARLY.items() for d in ds for subset in ((4, 1) if name == "one candidate" else (4,))]}
-        train.write_json(path, result)
-        print(f"{name}: {time.perf_counter() - begun:.0f} s", *(
-            f"{row['task']} at {row['difficulty']}, C = {row['subset']}: "
-            + " ".join(f"{a:.3f}" for a in row["accuracy"]) for row in result[name]["rows"]), sep="\n    ", flush=True)
+
+    def after_sft(task, d):
+        asked = train.Evaluation({task: d}, problems, rsa.BUDGETS["tiny"], rsa.BUDGETS["tiny"].rounds)
+        return train.evaluate_ttc(*load(run, "sft")[:2], task, asked, seed)
+
+    add("sft", lambda: [after_sft(task, ds[-1]) for task, ds in EARLY.items()])
+    add("own rows", lambda: by_rows("own rows"))
+    add("population", lambda: [by_round(*load(run, "final")[:2], row["task"], row["difficulty"], problems, seed, n, 4,
+                                        ROUNDS)
+                               for row in report["ttc"] if row["task"] in EARLY for n in POPULATIONS])
+    for name in controls:
+        add(name, lambda name=name: by_rows(name))
+
+
+def load(run, stage):
+    model, tokenizer, state = train.load_checkpoint(os.path.join(run, stage), "cpu")
+    return model, tokenizer, state.get("seconds") if state else None
 
 
 def read_results():
@@ -132,7 +149,7 @@ def comparison(columns):
                                         for rows in columns) + " |" for key, what in kinds]
     longest = [[max(row[key] for row in rows) for key in ("longest_prompt", "longest_prompt_full_rsa")]
                for rows in columns]
-    return [*lines, "| longest prompt (full RSA's) | " + " | ".join(f"{ours} ({full})" for ours, full in longest) + " |"]
+    return [*lines, "| longest prompt (full RSA's) | " + " | ".join(f"{a} ({b})" for a, b in longest) + " |"]
 
 
 def table():
