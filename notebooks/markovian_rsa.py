@@ -111,11 +111,11 @@ def measure(run, problems, controls):
 
     add("sft", lambda: [after_sft(task, ds[-1]) for task, ds in EARLY.items()])
     add("own rows", lambda: by_rows("own rows"))
+    for name in controls:
+        add(name, lambda name=name: by_rows(name))
     add("population", lambda: [by_round(*load(run, "final")[:2], row["task"], row["difficulty"], problems, seed, n, 4,
                                         ROUNDS)
                                for row in report["ttc"] if row["task"] in EARLY for n in POPULATIONS])
-    for name in controls:
-        add(name, lambda name=name: by_rows(name))
 
 
 def load(run, stage):
