@@ -1,5 +1,9 @@
 """kernels.py: every fast path has the values and the gradients of what it stands for, in fp32 and bf16."""
 import copy
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,3 +212,40 @@ def test_autocast_keeps_its_dtypes():
         if p.ndim >= 2 and "gate" not in name:                  # a router's choice may flip in bf16
             cosine = F.cosine_similarity(p.grad.flatten(), q[1].grad.flatten(), 0)
             assert cosine > 0.9, (name, cosine)
+
+
+def test_the_benchmark_compares_every_path(monkeypatch, capsys):
+    """Small, and without transformers: errors as small as rounding, a time and a ratio for each path."""
+    monkeypatch.setattr(kernels, "official", lambda config: None)
+    monkeypatch.setattr(kernels, "medians", lambda *functions, rounds=9: [2.0 for f in functions if f() is not None])
+    full = kernels.benchmark
+    monkeypatch.setattr(kernels, "benchmark", lambda: full(2, 32))
+    kernels.main(["--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["paths"]) == 6 and said["matmul_gflops"] > 0
+    assert all(row["error"] < 1e-3 and row["ratio"] == 1 for row in said["paths"])
+    kernels.main([])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 8 and all(line.count("|") == 8 for line in table)
+
+
+def test_the_loss_needs_an_eighth_of_the_memory():
+    """Peak memory of forward and backward beyond what was there, in a process each; the gradients are the same."""
+    code = """if True:
+        import resource, sys, torch, torch.nn.functional as F, kernels
+        torch.manual_seed(0)
+        hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(262_272, 8, requires_grad=True)
+        targets = torch.randint(0, len(weight), (512,))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.argv[1] == "plain":
+            F.cross_entropy(hidden @ weight.t(), targets, reduction="sum").backward()
+        else:
+            kernels.linear_cross_entropy(hidden, weight, targets).backward()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, hidden.grad.norm().item(),
+              weight.grad.norm().item())"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    plain, fused = ([float(word) for word in subprocess.run(
+        [sys.executable, "-c", code, way], env=environment, capture_output=True, text=True, check=True).stdout.split()]
+        for way in ("plain", "fused"))
+    assert fused[0] * 8 < plain[0]
+    assert fused[1:] == pytest.approx(plain[1:], rel=1e-4)
