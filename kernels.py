@@ -1,4 +1,4 @@
-"""Fast paths for zaya.py: fuse(model) gives the same numbers in fewer passes over memory.
+"""Fast paths for zaya.py: fuse(model) gives the same numbers, by other means.
 
 Every path is a plain function, usable alone, that says in one line what it equals in zaya.py.  `fuse` swaps the classes
 of a model's modules for subclasses that call them; parameters, checkpoints and call forms stay what they were.
@@ -9,10 +9,10 @@ of a model's modules for subclasses that call them; parameters, checkpoints and 
     expert_mlp        tokens sorted by expert, products into one buffer, SwiGLU, weighted return
     linear_cross_entropy   LM head and loss in chunks, never holding (N, V) logits
 
-Why it is faster on a CPU: the model's matrices are small, so most of a training step goes into elementwise passes over
-activations and into dispatching them.  Written by hand, a backward pass reads each of them once.
-`python kernels.py` prints how equal and how fast each path is on this machine.  On CUDA and ROCm the first three are
-Triton kernels, from one source; importing this file needs neither Triton nor a GPU.
+On a CPU much of a training step of a small model goes into elementwise passes over activations; written by hand, the
+backward passes save some of them.  `python kernels.py` prints how equal and how fast each path is on this machine.  On
+CUDA and ROCm residual_norm, cca_mix and expert_mlp are Triton kernels, from one source; importing this file needs
+neither Triton nor a GPU.
 Featuring: eager functions that need no compiler and work for any shape.  Does NOT include: the model (zaya.py).
 """
 import argparse
@@ -201,9 +201,10 @@ def cca_mix_step(seen, cca, rope, reach=None):
     oldest, older, newest = seen.float().split(1, 1)                                # (B, 1, C) each
     if reach is not None:
         oldest, older = oldest * (reach >= 2)[..., None], older * (reach >= 1)[..., None]
-    u = torch.addcmul(newest * w[:, 1], older, w[:, 0])
-    u_before = torch.addcmul(older * w[:, 1], oldest, w[:, 0])
-    return cca_heads(newest, u, u_before, *weights, *rope, cca.kv_heads)[:2]
+    with torch.autocast(seen.device.type, enabled=False):
+        u = torch.addcmul(newest * w[:, 1], older, w[:, 0])
+        u_before = torch.addcmul(older * w[:, 1], oldest, w[:, 0])
+        return cca_heads(newest, u, u_before, *weights, *rope, cca.kv_heads)[:2]
 
 
 def sample_lengths(reach):
@@ -307,7 +308,7 @@ class ExpertMLP(torch.autograd.Function):
     def backward(ctx, g):
         tokens, gate_up, down, order, place, weight, hidden, active, y = ctx.saved_tensors
         Fm = active.shape[1]
-        g_weight = (g * y).sum(-1).to(weight.dtype)
+        g_weight = (g.float() * y.float()).sum(-1).to(weight.dtype)
         g = (g * weight[:, None]).to(tokens.dtype).index_select(0, order)
         g_active, g_down, g_gate_up = torch.empty_like(active), torch.zeros_like(down), torch.zeros_like(gate_up)
         for e, span in ctx.spans:
@@ -681,6 +682,7 @@ def triton_cca_mix(packed, current, delayed, depthwise_weight, depthwise_bias, g
         raise ValueError(f"triton_cca_mix: packed ({packed.dtype}), current ({current.dtype}), delayed "
                          f"({delayed.dtype}) and grouped_weight ({grouped_weight.dtype}) must have one dtype")
     B, S, _ = packed.shape
+    cos, sin = (table.expand(B, S, -1) for table in (cos, sin))                     # one row serves all without reach
     link = (torch.arange(S, device=packed.device) > 0).expand(B, S)
     link = (link if reach is None else link & (reach >= 1)).flatten().to(torch.int8)
     tensors = (packed, current, delayed, depthwise_weight[:, 0].T, depthwise_bias, grouped_weight.permute(2, 0, 1),
@@ -865,8 +867,9 @@ def medians(*functions, rounds=9):
 
 def worst(got, expected):
     """The largest error over several tensors, each relative to its largest value."""
-    return max(((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-20)).item()
-               for a, b in zip(got, expected))
+    errors = [(a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-20)
+              for a, b in zip(got, expected, strict=True)]
+    return torch.stack(errors).max().item()                                         # NaN, if one is
 
 
 def with_gradients(function, inputs, modules):
@@ -878,7 +881,7 @@ def with_gradients(function, inputs, modules):
             tensor.grad = None
         outputs = function(*leaves)
         sum((o.float() ** 2).sum() for o in outputs).backward()
-        return [*outputs, *(x.grad for x in leaves if x.grad is not None), *(p.grad for p in modules.parameters())]
+        return [*outputs, *(x.grad for x in leaves if x.requires_grad), *(p.grad for p in modules.parameters())]
     return run
 
 
@@ -967,6 +970,7 @@ def official(config):
     def step(ids, labels):
         def run():
             model.zero_grad()
+            # Whole rows: it cannot keep packed samples apart, which would save it no work either.
             F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten()).backward()
         return run
 

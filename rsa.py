@@ -1,6 +1,6 @@
 """Markovian RSA: parallel traces, of which only bounded tails are carried from round to round.
 
-    python rsa.py --checkpoint out/tiny/final "find 06b85c"
+    python rsa.py --checkpoint out/tiny/final "find 06b,85c"
     python rsa.py --endpoint http://localhost:8000/v1 --model Zyphra/ZAYA1-8B "What is 47 * 85?"
     python rsa.py --endpoint … --model … --problems aime.jsonl --budget light,default --trace aime.trace
 

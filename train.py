@@ -60,7 +60,7 @@ class Stage:
     difficulty: int                         # generated problems go up to this difficulty …
     turns: int                              # … and conversations up to this many problems
     mask_prompts: bool = False              # only what the assistant says counts in the loss
-    aggregation: float = 0.0                # share of problems that come with other candidates' tails …
+    aggregation: float = 0.0                # share of problems, of the tasks that read, with other candidates' tails …
     tail: int = 24                          # … of this many tokens …
     candidates: tuple = (1, 2, 3, 4, 4)     # … of one of these numbers of candidates
 
@@ -1276,8 +1276,8 @@ class TaskSource:
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
 
     def exchange(self, rng, hold):
-        """A problem and the teacher's reply; for a share `aggregation` of them the problem comes with the tails of
-        right and of wrong replies, and the answer is a right one by someone who has read those."""
+        """A problem and the teacher's reply.  A share `aggregation` are problems of the tasks that read, with the tails
+        of right and of wrong replies; the answer is by someone who has read those, as right as they let it be."""
         read = [name for name in self.tasks if find_task(name).reads]
         together = bool(read) and rng.random() < self.stage.aggregation
         task = find_task(rng.choice(read if together else self.tasks))

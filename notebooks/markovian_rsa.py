@@ -83,12 +83,13 @@ def measure(run, problems, controls):
         raise SystemExit(f"{run}/report.json has no test-time compute: run train.py --stages evaluate")
     os.makedirs(RESULTS, exist_ok=True)
     path, seed = os.path.join(RESULTS, f"seed-{report['seed']}.json"), report["seed"]
-    result = {"command": f"python notebooks/markovian_rsa.py {run}", "seed": seed, "ttc": report["ttc"]}
+    result = {"command": f"python notebooks/markovian_rsa.py {run} --problems {problems}", "seed": seed,
+              "problems": problems, "ttc": report["ttc"]}
     if os.path.exists(path):
         with open(path) as file:
             older = json.load(file)
-        if older["ttc"] != report["ttc"]:
-            raise SystemExit(f"{path} is another run's: delete it to measure {run}")
+        if (older["ttc"], older["problems"]) != (report["ttc"], problems):
+            raise SystemExit(f"{path} is another run's, or of another number of problems: delete it to measure {run}")
         result = older
 
     def add(name, compute):
@@ -183,17 +184,18 @@ def picture():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     results = read_results()
-    tasks = list(dict.fromkeys((row["task"], row["difficulty"]) for row in results[0]["population"]))
+    swept = [r for r in results if "population" in r]
+    tasks = list(dict.fromkeys((row["task"], row["difficulty"]) for row in swept[0]["population"]))
     figure, axes = plt.subplots(1, len(tasks) + 1, figsize=(4.6 * (len(tasks) + 1), 3.8), constrained_layout=True)
     for axis, (task, d) in zip(axes, tasks):
         for n, color in zip(POPULATIONS, plt.cm.viridis(np.linspace(0.85, 0, len(POPULATIONS)))):
-            seeds = np.array([row["accuracy"] for r in results for row in r["population"]
+            seeds = np.array([row["accuracy"] for r in swept for row in r["population"]
                               if (row["task"], row["difficulty"], row["population"]) == (task, d, n)])
             axis.errorbar(range(ROUNDS + 1), seeds.mean(0), seeds.std(0), color=color, marker="o", markersize=4,
                           capsize=2, label=f"N = {n}")
         axis.set(title=f"{task}, difficulty {d}, the finished model", xlabel="rounds of aggregation T", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("right (mean and deviation of the seeds)")
+    axes[0].set_ylabel(f"right (mean and deviation of {len(swept)} seeds)")
     axes[0].legend(fontsize=8)
     for name, color, what in (("own rows", "C0", "1 to 4 candidates"), ("problem first", "C1", "… problem first"),
                               ("one candidate", "C2", "one candidate"), ("no rows", "C3", "no aggregation rows")):
@@ -213,7 +215,7 @@ def picture():
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="*", help="finished runs of train.py")
-    parser.add_argument("--problems", type=int, default=60, help="held-out problems of each measurement")
+    parser.add_argument("--problems", type=int, default=40, help="held-out problems of each measurement")
     parser.add_argument("--controls", default=",".join(CONTROLS), help="which ones, separated by commas")
     parser.add_argument("--table", action="store_true", help="print the tables over all seeds measured so far")
     parser.add_argument("--picture", action="store_true", help="draw results/markovian_rsa/rounds.png from them")

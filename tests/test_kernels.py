@@ -82,14 +82,12 @@ def test_cca(dtype, bound, reach):
     rope = zaya.CCA.rope_table(position, 1e4, 8)
     mask = None if reach is None else zaya.CCA.attention_mask(reach, 40)
     real = torch.ones(2, 40, 1) if reach is None else (reach >= 0)[..., None]
-    both = torch.nn.ModuleDict({"plain": plain, "fast": fast})
     results = []
     for module in (fast, plain):
         x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
         out = module(x, rope, reach, mask) * real                # nobody reads what stands at padding
         out.float().square().sum().backward()
         results.append([out.detach(), x.grad * real, *(p.grad for p in module.parameters())])
-    assert len(results[0]) == 2 + len(list(plain.parameters())) and len(both) == 2
     for got, want in zip(*results):
         close(got, want, bound)
 
@@ -173,6 +171,9 @@ def test_the_whole_model(changes):
         close(q.grad, p.grad, 1e-4)
     for a, b in zip(plain.layers, fast.layers):
         assert torch.equal(a.gate.load, b.gate.load)
+    close(fast(ids), plain(ids), 2e-5)                          # neither packed nor padded
+    real = positions >= 0
+    close(fast(ids, real)[real], plain(ids, real)[real], 2e-5)
     assert fast.state_dict().keys() == plain.state_dict().keys()
 
 
@@ -223,7 +224,7 @@ def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     kernels.main(["--json"])
     said = json.loads(capsys.readouterr().out)
     assert len(said["paths"]) == 6 and said["matmul_gflops"] > 0
-    assert all(row["error"] < 1e-3 and row["ratio"] == 1 for row in said["paths"])
+    assert all(row["error"] < 1e-3 for row in said["paths"])
     kernels.main([])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 8 and all(line.count("|") == 8 for line in table)

@@ -200,7 +200,7 @@ def test_searchers_choose_among_right_candidates():
 
 def test_find_takes_valid_values_from_the_candidates():
     """b may be 0 to 5, c may be 2 to 6; of the candidates' values only b4, c3 and c6 hold and are in an answer."""
-    problem = train.Problem("find", 2, "find 06b85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
+    problem = train.Problem("find", 2, "find 06b,85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
     replies = ["<think>b1</think>b4c.", "<think></think>b9c3", "b0c2 without the form", "<think></think>c6"]
     texts = {TASKS["find"].aggregate(problem, replies, seed) for seed in range(20)}
     assert texts == {"<think>b:4+0=4<64;c:3+8=1<53#b4c3</think>b4c3", "<think>b:4+0=4<64;c:6+8=4<56#b4c6</think>b4c6"}

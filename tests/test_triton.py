@@ -70,7 +70,7 @@ def mix_case(B, S, H, K, D, rotated, reach=None):
     reach = None if reach is None else torch.tensor(reach)
 
     def shared(device):
-        position = torch.arange(S).expand(B, S) if reach is None else reach.clamp_min(0)
+        position = torch.arange(S)[None] if reach is None else reach.clamp_min(0)   # one row serves all: as in Zaya
         rope = zaya.CCA.rope_table(position.to(device), 100.0, rotated)
         return rope, None if reach is None else reach.to(device)
 
