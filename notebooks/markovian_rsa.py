@@ -195,7 +195,7 @@ def picture():
                           capsize=2, label=f"N = {n}")
         axis.set(title=f"{task}, difficulty {d}, the finished model", xlabel="rounds of aggregation T", ylim=(0, 1.02))
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"right (mean and deviation of {len(swept)} seeds)")
+    axes[0].set_ylabel(f"right (mean and deviation; seeds: {len(swept)})")
     axes[0].legend(fontsize=8)
     for name, color, what in (("own rows", "C0", "1 to 4 candidates"), ("problem first", "C1", "… problem first"),
                               ("one candidate", "C2", "one candidate"), ("no rows", "C3", "no aggregation rows")):
@@ -206,7 +206,8 @@ def picture():
         axes[-1].plot(range(seeds.shape[-1]), seeds.mean((0, 1)), color=color, marker="o", markersize=4, label=what)
         for one in seeds.mean(1):
             axes[-1].plot(range(seeds.shape[-1]), one, color=color, alpha=0.3, linewidth=1)
-    axes[-1].set(title="after sft, by the rows it was trained on", xlabel="rounds of aggregation T", ylim=(0, 1.02))
+    axes[-1].set(title="after sft, by the rows trained on (four problem sets)", xlabel="rounds of aggregation T",
+                 ylim=(0, 1.02), xticks=range(seeds.shape[-1]))
     axes[-1].grid(alpha=0.3)
     axes[-1].legend(fontsize=8)
     figure.savefig(os.path.join(RESULTS, "rounds.png"), dpi=110)
