@@ -24,6 +24,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import zaya
 
@@ -908,12 +909,14 @@ def benchmark(B=16, S=256):
     x, y = torch.randn(B, S, 256), torch.randn(B, S, 256)
     choice, weight = torch.randint(0, 8, (B * S,)), torch.rand(B * S)
     ids, targets = torch.randint(0, 512, (B, S)), torch.randint(0, 512, (B * S,))
+    bar = tqdm(total=6, desc="paths", leave=False, disable=None)
 
     def compare(path, modules, reference, ours, inputs):
         a, b = with_gradients(reference, inputs, modules[0]), with_gradients(ours, inputs, modules[1])
         error = worst(b(), a())
         slow, quick = medians(a, b)
         rows.append({"path": path, "error": error, "plain_ms": slow, "fused_ms": quick, "ratio": slow / quick})
+        bar.update()
 
     def pair(layer):
         return torch.nn.ModuleList([layer.post_attention_residual_scale, layer.post_attention_layernorm])
@@ -947,6 +950,7 @@ def benchmark(B=16, S=256):
         slow, quick, *other = medians(*functions, rounds=rounds)
         rows.append({"path": path, "error": error, "plain_ms": slow, "fused_ms": quick, "ratio": slow / quick,
                      **({"transformers_ms": other[0], "over_transformers": other[0] / quick} if other else {})})
+        bar.update()
 
     functions = [step(plain), step(fused)] + ([theirs["step"](ids, targets.view(B, S))] if theirs else [])
     add(f"training step, {B} x {S}, forward and backward", worst(functions[1](), functions[0]()), functions, 7)
@@ -955,6 +959,7 @@ def benchmark(B=16, S=256):
     functions += [theirs["generate"](prompt, 64)] if theirs else []
     same = (functions[0]() != functions[1]()).float().mean().item()
     add("generate, 64 rows, 64 new tokens (error: share of other tokens)", same, functions, 3)
+    bar.close()
     return rows
 
 

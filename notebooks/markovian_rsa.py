@@ -10,6 +10,7 @@ in the report.  They are compared with the run's own sft checkpoint, so reinforc
 """
 import argparse
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -21,6 +22,7 @@ sys.path.insert(0, ROOT)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import rsa  # noqa: E402
 import train  # noqa: E402
@@ -66,8 +68,15 @@ def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4,
     """Mean correctness of the population after each round, 0 … `rounds`, with 95 % intervals over the problems."""
     task, budget = train.find_task(name), rsa.BUDGETS["tiny"]
     held = train.held_out_problems([name], problems, (d,))
-    results = rsa.markovian_rsa([p.prompt for p in held], rsa.Checkpoint(model, tokenizer), population, subset, rounds,
-                                budget.budget, budget.tail, seed, tokenizer, build)
+    source = rsa.Checkpoint(model, tokenizer)
+
+    def generate(prompts, *more):
+        return source(prompts, *more, progress=functools.partial(
+            tqdm, desc=f"{name} at {d}, N = {population}", total=len(prompts), unit=" rollouts", leave=False,
+            disable=None))
+
+    results = rsa.markovian_rsa([p.prompt for p in held], generate, population, subset, rounds, budget.budget,
+                                budget.tail, seed, tokenizer, build)
     right = np.array([[np.mean([task.verify(p, c.text)[0] for c in population_]) for population_ in result.rounds]
                       for p, result in zip(held, results)])                         # (problems, rounds + 1)
     return {"task": name, "difficulty": d, "problems": problems, "population": population, "subset": subset,
