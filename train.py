@@ -103,8 +103,8 @@ def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_s
     def stage(index, tasks, **more):
         return RLStage(steps[index], context[index], rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
                        tail=tail, **more)
-    return dict(warmup=stage(0, MATH + PUZZLES), rlve=stage(1, REASONING, adaptive=True),
-                mathcode=stage(2, MATH + CODE, aggregation=0.25),
+    return dict(warmup=stage(0, MATH + PUZZLES), rlve=stage(1, REASONING, adaptive=True, aggregation=0.25),
+                mathcode=stage(2, MATH + CODE, aggregation=0.4),
                 behavior=stage(3, ("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
 
 
@@ -123,7 +123,7 @@ PRESETS = {
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         evaluate=Evaluation(dict(find=6, synthesize=4, column_sums=10), 100, BUDGETS["tiny"]),
         stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8, False, 0.3),
+                    midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
                     sft=Stage(2400, 256, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.45),
                     **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
     "small": dict(
@@ -381,6 +381,10 @@ class Task:
     def certified(self, text):
         """Whether a reply says of itself that its answer holds; None: replies of this task say nothing."""
 
+    def expert(self, problem, seed=0):
+        """A rollout that aggregation prompts show: one that is of use to who reads it."""
+        return self.solve(problem, seed)
+
     def aggregate(self, problem, replies, seed=0):
         """A reply by someone who has read other replies, right if that can be; None if 100 attempts give none."""
         for attempt in range(100):
@@ -406,16 +410,22 @@ class Search(Task):
             if works or len(trials) == self.most or rng.random() < self.gives_up:
                 return f"{';'.join(trials)}#{'ny'[works]}{answer}", answer
 
+    def expert(self, problem, seed=0):
+        """A right reply if 100 attempts give one: a search that gives up hardly ever ends in one."""
+        return Task.aggregate(self, problem, [], seed) or self.solve(problem, seed)
+
     def aggregate(self, problem, replies, seed=0):
-        """If one of the replies is right, it is taken over."""
+        """If one of the replies is right, it is taken over and checked anew; if not, an honest search."""
         good = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
         if not good:
-            return super().aggregate(problem, replies, seed)
-        answer = random.Random(f"aggregate {seed}").choice(good)
-        return f"<think>#y{answer}</think>{answer}"
+            return self.solve(problem, seed)
+        rng = random.Random(f"aggregate {seed}")
+        answer = rng.choice(good)
+        return f"<think>{self.trial(problem.data, answer, rng, 0.0)[0]}#y{answer}</think>{answer}"
 
     def certified(self, text):
-        return "#y" in text
+        answer = split_answer(text)
+        return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
 
 
 def slipped(value, rng, slip, base=10):
@@ -660,7 +670,7 @@ def random_chain(rng, count):
 class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
-    fit 0>3,4>7 -> <think>x*2:0*2=0;x+3:0+3=3/4+3=7#yx+3</think>x+3
+    fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
     A trial stops at the first example that does not hold.
     """
     reads, levels = True, (1, 2)
@@ -677,7 +687,7 @@ class Synthesize(Search):
         parts, works = [], True
         for x, y in data["examples"]:
             steps, value = worked(answer, x, rng, slip)
-            parts.append(steps)
+            parts.append(f"{steps}>{y}")
             works = value == y
             if not works:
                 break
@@ -1285,7 +1295,7 @@ class TaskSource:
         d = min(rng.randint(1, most), rng.randint(1, most), task.hardest)      # easy ones more often, no sudden end
         problem = draw(task, rng.getrandbits(48), d, hold)
         if together:
-            replies = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
+            replies = [(task.expert if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
                        for _ in range(rng.choice(self.stage.candidates))]
             answer = task.aggregate(problem, replies, rng.getrandbits(48))
             if answer:
