@@ -386,11 +386,8 @@ class Task:
         return self.solve(problem, seed)
 
     def aggregate(self, problem, replies, seed=0):
-        """A reply by someone who has read other replies, right if that can be; None if 100 attempts give none."""
-        for attempt in range(100):
-            text = self.solve(problem, f"{seed} {attempt}")
-            if self.verify(problem, text)[0]:
-                return text
+        """A reply by someone who has read other replies; a task that does not read answers by itself."""
+        return self.solve(problem, seed)
 
 
 class Search(Task):
@@ -412,7 +409,8 @@ class Search(Task):
 
     def expert(self, problem, seed=0):
         """A right reply if 100 attempts give one: a search that gives up hardly ever ends in one."""
-        return Task.aggregate(self, problem, [], seed) or self.solve(problem, seed)
+        replies = (self.solve(problem, f"{seed} {attempt}") for attempt in range(100))
+        return next((reply for reply in replies if self.verify(problem, reply)[0]), self.solve(problem, seed))
 
     def aggregate(self, problem, replies, seed=0):
         """If one of the replies is right, it is taken over and checked anew; if not, an honest search."""
@@ -1287,7 +1285,7 @@ class TaskSource:
 
     def exchange(self, rng, hold):
         """A problem and the teacher's reply.  A share `aggregation` are problems of the tasks that read, with the tails
-        of right and of wrong replies; the answer is by someone who has read those, as right as they let it be."""
+        of experts' and of wrong replies; the answer is by someone who has read those, as right as they let it be."""
         read = [name for name in self.tasks if find_task(name).reads]
         together = bool(read) and rng.random() < self.stage.aggregation
         task = find_task(rng.choice(read if together else self.tasks))
@@ -1297,10 +1295,8 @@ class TaskSource:
         if together:
             replies = [(task.expert if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
                        for _ in range(rng.choice(self.stage.candidates))]
-            answer = task.aggregate(problem, replies, rng.getrandbits(48))
-            if answer:
-                tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
-                return terse_prompt(problem.prompt, tails), answer
+            tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
+            return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
         return problem.prompt, task.solve(problem, rng.getrandbits(48))
 
 
