@@ -29,7 +29,7 @@ import train  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "markovian_rsa")
 EARLY = {"find": (4, 6), "synthesize": (2, 4)}      # where single samples after sft are right now and then
-POPULATIONS, ROUNDS = (4, 8, 16, 32), 6
+POPULATIONS, ROUNDS, TAILS = (4, 8, 16, 32), 6, (8, 16, 24, 48)
 
 
 def problem_first(problem, tails):
@@ -64,7 +64,8 @@ def control(run, report, name):
     return model, tokenizer, seconds
 
 
-def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4, rounds=4, build=rsa.terse_prompt):
+def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4, rounds=4, build=rsa.terse_prompt,
+             tail=rsa.BUDGETS["tiny"].tail):
     """Mean correctness of the population after each round, 0 … `rounds`, with 95 % intervals over the problems."""
     task, budget = train.find_task(name), rsa.BUDGETS["tiny"]
     held = train.held_out_problems([name], problems, (d,))
@@ -75,17 +76,18 @@ def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4,
             tqdm, desc=f"{name} at {d}, N = {population}", total=len(prompts), unit=" rollouts", leave=False,
             disable=None))
 
-    results = rsa.markovian_rsa([p.prompt for p in held], generate, population, subset, rounds, budget.budget,
-                                budget.tail, seed, tokenizer, build)
+    results = rsa.markovian_rsa([p.prompt for p in held], generate, population, subset, rounds, budget.budget, tail,
+                                seed, tokenizer, build)
     right = np.array([[np.mean([task.verify(p, c.text)[0] for c in population_]) for population_ in result.rounds]
                       for p, result in zip(held, results)])                         # (problems, rounds + 1)
     return {"task": name, "difficulty": d, "problems": problems, "population": population, "subset": subset,
+            "tail": tail, "longest_prompt": max(result.longest_prompt for result in results),
             "accuracy": right.mean(0).tolist(), "ci95": [train.interval(list(column)) for column in right.T],
             "tokens": float(np.mean([result.generated_tokens for result in results]))}
 
 
 def measure(run, problems, controls):
-    """Write what is not there yet: "population", "sft", "own rows", and each control under its name."""
+    """Write what is not there yet: "sft", "own rows", each control under its name, "population", "tails"."""
     with open(os.path.join(run, "report.json")) as file:
         report = json.load(file)
     if not report["ttc"]:
@@ -126,6 +128,9 @@ def measure(run, problems, controls):
     add("population", lambda: [by_round(*load(run, "final")[:2], row["task"], row["difficulty"], problems, seed, n, 4,
                                         ROUNDS)
                                for row in report["ttc"] if row["task"] in EARLY for n in POPULATIONS])
+    add("tails", lambda: [by_round(*load(run, "final")[:2], row["task"], row["difficulty"], problems, seed, rounds=2,
+                                   tail=tail)
+                          for row in report["ttc"] if row["task"] in EARLY for tail in TAILS])
 
 
 def load(run, stage):
