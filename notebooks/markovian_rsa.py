@@ -29,6 +29,7 @@ import train  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "markovian_rsa")
 EARLY = {"find": (4, 6), "synthesize": (2, 4)}      # where single samples after sft are right now and then
+MEASURED = (("find", 6), ("synthesize", 2), ("synthesize", 4))      # … and what else is compared there
 POPULATIONS, ROUNDS, TAILS = (4, 8, 16, 32), 6, (8, 16, 24, 48)
 
 
@@ -118,10 +119,10 @@ def measure(run, problems, controls):
             for task, ds in EARLY.items() for d in ds for subset in ((4, 1) if name == "one candidate" else (4,))]}
 
     def after_sft(task, d):
-        asked = train.Evaluation({task: d}, problems, rsa.BUDGETS["tiny"], rsa.BUDGETS["tiny"].rounds)
+        asked = train.Evaluation({task: d}, report["ttc"][0]["problems"], rsa.BUDGETS["tiny"], most_rounds=2)
         return train.evaluate_ttc(*load(run, "sft")[:2], task, asked, seed)
 
-    add("sft", lambda: [after_sft(task, ds[-1]) for task, ds in EARLY.items()])
+    add("sft", lambda: [after_sft(task, d) for task, d in MEASURED])
     add("own rows", lambda: by_rows("own rows"))
     for name in controls:
         add(name, lambda name=name: by_rows(name))
