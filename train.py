@@ -94,8 +94,10 @@ class Evaluation:
 
 STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
 MATH, PUZZLES = ("column_sums", "add", "multiply", "countdown"), ("sort", "sat")
-CODE = ("registers", "find", "program", "synthesize", "falsify")        # CodeI/O both ways, standard, CodeARC, breaking
-REASONING = MATH + PUZZLES + CODE                                       # base and path stay out: they show transfer
+CODE = ("registers", "program", "synthesize", "falsify")        # CodeI/O, standard, CodeARC, breaking
+# Out of RL: base and path, to show transfer; find, whose reward for whole lists teaches to write no honest dots, and
+# those are what aggregation lives on.
+REASONING = MATH + PUZZLES + CODE
 
 
 def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_steps, tail):
