@@ -24,7 +24,6 @@ import train  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "post_training")
 ASKED = list(train.REASONING)
-SEARCHED = [task for task in ASKED if not train.find_task(task).exact]      # the teacher guesses: imitation is capped
 
 
 def load(run, stage):
@@ -125,7 +124,10 @@ def table():
         with open(path) as file:
             results.append(json.load(file))
 
-    def over_tasks(stage, key="tasks", tasks=ASKED):
+    asked = list(results[0]["fixed difficulty"]["before"]["tasks"])             # what RL asked when they were made
+    searched = [task for task in asked if not train.find_task(task).exact]      # the teacher guesses: imitation is capped
+
+    def over_tasks(stage, key="tasks", tasks=asked):
         return [np.mean([stage(r)[key][task] for task in tasks]) for r in results]
 
     def row(what, values, form="{:.3f}"):
@@ -138,15 +140,15 @@ def table():
 
     lines = ["| measured on held-out problems | mean (± sd over seeds) | each seed |", "|---|---|---|"]
     for name in ("sft", "warmup", "rlve", "mathcode", "behavior"):
-        lines.append(row(f"pass@1 over the {len(ASKED)} RL tasks, after `{name}`", over_tasks(stage(name))))
+        lines.append(row(f"pass@1 over the {len(asked)} RL tasks, after `{name}`", over_tasks(stage(name))))
     lines += [row("… greedy, after `sft`", over_tasks(stage("sft"), "greedy_tasks")),
               row("… greedy, after `mathcode`", over_tasks(stage("mathcode"), "greedy_tasks")),
               row("control: the same seconds on more SFT", over_tasks(lambda r: r["more sft"])),
               row("… greedy", over_tasks(lambda r: r["more sft"], "greedy_tasks")),
-              row(f"the {len(SEARCHED)} of them whose teacher searches, after `sft`",
-                  over_tasks(stage("sft"), tasks=SEARCHED)),
-              row("… after `mathcode`", over_tasks(stage("mathcode"), tasks=SEARCHED)),
-              row("… control: the same seconds on more SFT", over_tasks(lambda r: r["more sft"], tasks=SEARCHED)),
+              row(f"the {len(searched)} of them whose teacher searches, after `sft`",
+                  over_tasks(stage("sft"), tasks=searched)),
+              row("… after `mathcode`", over_tasks(stage("mathcode"), tasks=searched)),
+              row("… control: the same seconds on more SFT", over_tasks(lambda r: r["more sft"], tasks=searched)),
               row("tasks kept out of RL, after `sft`", over_tasks(stage("sft"), tasks=("base", "path"))),
               row("tasks kept out of RL, after `mathcode`", over_tasks(stage("mathcode"), tasks=("base", "path"))),
               row("environments whose difficulty rose by 3 or more in `rlve`",
