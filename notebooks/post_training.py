@@ -125,7 +125,7 @@ def table():
             results.append(json.load(file))
 
     asked = list(results[0]["fixed difficulty"]["before"]["tasks"])             # what RL asked when they were made
-    searched = [task for task in asked if not train.find_task(task).exact]      # the teacher guesses: imitation is capped
+    searched = [task for task in asked if not train.find_task(task).exact]      # their teacher guesses: it is capped
 
     def over_tasks(stage, key="tasks", tasks=asked):
         return [np.mean([stage(r)[key][task] for task in tasks]) for r in results]
