@@ -1538,10 +1538,11 @@ def learning_rate(step, steps, peak, final):
 # torchrun --nproc_per_node N train.py …: the same run, whatever N is.  Every process holds the whole model and builds
 # the whole batch, but computes its own share of the rows.  ZeRO-1: each parameter has an owner, who alone gets the sum
 # of its gradients, keeps its optimizer state, orthogonalises it, and sends the new weight to all: the traffic of one
-# all-reduce.  Bytes on each of N GPUs, with M numbers in matrices, R in all other parameters, P = M + R, all fp32:
-#     4 P weights + 4 P gradients + (4 M Muon + 8 R AdamW) / N + 2 P bf16 copies (autocast's) + activations
-# and with reinforcement learning 4 P for the sampler, without Muon's.  Weights and gradients are not sharded, so a GPU
-# has to hold 10 bytes a parameter however many there are.  All processes need to see the same --out and --data.
+# all-reduce.  Bytes on each of N GPUs, with M numbers in matrices, R in all other parameters, P = M + R:
+#     4 P weights + 4 P gradients + (4 M Muon + 8 R AdamW) / N + 2 M bf16 copies (autocast's) + activations
+# and in reinforcement learning 4 P for the sampler, but nothing for Muon.  Weights and gradients are not sharded: about
+# 10 bytes a parameter stay, however many GPUs there are.  notebooks/cluster.py works it out for the 8B shape.
+# Not shared out: tokenising, packing, the teachers' traces.  All processes need to see the same --out and --data.
 
 
 def place():
