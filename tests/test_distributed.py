@@ -46,12 +46,14 @@ def curve(out):
 
 
 def assert_equal_curves(got, expected, close=3):
-    """Losses and gradient norms, the first `close` steps to 1e-4 of them."""
+    """Losses and gradient norms, the first `close` steps to 1e-4 of them, and with them what the balancer saw."""
     assert len(got) == len(expected)
     for i, (ours, theirs) in enumerate(zip(got, expected)):
         assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5 if i < close else 5e-3), (i, ours, theirs)
         assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-4 if i < close else 5e-2), (i, ours, theirs)
+        if i < close:
+            assert (ours["entropy"], ours["bias"]) == pytest.approx((theirs["entropy"], theirs["bias"]), rel=2e-3)
 
 
 @pytest.fixture(scope="module")
