@@ -1700,14 +1700,12 @@ def process_group():
     try:
         yield
     except BaseException as error:
-        spoken = isinstance(error, SystemExit) and isinstance(error.code, str)
-        if spoken:
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
             say(error.code)
-        elif rank or not isinstance(error, SystemExit):
+            raise SystemExit(1) from None
+        if rank or not isinstance(error, SystemExit):
             time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
             sys.stderr = sys.__stderr__
-        if spoken:
-            raise SystemExit(1) from None
         raise
     dist.destroy_process_group()
 
