@@ -293,10 +293,12 @@ class Source:
 
 
 class Checkpoint(Source):
-    """A model of ours.  Batches of up to `rows` prompts, those of a length together; equal ones are prefilled once."""
+    """A model of ours.  Batches of up to `rows` prompts, those of a length together; equal ones are prefilled once.
+    share(range of the batches' starts) -> those that this process samples; the others' texts stay None."""
 
-    def __init__(self, model, tokenizer, temperature=1.0, rows=256):
+    def __init__(self, model, tokenizer, temperature=1.0, rows=256, share=iter):
         self.model, self.tokenizer, self.temperature, self.rows = model.eval(), tokenizer, temperature, rows
+        self.share = share
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -308,7 +310,7 @@ class Checkpoint(Source):
 
     def stream(self, prompts, max_new_tokens, seed, known=()):
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-        for start in range(0, len(order), self.rows):
+        for start in self.share(range(0, len(order), self.rows)):
             part = order[start:start + self.rows]
             if set(part) <= set(known):
                 continue

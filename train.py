@@ -4,6 +4,7 @@
     python train.py --stages evaluate   its last stage alone: Markovian RSA and its alternatives on held-out problems
     python train.py --preset smoke      the same path in a minute
     python train.py --data my.jsonl --out out/mine --stages pretrain,midtrain
+    torchrun --nproc_per_node 8 train.py …      the same run, its work shared out to 8 processes
 
 TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
 long chains of thought, each trimmed so that the answer survives, then SFT on chats.  TR section IV: four stages of
@@ -11,13 +12,15 @@ reinforcement learning on one spine, in which Actor samples groups of rollouts a
 pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
 
 Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage, the RL formulas, Actor, rl_step,
-run_rl, main.  Does NOT include: more than one process.
+run_rl, main; many processes when you need them.  Does NOT include: sharded weights, tensor or context parallelism.
 """
 import argparse
 import collections
+import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -27,6 +30,9 @@ import os
 import random
 import re
 import shutil
+import signal
+import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -37,6 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -1314,7 +1321,7 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, vocabulary, chat and context, skip_bad_lines]
     stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
     kind = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-    if not os.path.exists(stem + ".json"):
+    if first() and not os.path.exists(stem + ".json"):
         os.makedirs(folder, exist_ok=True)
         verdicts, offsets = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0), [0]
         with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets, \
@@ -1337,6 +1344,7 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
                         bar.update(len(piece.encode()))
         np.array(offsets, np.int64).tofile(stem + ".offsets")
         write_json(stem + ".json", verdicts)                    # last: it says that the others are whole
+    meet()
     with open(stem + ".json") as file:
         verdicts = json.load(file)
     if chat:
@@ -1534,6 +1542,182 @@ def learning_rate(step, steps, peak, final):
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warm + 1) / max(1, steps - warm))) / 2
 
 
+# ---- many processes -------------------------------------------------------------------------------------------------
+# torchrun --nproc_per_node N train.py …: the same run, whatever N is.  Every process holds the whole model and builds
+# the whole batch, but computes its own share of the rows.  ZeRO-1: each parameter has an owner, who alone gets the sum
+# of its gradients, keeps its optimizer state, orthogonalises it, and sends the new weight to all: the traffic of one
+# all-reduce.  Bytes on each of N GPUs, with M numbers in matrices, R in all other parameters, P = M + R:
+#     4 P weights + 4 P gradients + (4 M Muon + 8 R AdamW) / N + 2 M bf16 copies (autocast's) + activations
+# and in reinforcement learning 4 P for the sampler, but nothing for Muon.  Weights and gradients are not sharded: about
+# 10 bytes a parameter stay, however many GPUs there are.  notebooks/cluster.py works it out for the 8B shape.
+# Not shared out: tokenising, packing, the teachers' traces.  All processes need to see the same --out and --data.
+
+
+def place():
+    """(the number of this process, how many there are): (0, 1) without torchrun."""
+    many = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+
+
+def first():
+    """Whether this is the process that writes files."""
+    return place()[0] == 0
+
+
+def share(items):
+    """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
+    rank, ranks = place()
+    return items[rank::ranks]
+
+
+def everyone(value):
+    """The values of all processes, in a list."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gathered(part):
+    """The shares of all processes in the old order: gathered(share(items)) == items."""
+    parts = everyone(part)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def summed(*numbers):
+    """Numbers, each summed over the processes."""
+    if place()[1] == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def meet():
+    """Wait until all processes are here."""
+    summed(0)
+
+
+def owners(optimizer):
+    """{parameter: the process that keeps its state}, the largest first, each to the one that has the least so far."""
+    kept, owner = [0] * place()[1], {}
+    for parameter in sorted((p for group in optimizer.param_groups for p in group["params"]), key=lambda p: -p.numel()):
+        owner[parameter] = kept.index(min(kept))
+        kept[owner[parameter]] += parameter.numel()
+    return owner
+
+
+def messages(optimizers, most=2**25):
+    """-> (owner, list of its parameters), up to `most` numbers together: many small messages would be slow."""
+    for optimizer in optimizers:
+        owner, waiting = owners(optimizer), {}
+        for parameter, rank in owner.items():
+            if sum(p.numel() for p in waiting.get(rank, [])) + parameter.numel() > most and rank in waiting:
+                yield rank, waiting.pop(rank)
+            waiting.setdefault(rank, []).append(parameter)
+        yield from waiting.items()
+
+
+@torch.no_grad()
+def sum_gradients(optimizers):
+    """Every gradient, summed over the processes, to its owner; the others drop theirs, so no optimizer sees them."""
+    for owner, parameters in messages(optimizers):
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        dist.reduce(flat, owner)
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.grad = gradient.view_as(parameter) if owner == place()[0] else None
+
+
+@torch.no_grad()
+def send_weights(optimizers):
+    """Every parameter, from its owner to all others: they stay the same to the bit."""
+    for owner, parameters in messages(optimizers):
+        flat = torch.cat([p.flatten() for p in parameters])
+        dist.broadcast(flat, owner)
+        for parameter, weight in zip(parameters, flat.split([p.numel() for p in parameters])):
+            parameter.copy_(weight.view_as(parameter))
+
+
+class Sharded:
+    """An optimizer as a part of a checkpoint: saved whole, whatever the number of processes; each takes up its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def owners(self):
+        owner = owners(self.optimizer)
+        return [owner[p] for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state_dict(self):
+        """Whole in the first process, to which the others send theirs, a parameter at a time."""
+        whole, (rank, _) = self.optimizer.state_dict(), place()
+        for index, owner in enumerate(self.owners()):
+            if rank == owner != 0:
+                state = whole["state"].get(index, {})
+                dist.send_object_list([{key: value.cpu() for key, value in state.items()}], 0)
+            elif rank == 0 != owner:
+                received = [None]
+                dist.recv_object_list(received, owner)
+                whole["state"] |= {index: received[0]} if received[0] else {}
+        return whole
+
+    def load_state_dict(self, whole):
+        own = {index for index, owner in enumerate(self.owners()) if owner == place()[0]}
+        state = {index: state for index, state in whole["state"].items() if index in own}
+        self.optimizer.load_state_dict({**whole, "state": state})
+
+
+@contextlib.contextmanager
+def process_group():
+    """Among torchrun's processes; alone, nothing.  The first process speaks, but whichever stops first says why.
+
+    torchrun sends SIGTERM when one of them has ended.  A thread waits for it, as the process itself may be waiting for
+    a message that will never come.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    store, rank, ranks = next(dist.rendezvous("env://"))
+    reader, writer = os.pipe()
+
+    def say(message):
+        if store.add("said", 1) == 1:
+            print(message, file=sys.__stderr__, flush=True)
+
+    def wait_for_sigterm():
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            pass
+        try:
+            say("stopped, because another process of this run ended (torchrun says which); the same command goes on "
+                "from the last checkpoint")
+        finally:
+            os._exit(1)
+
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=wait_for_sigterm, daemon=True).start()
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # The first process may tokenise a file for long while the others wait; an end is noticed by torchrun, not by this.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=ranks,
+                            timeout=datetime.timedelta(hours=4))
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            say(error.code)
+            raise SystemExit(1) from None
+        if rank or not isinstance(error, SystemExit):
+            time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
+            sys.stderr = sys.__stderr__
+        raise
+    dist.destroy_process_group()
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -1545,6 +1729,8 @@ def write_json(path, content):
 
 def save_checkpoint(folder, model, tokenizer, state=None):
     """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
+    if not first():
+        return meet()
     shutil.rmtree(folder + ".new", ignore_errors=True)
     model.save_pretrained(folder + ".new")
     tokenizer.save_pretrained(folder + ".new")
@@ -1555,6 +1741,7 @@ def save_checkpoint(folder, model, tokenizer, state=None):
         os.rename(folder, folder + ".old")
     os.rename(folder + ".new", folder)
     shutil.rmtree(folder + ".old", ignore_errors=True)
+    return meet()
 
 
 def load_checkpoint(folder, device):
@@ -1562,17 +1749,20 @@ def load_checkpoint(folder, device):
 
     Puts right what a kill between the renames of `save_checkpoint` left behind.
     """
-    if not os.path.exists(folder) and os.path.exists(folder + ".old"):
-        os.rename(folder + ".old", folder)
-    for leftover in (folder + ".new", folder + ".old"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if first():
+        if not os.path.exists(folder) and os.path.exists(folder + ".old"):
+            os.rename(folder + ".old", folder)
+        for leftover in (folder + ".new", folder + ".old"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    meet()
     if not os.path.exists(folder):
         return None
     model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
     for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
         parameter.data = parameter.data.clone()                 # else a resumed run may round differently
     path = os.path.join(folder, "trainer.pt")
-    state = torch.load(path, map_location=device, weights_only=True) if os.path.exists(path) else None
+    where = device if place()[1] == 1 else "cpu"                # each process needs a part of it only
+    state = torch.load(path, map_location=where, weights_only=True) if os.path.exists(path) else None
     return model, Tokenizer.from_pretrained(folder), state
 
 
@@ -1583,6 +1773,10 @@ class Log:
                "kl_live", "rollouts_per_second", "difficulty"]
 
     def __init__(self, out, stage, step):
+        if not first():
+            self.file = open(os.devnull, "w")
+            self.writer = csv.DictWriter(self.file, self.COLUMNS)
+            return
         path = os.path.join(out, "log.csv")
         rows = [row for row in read_log(out) if STAGES.index(row["stage"]) < STAGES.index(stage)
                 or (row["stage"] == stage and int(row["step"]) <= step)]
@@ -1621,11 +1815,11 @@ def held_out_loss(model, sources, stage, pad, late, tokens=16384):
             continue
         inputs, targets, positions, _ = Loader([source], stage, max(tokens, stage.context), 0, pad, hold=True).next()
         losses = []
-        for x, y, p in zip(inputs.split(8), targets.split(8), positions.split(8)):
+        for x, y, p in share(list(zip(inputs.split(8), targets.split(8), positions.split(8)))):
             x, y, p = (t.to(model.norm.weight.device) for t in (x, y, p))
             logits = model.logits(model.hidden_states(x, position_ids=p))
             losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").cpu())
-        losses, counted = torch.cat(losses), targets.flatten() >= 0
+        losses, counted = torch.cat(gathered(losses)), targets.flatten() >= 0
         if not counted.any():
             continue
         far = counted & (positions.flatten() >= late)
@@ -1657,13 +1851,13 @@ def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, ba
     limit = [max(160, len(tokenizer.encode(find_task(p.task).solve(p))) * 3 // 2 + 16) for p in problems]
     order = sorted((i for i in range(len(problems)) for _ in range(samples)), key=lambda i: (limit[i], i))
     rates = np.zeros(len(problems))
-    for start in tqdm(range(0, len(order), batch), desc="held-out problems", leave=False, disable=None):
+    for start in tqdm(share(range(0, len(order), batch)), desc="held-out problems", leave=False, disable=None):
         part = order[start:start + batch]
         texts = reply(model, tokenizer, [problems[i].prompt for i in part], max(limit[i] for i in part), seed + start,
                       temperature)
         for i, text in zip(part, texts):
             rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
-    return rates
+    return np.array(summed(*rates))
 
 
 def pass_at_1(model, tokenizer, tasks, problems, samples):
@@ -1710,8 +1904,9 @@ def sample_methods(prompts, generate, asked, seed, tokenizer):
         """The methods' first rounds are the same: sampled once."""
         key = (tuple(call[0]), *call[1:])
         if key not in known:
-            known[key] = generate(*call, progress=functools.partial(
-                tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None))
+            texts = everyone(generate(*call, progress=functools.partial(
+                tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None)))
+            known[key] = [next(text for text in some if text is not None) for some in zip(*texts)]
         return known[key]
 
     def sample(population, subset, rounds, tail):
@@ -1733,7 +1928,8 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     """
     task, N, T = find_task(name), asked.budget.population, asked.budget.rounds
     problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
-    equal, methods = sample_methods([p.prompt for p in problems], Checkpoint(model, tokenizer), asked, seed, tokenizer)
+    source = Checkpoint(model, tokenizer, share=share)
+    equal, methods = sample_methods([p.prompt for p in problems], source, asked, seed, tokenizer)
     greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget.budget, seed)
     first = [texts[:N] for texts in equal]
 
@@ -1785,6 +1981,8 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
 
 def show_samples(model, tokenizer, sources, seed):
     """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
+    if not first():
+        return
     rng, device = random.Random(seed), model.norm.weight.device
     generator = torch.Generator().manual_seed(seed)
     for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(hold=True)):
@@ -1811,6 +2009,12 @@ def choose_device(config):
         because = f"a {'ROCm' if torch.version.hip else 'CUDA'} GPU is there" if device == "cuda" else "no GPU is there"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
+    ranks = place()[1]
+    if ranks > 1 and device == "mps":
+        raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
+    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise SystemExit(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
+                         "--nproc_per_node says how many")
     dtype, why = config.dtype, "as asked"
     if dtype == "auto":
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1819,23 +2023,36 @@ def choose_device(config):
     if dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"--dtype {dtype}: there are float32 and bfloat16")
     return device, getattr(torch, dtype), f"device {device} ({because}), dtype {dtype} ({why}), " \
-        f"{torch.get_num_threads()} threads"
+        f"{torch.get_num_threads()} threads" + (f", {ranks} processes" if ranks > 1 else "")
 
 
-def update(model, optimizers, balancer, config, lr, loss):
-    """Clip, step all optimizers, clear the gradients -> its norm, and the balancer's health.  Does not step if the loss
-    or the gradient is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
-    health = {}
+def descend(model, optimizers, clip, lr, loss=0.0):
+    """Sum the gradients over the processes, clip, step all optimizers, clear the gradients -> the gradient's norm.
+    Does not step if the loss or the gradient is not finite."""
+    many = place()[1] > 1
+    if many:
+        sum_gradients(optimizers)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if many:
+        norm = torch.tensor(summed(norm.item() ** 2)[0] ** 0.5)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    norm = norm.item()
     if math.isfinite(loss) and math.isfinite(norm):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-        health = balancer.step()
+        if many:
+            send_weights(optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return norm, health
+    return norm
+
+
+def update(model, optimizers, balancer, config, lr, loss):
+    """One step of all optimizers and of the balancer -> the gradient's norm, and the balancer's health."""
+    norm = descend(model, optimizers, config.grad_clip, lr, loss)
+    return norm, balancer.step() if math.isfinite(loss) and math.isfinite(norm) else {}
 
 
 def train_step(model, optimizers, balancer, batch, config, dtype, lr):
@@ -1846,13 +2063,15 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr):
     count = (targets >= 0).sum().clamp_min(1)                   # a batch without a target has loss 0, not NaN
     total = 0.0
     model.train()
-    for x, y, p in zip(inputs.split(rows), targets.split(rows), positions.split(rows)):
+    parts = zip(*(share(part).split(rows) for part in batch)) if len(share(inputs)) else ()
+    for x, y, p in parts:
         x, y, p = x.to(device), y.to(device), p.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             hidden = model.hidden_states(x, position_ids=p)
         loss = linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, y.flatten()) / count.to(device)
         loss.backward()
         total += loss.item()
+    total, = summed(total)
     norm, health = update(model, optimizers, balancer, config, lr, total)
     return {"loss": total, "norm": norm, **health}
 
@@ -1915,8 +2134,9 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
                          f"data back, take another --out, or delete {keeper.folder}")
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
+    muon, adamw = map(Sharded, optimizers)
     balancer = PIDBalancer(model, config.balancer_lr)
-    keeper.resume(loader=loader, balancer=balancer, muon=optimizers[0], adamw=optimizers[1])
+    keeper.resume(loader=loader, balancer=balancer, muon=muon, adamw=adamw)
     log = Log(config.out, name, state["step"])
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
@@ -2085,10 +2305,12 @@ class Group:
 
 
 @torch.no_grad()
-def roll_out(model, prompts, group_size, context, end, generator):
+def roll_out(model, prompts, group_size, context, end, generator, among=None):
     """Sample `group_size` replies of up to `context` tokens at temperature 1 to each prompt (lists of ids) -> per
     prompt a list of (tokens, log probabilities, expert choices).
 
+    among: the numbers of these prompts among others that other processes roll out, and how many there are in all: a
+    row's random numbers depend on its place among all.
     A prompt is prefilled once and its cache rows repeated; rows that ended leave the batch once they are an eighth
     of it (leaving costs a copy of the cache); every token's expert is recorded for the replay.
     """
@@ -2106,10 +2328,12 @@ def roll_out(model, prompts, group_size, context, end, generator):
     logps = torch.zeros(total, context, device=device)
     choices = torch.zeros(layers, total, context, dtype=torch.uint8, device=device)
     length = torch.full((total,), context, device=device)
+    numbers, count = among or (range(len(prompts)), len(prompts))
+    places = torch.tensor([p * group_size + i for p in numbers for i in range(group_size)])
     here, alive = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
     for step in range(context):
         logits = model.logits(hidden)
-        uniform = torch.rand(total, generator=generator).to(device)[here]
+        uniform = torch.rand(count * group_size, generator=generator)[places].to(device)[here]
         token = model.sample(logits, 1.0, 1.0, uniform)
         tokens[here, step] = token
         logps[here, step] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
@@ -2178,13 +2402,15 @@ class Actor:
         return Group(problem, prompt_ids(self.tokenizer, problem.prompt), d)
 
     def sample(self, groups, group_size):
-        """Fill in the groups' rollouts and rewards."""
+        """Fill in the groups' rollouts and rewards -> the groups.  Every process does its share, and gets all."""
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} sample {self.rounds}").getrandbits(60))
         end = self.tokenizer.end
         device = self.sampler.norm.weight.device.type           # the same precision as the trainer's
+        mine, among = share(groups), (share(range(len(groups))), len(groups))
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            rolled = roll_out(self.sampler, [g.prompt for g in groups], group_size, self.stage.context, end, generator)
-        for group, rollouts in zip(groups, rolled):
+            rolled = roll_out(self.sampler, [g.prompt for g in mine], group_size, self.stage.context, end, generator,
+                              among) if mine else []
+        for group, rollouts in zip(mine, rolled):
             group.version = self.version
             group.tokens, group.logps, group.choices = (list(part) for part in zip(*rollouts))
             group.ended = [tokens[-1] == end for tokens in group.tokens]
@@ -2194,7 +2420,7 @@ class Actor:
                        for r, done, text in zip(self.score(group), group.ended, group.texts)]
             group.rewards = [float(r) for r in rewards]
         self.rounds += 1
-        return groups
+        return gathered(mine)
 
     def best(self, group):
         """The highest solve rate so far of this group's source: its environment at its difficulty."""
@@ -2336,18 +2562,19 @@ def rl_step(model, optimizers, balancer, groups, advantages, config, dtype, lr, 
     rollouts = [(group.prompt, tokens, logp, choice, a) for group, row in zip(groups, advantages.tolist())
                 for tokens, logp, choice, a in zip(group.tokens, group.logps, group.choices, row)]
     rollouts.sort(key=lambda r: len(r[0]) + len(r[1]))          # rows of a micro-batch are about as long as each other
-    parts, most = [[]], max(len(rollouts) // 4, 1)
-    for rollout in rollouts:
+    mine = share(rollouts)
+    parts, most = [[]], max(len(mine) // 4, 1)
+    for rollout in mine:
         width = len(rollout[0]) + len(rollout[1])
         if parts[-1] and (len(parts[-1]) == most or width * (len(parts[-1]) + 1) > config.micro_batch):
             parts.append([])
         parts[-1].append(rollout)
     model.train()
     total, kept, tokens, gap = 0.0, 0, 0, (None, None, None)
-    for i, part in enumerate(parts):
+    for i, part in enumerate(parts if mine else ()):
         batch = collate(part, model.config.pad_token_id, device)
         inputs, targets, positions, choices, sampled, advantage = batch
-        if measure and i == len(parts) // 2:                    # under its own autocast, whose cache has no gradients
+        if measure and first() and i == len(parts) // 2:        # under its own autocast, whose cache has no gradients
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 gap = replay_gap(model, batch)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -2357,6 +2584,7 @@ def rl_step(model, optimizers, balancer, groups, advantages, config, dtype, lr, 
         total += loss.item()
         kept += dppo_mask(logp.detach().exp(), sampled.exp(), advantage).sum().item()
         tokens += len(logp)
+    total, kept, tokens = summed(total, kept, tokens)
     norm, health = update(model, optimizers, balancer, config, lr, total)
     return {"loss": total, "norm": norm, "masked": 1 - kept / tokens, "flips": gap[0], "kl": gap[1], "kl_live": gap[2],
             **health}
@@ -2415,23 +2643,22 @@ def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
     judge, rng = RewardModel(model).to(model.norm.weight.device), random.Random(f"{seed} preferences")
     optimizers = make_optimizers(judge, lr)
 
-    def scores(hold, count):
-        drawn = [preference_pair(rng, hold) for _ in range(count)]
+    def pairs_of(count, hold):
+        return [preference_pair(rng, hold) for _ in range(count)]
+
+    def scores(drawn):
+        count = len(drawn)
         return judge([conversation(tokenizer, drawn[i % count][0], drawn[i % count][1 + i // count])
                       for i in range(2 * count)]).split(count)
 
     judge.train()
     for step in tqdm(range(steps), desc="reward model", leave=False, disable=None):
-        bradley_terry_loss(*scores(False, pairs)).backward()
-        torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr, lr / 10)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        if drawn := share(pairs_of(pairs, False)):
+            (bradley_terry_loss(*scores(drawn)) * (len(drawn) / pairs)).backward()
+        descend(judge, optimizers, 1.0, learning_rate(step, steps, lr, lr / 10))
     judge.eval()
     with torch.no_grad():
-        better, worse = scores(True, 200)
+        better, worse = scores(pairs_of(200, True))
     return judge, (better > worse).float().mean().item()
 
 
@@ -2467,10 +2694,11 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
             print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
         score = JudgedReward(judge, tokenizer, gate)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
+    muon, adamw = map(Sharded, optimizers)
     actor = Actor(model, tokenizer, stage, seed, score, adapt, dtype)
     # A tenth of the balancer's rate: a few tasks' prompts are not what the experts should be levelled on.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    if not keeper.resume(actor=actor, balancer=balancer, muon=optimizers[0], adamw=optimizers[1]) and stage.adaptive:
+    if not keeper.resume(actor=actor, balancer=balancer, muon=muon, adamw=adamw) and stage.adaptive:
         actor.find_start()
         state["start"] = {task: environment["d"] for task, environment in actor.environments.items()}
         print(f"{name}: starts at difficulty " + " ".join(f"{task}={d}" for task, d in state["start"].items()))
@@ -2604,6 +2832,8 @@ def new_model(config, changes, tokenizer):
 
 def write_report(out, report):
     """report.json for programs; report.md, report.png and loss.png for people."""
+    if not first():
+        return
     write_json(os.path.join(out, "report.json"), report)
     stages = [name for name in STAGES if name in report["stages"]]
     results = [report["stages"][name] for name in stages]
@@ -2792,8 +3022,6 @@ def run_evaluation(config, report, tasks, device):
 
 def main(arguments=None):
     config, changes = parse_arguments(arguments)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SystemExit("train.py runs in one process so far; start it without torchrun")
     for path in config.data:
         if not os.path.isfile(path):
             raise SystemExit(f"--data {path}: no such file")
@@ -2873,6 +3101,8 @@ def main(arguments=None):
         save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
     if evaluated:
         run_evaluation(config, report, evaluated, device)
+    if not first():
+        return
     with open(os.path.join(config.out, "report.md")) as file:
         print("\n" + file.read())
     files = [name for name in ("report.md", "report.png", "loss.png", "rewards.png", "log.csv")
@@ -2882,7 +3112,8 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; the same command goes on from the last checkpoint") from None
+    with process_group():
+        try:
+            main()
+        except KeyboardInterrupt:
+            raise SystemExit("\nstopped; the same command goes on from the last checkpoint") from None
