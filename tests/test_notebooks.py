@@ -1,16 +1,15 @@
-r"""Every notebook runs top to bottom and keeps the form they all share; what is stored is never written here.
+"""Every notebook runs top to bottom and keeps the form they all share.  The tests write nothing; this does:
 
-All stored outputs anew, without what would show up in every diff, execution times and printouts torn in pieces:
+    python tests/test_notebooks.py                       # makes all stored outputs anew, or those of the files named
 
-    jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False --coalesce-streams \
-        notebooks/*.ipynb
-
-A notebook may shorten its training when the environment has CI=1, as here; its asserts still hold or fail.
+without what would show up in every diff: execution times, printouts torn in pieces, the Python's version.
+A notebook may shorten its training when the environment has CI=1, as in the tests; its asserts still hold or fail.
 """
 import copy
 import glob
 import os
 import re
+import sys
 
 import nbclient
 import nbformat
@@ -56,7 +55,16 @@ def stored_text(notebook):
 
 def numbers(text):
     """The numbers in a text that somebody must have measured: decimals, and whole ones of three digits or more."""
-    return set(re.findall(r"(?<![\w.])\d[\d,]*\.\d+|(?<![\w.,])\d[\d,]{2,}(?![\w.]*\d)", text))
+    return set(re.findall(r"(?<![\w.,])(?:\d+(?:,\d{3})*\.\d+|\d{3,}|\d{1,3}(?:,\d{3})+)(?![\w.,]*\d)", text))
+
+
+def execute(notebook):
+    """A copy, run top to bottom in the folder notebooks/."""
+    executed = copy.deepcopy(notebook)
+    nbclient.NotebookClient(executed, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
+                            resources={"metadata": {"path": FOLDER}}).execute()
+    executed.metadata.language_info = {"name": "python"}
+    return executed
 
 
 def faults(notebook):
@@ -108,12 +116,7 @@ def test_it_runs_and_shows_what_is_stored(path, monkeypatch):
     monkeypatch.setenv("CI", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")              # see conftest.py
     monkeypatch.delenv("MPLBACKEND", raising=False)         # Agg would draw nothing
-    executed = copy.deepcopy(read(path))
-    for cell in code_cells(executed):
-        cell.outputs = []
-    nbclient.NotebookClient(executed, timeout=600, kernel_name="python3",
-                            resources={"metadata": {"path": FOLDER}}).execute()
-    assert not differences(read(path), executed)
+    assert not differences(read(path), execute(read(path)))
 
 
 # ---- the checks themselves can fail ----------------------------------------------------------------------------------
@@ -168,3 +171,9 @@ def test_a_missing_output_is_found():
 def test_a_picture_is_not_text():
     drawn = edit(lambda code, cells: code[1].update(outputs=[new_output("display_data", {"image/png": "…"})]))
     assert differences(drawn, good())
+
+
+if __name__ == "__main__":
+    for one in sys.argv[1:] or NOTEBOOKS:
+        nbformat.write(execute(read(one)), one)
+        print(one, *faults(read(one)), sep="\n    ")
