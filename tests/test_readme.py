@@ -60,9 +60,10 @@ def test_the_examples_names_exist():
     assert callable(train.trim)
 
 
-@pytest.mark.parametrize("script", ["post_training.py", "markovian_rsa.py"])
-def test_the_seeds_tables_are_what_their_commands_print(script):
-    said = subprocess.run([sys.executable, os.path.join(ROOT, "notebooks", script), "--table"], text=True,
+@pytest.mark.parametrize("command", ["post_training.py --table", "markovian_rsa.py --table", "cluster.py"])
+def test_the_tables_of_scripts_are_what_their_commands_print(command):
+    name, *options = command.split()
+    said = subprocess.run([sys.executable, os.path.join(ROOT, "notebooks", name), *options], text=True,
                           capture_output=True, check=True).stdout
     rows = [line for line in said.splitlines() if line.startswith("|")]
     readme = read("README.md")
