@@ -8,9 +8,12 @@ A seed is one SFT on two tasks whose teacher searches, and from its end the same
 import copy
 import dataclasses
 import functools
+import glob
 import json
+import operator
 import os
 import random
+import re
 import sys
 import time
 from unittest import mock
@@ -30,6 +33,15 @@ SHAPE = dict(hidden_size=64, moe_intermediate_size=64, num_attention_heads=4, he
 SFT = train.Stage(200, 128, 1e4, 1.0, 1e-2, 1e-3, difficulty=3, turns=1, mask_prompts=True)
 RL = train.RLStage(40, 96, 1e4, 3e-3, 1e-3, TASKS, groups=8, group_size=8)
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})                  # bytes: no merges to learn
+
+
+def load(name):
+    """What results/<name>/ has, one file a seed."""
+    results = []
+    for path in sorted(glob.glob(os.path.join(RESULTS, "..", name, "seed-*.json"))):
+        with open(path) as file:
+            results.append(json.load(file))
+    return results
 
 
 def settings(seed):
@@ -104,12 +116,21 @@ def right(model, problems, samples=4):
     return train.solve_rates(model, TOKENIZER, problems, samples)
 
 
-def lengths(model, problems, samples=4):
-    """Mean tokens of the right replies."""
+def right_replies(model, problems, samples=4):
     many = [p for p in problems for _ in range(samples)]
     texts = train.reply(model, TOKENIZER, [p.prompt for p in many], RL.context, 0)
-    return float(np.mean([len(TOKENIZER.encode(text)) for p, text in zip(many, texts)
-                          if train.find_task(p.task).verify(p, text)[0]] or [0]))
+    return [text for p, text in zip(many, texts) if train.find_task(p.task).verify(p, text)[0]]
+
+
+def true_steps(texts):
+    """Share of the sums written in the replies that hold modulo 10; no reward asks for it.
+
+    >>> true_steps(["<think>9y:9+2=1/8*2=5#y9</think>9"])
+    0.5
+    """
+    steps = re.findall(r"(\d)([-+*])(\d)=(\d)", " ".join(texts))
+    made = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+    return float(np.mean([made[o](int(a), int(b)) % 10 == int(c) for a, o, b, c in steps] or [0]))
 
 
 def with_length(coefficient):
@@ -132,8 +153,10 @@ ARMS = {"recipe": reinforce,
 def score(model, problems, **more):
     rates = right(model, problems)
     by_task = {task: float(rates[[p.task == task for p in problems]].mean()) for task in TASKS}
+    texts = right_replies(model, problems)
     return {"pass@1": float(rates.mean()), "ci95": train.interval(rates), "tasks": by_task,
-            "length": lengths(model, problems), **more}
+            "length": float(np.mean([len(TOKENIZER.encode(text)) for text in texts] or [0])),
+            "true steps": true_steps(texts), **more}
 
 
 def measure(seed):
@@ -152,7 +175,7 @@ def measure(seed):
     if "sft" not in result:
         result["sft"] = score(start, problems, seconds=time.perf_counter() - begun)
         train.write_json(path, result)
-    for name, arm in {**ARMS, "more SFT": None}.items():
+    for name, arm in {"more SFT": None, **ARMS}.items():
         if name in result["arms"]:
             continue
         model, begun = copy.deepcopy(start), time.perf_counter()
@@ -167,7 +190,8 @@ def measure(seed):
         result["arms"][name] = score(model, problems, seconds=seconds, curves=curves)
         train.write_json(path, result)
         print(f"seed {seed} | {name} | pass@1 {result['sft']['pass@1']:.3f} -> {result['arms'][name]['pass@1']:.3f} | "
-              f"length {result['arms'][name]['length']:.1f} | {seconds:.0f} s", flush=True)
+              f"length {result['arms'][name]['length']:.1f} | true steps "
+              f"{result['arms'][name]['true steps']:.2f} | {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
