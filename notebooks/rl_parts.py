@@ -1,6 +1,7 @@
 """What each part of the RL recipe does, on a model of 0.15M parameters: one part swapped at a time, all else equal.
 
     python notebooks/rl_parts.py 0          # a seed: notebooks/results/rl_parts/seed-0.json; goes on where it stopped
+    python notebooks/rl_parts.py --table    # the table, over all seeds that are there
 
 A seed is one SFT on two tasks whose teacher searches, and from its end the same number of RL steps by each arm.  The
 `stale` arms sync the sampler every 8 steps instead of every 2, so that the mask and the replay have something to do.
@@ -194,9 +195,37 @@ def measure(seed):
               f"{result['arms'][name]['true steps']:.2f} | {seconds:.0f} s", flush=True)
 
 
+def table():
+    """All arms over the seeds that are there: means, and by seed the difference to the arm they are a change of."""
+    results = load("rl_parts")
+    there = [f"{r['seed']} ({len(r['arms'])} of {len(ARMS) + 1} arms)" for r in results]
+    lines = ["seeds: " + (", ".join(there) or "none"),
+             f"{'':18} pass@1  tokens  true sums  masked  KL a token, without replay  against     by seed"]
+    for name in ("sft", "more SFT", *ARMS):
+        there = [r for r in results if name in r["arms"] or name == "sft"]
+        arms = [{**r, **r["arms"]}[name] for r in there]
+        if not arms:
+            lines.append(f"{name:18} not measured")
+            continue
+        line = f"{name:18} " + "{:.3f}   {:5.1f}   {:8.3f}".format(
+            *(np.mean([arm[key] for arm in arms]) for key in ("pass@1", "length", "true steps")))
+        if name in ARMS:
+            steps = np.concatenate([[row for row in zip(*(arm["curves"][key] for key in ("masked", "kl", "kl_live")))
+                                     if None not in row] for arm in arms]).mean(0)
+            line += "   {:5.1%}  {:10.1e}  {:14.1e}".format(*steps)
+        base = {"recipe": "more SFT", "stale": "recipe"}.get(name, "stale" if name.startswith("stale") else "recipe")
+        differ = [r["arms"][name]["pass@1"] - r["arms"][base]["pass@1"] for r in there if {name, base} <= {*r["arms"]}]
+        if name in ARMS and differ:
+            line += f"  {base:9}" + "".join(f"  {d:+.3f}" for d in differ)
+        lines.append(line)
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--table"]:
+        raise SystemExit(print(table()))
     if not sys.argv[1:] or not all(seed.isdigit() for seed in sys.argv[1:]):
-        raise SystemExit("python notebooks/rl_parts.py SEED …: one or more whole numbers")
+        raise SystemExit("python notebooks/rl_parts.py SEED …: one or more whole numbers, or --table")
     for each in map(int, sys.argv[1:]):
         random.seed(each)
         measure(each)
