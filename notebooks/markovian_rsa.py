@@ -4,9 +4,9 @@
     python notebooks/markovian_rsa.py out/seed-1                 # writes notebooks/results/markovian_rsa/seed-1.json
     python notebooks/markovian_rsa.py --table --picture          # the tables and the picture, over all seeds
 
-Controls, each trained from the run's own pretrain checkpoint through midtrain and sft, with the same steps, tokens,
-rates and data, but for the aggregation rows: none; rows with one candidate only; the problem before the candidates, as
-in the report.  They are compared with the run's own sft checkpoint, so reinforcement learning has no part in it.
+Controls, each an sft from the run's own midtrain checkpoint, with the same steps, tokens, rates and data, but for the
+aggregation rows: none; rows with one candidate only; the problem before the candidates, as in the report.  They are
+compared with the run's own sft checkpoint, so reinforcement learning has no part in it.
 """
 import argparse
 import dataclasses
@@ -49,20 +49,17 @@ def control(run, report, name):
     config = train.parse_arguments(["--preset", report["preset"], "--seed", str(report["seed"]),
                                     "--out", os.path.join(run, "control-" + name.replace(" ", "-"))])[0]
     os.makedirs(config.out, exist_ok=True)
-    model, tokenizer, state = train.load_checkpoint(os.path.join(run, "pretrain"), "cpu")
+    model, tokenizer, state = train.load_checkpoint(os.path.join(run, "midtrain"), "cpu")
     if train.settings(config) != state["settings"]:
         raise SystemExit(f"{run} was not made with the settings of --preset {report['preset']}: nothing to compare")
-    seconds = 0.0
-    for stage in ("midtrain", "sft"):
-        found, state = train.load_checkpoint(os.path.join(config.out, stage), "cpu"), None
-        if found:
-            model, tokenizer, state = found
-        if not (state and state.get("done")):
-            settings = dataclasses.replace(train.stage_settings(config, stage), **changes)
-            state = train.run_stage(stage, config, settings, model, tokenizer, state, "cpu", torch.float32)
-        seconds += state["seconds"]
+    found, state = train.load_checkpoint(os.path.join(config.out, "sft"), "cpu"), None
+    if found:
+        model, tokenizer, state = found
+    if not (state and state.get("done")):
+        settings = dataclasses.replace(train.stage_settings(config, "sft"), **changes)
+        state = train.run_stage("sft", config, settings, model, tokenizer, state, "cpu", torch.float32)
     train.terse_prompt = rsa.terse_prompt
-    return model, tokenizer, seconds
+    return model, tokenizer, state["seconds"]
 
 
 def by_round(model, tokenizer, name, d, problems, seed, population=16, subset=4, rounds=4, build=rsa.terse_prompt,
