@@ -16,10 +16,17 @@ neither Triton nor a GPU.
 Featuring: eager functions that need no compiler and work for any shape.  Does NOT include: the model (zaya.py).
 """
 import argparse
+import collections
 import copy
+import ctypes
 import functools
 import importlib.util
 import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
 import time
 
 import torch
@@ -198,14 +205,25 @@ def cca_mix(packed, cca, rope, reach=None):
 
 def cca_mix_step(seen, cca, rope, reach=None):
     """`cca_mix` for the newest of three tokens, seen (B, 3, C), the others from the cache -> q (B, 1, H, D), k."""
-    w, *weights = mixing_weights(cca)
-    oldest, older, newest = seen.float().split(1, 1)                                # (B, 1, C) each
+    B, H, K, D = len(seen), cca.heads, cca.kv_heads, cca.head_dim
+    depthwise, grouped = cca.conv_qk_depthwise, cca.conv_qk_grouped
     if reach is not None:
-        oldest, older = oldest * (reach >= 2)[..., None], older * (reach >= 1)[..., None]
+        seen = seen * (reach >= reach.new_tensor([2, 1, 0]))[..., None]
     with torch.autocast(seen.device.type, enabled=False):
-        u = torch.addcmul(newest * w[:, 1], older, w[:, 0])
-        u_before = torch.addcmul(older * w[:, 1], oldest, w[:, 0])
-        return cca_heads(newest, u, u_before, *weights, *rope, cca.kv_heads)[:2]
+        w, seen = depthwise.weight, seen.to(depthwise.weight.dtype)                 # (C, 1, 2): no copy in fp32 per token
+        u = torch.addcmul(torch.addcmul(depthwise.bias, seen[:, :2], w[:, 0, 0]), seen[:, 1:], w[:, 0, 1])  # (B, 2, C)
+        z = u.view(B, 2, H + K, D).permute(2, 0, 3, 1).reshape(H + K, B, 2 * D)     # taps innermost, as in the weight
+        s = torch.bmm(z, grouped.weight.view(H + K, D, 2 * D).mT).transpose(0, 1)   # (B, H + K, D)
+        s = s.float() + grouped.bias.view(H + K, D)
+        latents = seen[:, 2].float().view(B, H + K, D)
+        mean = torch.add(latents[:, :H].unflatten(1, (K, -1)), latents[:, H:, None]) / 2
+        s[:, :H] += mean.flatten(1, 2)
+        s[:, H:] += mean.mean(2)
+        s *= D ** 0.5 / torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp_min(torch.finfo(s.dtype).eps)
+        s[:, H:] *= cca.temp.view(K, 1)
+        s = s[:, None]
+        turn(s, *rope, rope[0].shape[-1])
+        return s[:, :, :H], s[:, :, H:]
 
 
 def sample_lengths(reach):
@@ -238,14 +256,14 @@ class FusedCCA(zaya.CCA):
         B, S, _ = x.shape
         step = cache is not None and S == 1 and cache.packed is not None and not torch.is_grad_enabled()
         taps = self.conv_qk_depthwise.kernel_size[0], self.conv_qk_grouped.kernel_size[0]
-        if taps != (2, 2) or (cache is not None and not step):
+        if step and taps == (2, 2):
+            return self.step(x, rope, reach, mask, cache)
+        if taps != (2, 2) or cache is not None or isinstance(self.q_proj, Int8Linear):
             return super().forward(x, rope, reach, mask, cache)
         projections = (self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed)
         q_size, k_size, *v_sizes = (m.weight.shape[0] for m in projections)
         together = F.linear(x, torch.cat([m.weight for m in projections]))
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
-        if step:
-            return self.step(packed, current, delayed, rope, reach, mask, cache)
         if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
             depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
             q, k, v = triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
@@ -264,9 +282,11 @@ class FusedCCA(zaya.CCA):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
-    def step(self, packed, current, delayed, rope, reach, mask, cache):
+    def step(self, x, rope, reach, mask, cache):
         """One new token a row.  The query heads of a KV head are queries on the same keys, so they go as one block."""
-        B = len(packed)
+        B = len(x)
+        packed = torch.cat([linear(self.q_proj, x), linear(self.k_proj, x)], -1)    # (B, 1, C)
+        current, delayed = linear(self.v_proj_current, x), linear(self.v_proj_delayed, x)
         shifted = cache.delayed.to(delayed.dtype)
         if reach is not None:
             shifted = shifted * (reach >= 1)[..., None]
@@ -276,7 +296,7 @@ class FusedCCA(zaya.CCA):
         q, k = (t.to(v.dtype) for t in cca_mix_step(seen, self, rope, reach))
         k, v = cache.append(k.transpose(1, 2), v, self.sliding_window)              # (B, K, T, D)
         out = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, mask)
-        return self.o_proj(out.reshape(B, 1, -1))
+        return linear(self.o_proj, out.reshape(B, 1, -1))
 
 
 # ---- 3. experts -----------------------------------------------------------------------------------------------------
@@ -339,7 +359,15 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
+        if len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            return self.one_token(x, choice.item(), weight)
         return expert_mlp(x, self.gate_up_proj, self.down_proj, choice, weight)
+
+    def one_token(self, x, e, weight):
+        if e == len(self.down_proj):                                                # the skip expert
+            return torch.zeros_like(x)
+        gate, up = torch.mv(self.gate_up_proj[e], x[0]).chunk(2)
+        return (torch.mv(self.down_proj[e], F.silu(gate) * up) * weight).to(x.dtype)[None]
 
 
 # ---- 4. LM head + cross-entropy -------------------------------------------------------------------------------------
@@ -382,6 +410,225 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
     chunk = chunk or max(1, 2**24 // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):                         # fp32, whatever else is not
         return LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+# ---- 5. decoding: every weight read once a token, at the memory's speed ---------------------------------------------
+# One row's matrix products do nothing but read weights.  PyTorch reads bf16 as fast as the memory is, but has no CPU
+# product of bf16 weights with an fp32 result (the LM head) and none of int8 weights that is faster than bf16's.  The two
+# loops that are missing are C, as the GPU's are Triton: compiled by `cc` when first used, in a tenth of a second.
+
+C_SOURCE = r"""
+#include <stdint.h>
+
+static inline float widen(uint16_t bf16) { union { uint32_t bits; float value; } u = {(uint32_t)bf16 << 16}; return u.value; }
+
+/* y[m][n] = scale[n] * sum over k of w[n][k] x[m][k]; a row of w comes from memory once, for all m */
+#define PRODUCT(name, weight, wide, input, total) \
+void name(const weight *w, const float *scale, const input *x, float *y, long M, long N, long K, int threads) { \
+    _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 64)") \
+    for (long n = 0; n < N; n++) { \
+        const weight *row = w + n * K; \
+        for (long k = 0; k < K; k += 64 / sizeof(weight)) __builtin_prefetch(row + K + k); \
+        for (long m = 0; m < M; m++) { \
+            total sum = 0; \
+            for (long k = 0; k < K; k++) sum += wide(row[k]) * x[m * K + k]; \
+            y[m * N + n] = scale ? sum * scale[n] : sum; \
+        } \
+    } \
+}
+PRODUCT(bf16_product, uint16_t, widen, float, float)
+PRODUCT(int8_product, int8_t, (int32_t), int16_t, int32_t)
+"""
+
+
+@functools.cache
+def c_products():
+    """-> the compiled C_SOURCE; None without a C compiler that knows OpenMP: then there is a slower way."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "products")
+        with open(path + ".c", "w") as file:
+            file.write(C_SOURCE)
+        sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]    # in any order: without, no vectors
+        wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+        try:
+            subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", *sums, *wide, "-funroll-loops", "-fopenmp",
+                            "-shared", "-fPIC", path + ".c", "-o", path + ".so"], check=True, capture_output=True)
+            library = ctypes.CDLL(path + ".so")
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    for function in (library.bf16_product, library.int8_product):
+        function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_int], None
+    return library
+
+
+def wide_linear(x, weight, scale=None):
+    """F.linear(x, weight.float() * scale[:, None]) without ever having that matrix; (…, K) -> (…, N) in x's dtype.
+
+    weight (N, K) bf16 or int8, scale (N,) fp32 or None.  Sums are exact in fp32; with int8, few rows of x are rounded to
+    int16, as far as its sums of K products fit int32: 14 bits of the row's largest value at K = 2048, where bf16 has 8.
+    """
+    rows, (N, K) = x.reshape(-1, x.shape[-1]), weight.shape
+    if len(rows) > 8 or weight.device.type != "cpu" or c_products() is None or not weight.is_contiguous():
+        parts = [rows @ part.to(x.dtype).t() for part in weight.split(max(256, len(rows)))]
+        y = torch.cat(parts, -1) if scale is None else (torch.cat(parts, -1) * scale).to(x.dtype)
+        return y.view(*x.shape[:-1], N)
+    rows, y = rows.float().contiguous(), torch.empty(len(rows), N)
+    product, step = c_products().bf16_product, None
+    if weight.dtype == torch.int8:
+        product = c_products().int8_product
+        step = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / min(32767, (2**31 - 1) // (127 * K) - 1)
+        rows = (rows / step).round_().to(torch.int16)
+    product(weight.data_ptr(), None if scale is None else scale.data_ptr(), rows.data_ptr(), y.data_ptr(), len(rows), N, K,
+            torch.get_num_threads())
+    y = y if step is None else y.mul_(step)
+    return y.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def linear(module, x):
+    """module(x) for an nn.Linear without a bias or an Int8Linear; one row of bf16 by the product that reads fastest."""
+    if isinstance(module, Int8Linear) or x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(x) * x.shape[-2] > 1:
+        return module(x)
+    return torch.mv(module.weight, x.flatten()).view(*x.shape[:-1], -1)
+
+
+class FusedZaya(zaya.Zaya):
+    """zaya.Zaya whose LM head, outside of training, reads bf16 or int8 weights as they are: same fp32 logits."""
+
+    def logits(self, hidden):
+        weight = self.output_weight
+        if weight.dtype == torch.float32 or (torch.is_grad_enabled() and weight.requires_grad):
+            return super().logits(hidden)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        with torch.autocast(hidden.device.type, enabled=False):
+            return wide_linear(hidden.float(), weight, getattr(head, "scale", None))
+
+
+# ---- 6. int8 weights ------------------------------------------------------------------------------------------------
+
+
+def int8_rows(weight):
+    """(…, N, K) -> int8 of the same shape, scale (…, N) fp32, with weight ~ int8 * scale[…, None]: a scale a row."""
+    weight = weight.float()
+    scale = weight.abs().amax(-1).clamp_min(1e-30) / 127
+    return (weight / scale[..., None]).round_().to(torch.int8), scale
+
+
+class Int8Linear(torch.nn.Module):
+    """nn.Linear without a bias; weight (N, K) int8, scale (N,) fp32.  (…, K) -> (…, N) in x's dtype."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(shape[:-1]))
+
+    def forward(self, x):
+        return wide_linear(x, self.weight, self.scale)
+
+
+class Int8Embedding(Int8Linear):
+    """nn.Embedding with a scale a token; tied, it is the LM head as well."""
+
+    def forward(self, ids):
+        return self.weight[ids].float() * self.scale[ids, None]
+
+
+class Int8Experts(torch.nn.Module):
+    """zaya.Experts with weights in int8, a scale for every expert's output channel."""
+
+    def __init__(self, gate_up, down):
+        super().__init__()
+        for name, shape in (("gate_up", gate_up), ("down", down)):                  # (X, 2F, E) and (X, E, F)
+            self.register_buffer(name + "_proj", torch.zeros(shape, dtype=torch.int8))
+            self.register_buffer(name + "_scale", torch.zeros(shape[:-1]))
+
+    def forward(self, x, choice, weight):
+        y = torch.zeros_like(x)                                                     # as the skip expert leaves it
+        for e in choice.unique().tolist():
+            if e < len(self.down_proj):
+                here = (choice == e).nonzero()[:, 0]
+                gate, up = wide_linear(x[here], self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, -1)
+                y[here] = wide_linear(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
+        return (y * weight[:, None]).to(x.dtype)
+
+
+class Int8Zaya(FusedZaya):
+    """A fused model whose experts, attention projections, embedding and LM head are int8: a scale an output channel.
+
+    Routers, convolutions, norms and scales stay as they are: 1 % of the weights, which decide where tokens go.  It is
+    made by `quantize`, saved by save_pretrained and mapped by from_pretrained, and is not for training.
+    """
+    QUANTIZED = re.compile(r"((embed_tokens|lm_head|[qko]_proj|v_proj_\w+)\.weight|experts\.\w+_proj)$")
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj"):
+                setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name).weight.shape))
+            layer.experts = Int8Experts(layer.experts.gate_up_proj.shape, layer.experts.down_proj.shape)
+        self.embed_tokens = Int8Embedding(self.embed_tokens.weight.shape)
+        if not config.tie_word_embeddings:
+            self.lm_head = Int8Linear(self.lm_head.weight.shape)
+        fuse(self)
+
+    @classmethod
+    def tensors(cls, name, tensor):
+        """One named tensor of a model or a checkpoint -> {name: tensor} of what stands for it in int8."""
+        if not cls.QUANTIZED.search(name):
+            return {name: tensor}
+        weight, scale = int8_rows(tensor)
+        return {name: weight, re.sub("(weight|proj)$", "scale", name): scale}
+
+
+@torch.no_grad()
+def quantize(model):
+    """Zaya -> Int8Zaya.  Of memory-mapped weights no more than one tensor is in memory beside the result."""
+    with torch.device("meta"):
+        quantized = Int8Zaya(model.config)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state |= Int8Zaya.tensors(name, tensor)
+    quantized.load_state_dict(state, assign=True)
+    for new, old in zip(quantized.layers, model.layers):
+        new.gate.load = old.gate.load                           # not in the state: born on the meta device
+    return quantized.requires_grad_(False).eval()
+
+
+def quantize_checkpoint(source, target):
+    """The int8 form of a folder in the official layout, shard by shard; everything else of it is copied."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    os.makedirs(target, exist_ok=True)
+    places, names = {}, sorted(os.listdir(source))
+    if "config.json" not in names:
+        raise FileNotFoundError(f"{os.path.join(source, 'config.json')} not found: no checkpoint in the official layout")
+    for name in tqdm([name for name in names if name.endswith(".safetensors")], desc="int8", disable=None):
+        tensors = {}
+        with safe_open(os.path.join(source, name), "pt") as file:
+            for key in file.keys():
+                tensors |= Int8Zaya.tensors(key, file.get_tensor(key))
+        save_file(tensors, os.path.join(target, name), metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    for name in names:
+        if name.endswith((".json", ".jinja")):
+            with open(os.path.join(source, name)) as file:
+                text = file.read()
+            if name == "config.json":
+                text = json.dumps({**json.loads(text), "dtype": "int8"}, indent=2)
+            elif name == "model.safetensors.index.json":
+                text = json.dumps({"metadata": {}, "weight_map": places})
+            with open(os.path.join(target, name), "w") as file:
+                file.write(text)
+
+
+def load(folder, int8=False, device="cpu"):
+    """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former."""
+    path = os.path.join(folder, "config.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            if json.load(file).get("dtype") == "int8":
+                return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
+    model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
+    return quantize(model) if int8 else model
 
 
 # ---- Triton: 1, 2 and 3 for CUDA and ROCm, from one source ----------------------------------------------------------
@@ -846,7 +1093,11 @@ class FusedLayer(zaya.Layer):
 def fuse(model):
     """Give a Zaya's layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
     for layer in model.layers:
-        layer.__class__, layer.self_attn.__class__, layer.experts.__class__ = FusedLayer, FusedCCA, FusedExperts
+        layer.__class__, layer.self_attn.__class__ = FusedLayer, FusedCCA
+        if isinstance(layer.experts, zaya.Experts):
+            layer.experts.__class__ = FusedExperts
+    if type(model) is zaya.Zaya:
+        model.__class__ = FusedZaya
     return model
 
 
@@ -984,6 +1235,39 @@ def official(config):
         return lambda: model.generate(prompt, attention_mask=mask, max_new_tokens=count, min_new_tokens=count,
                                       do_sample=False, pad_token_id=0)
     return {"step": step, "generate": generate}
+
+
+def make_random_checkpoint(folder, config=None):
+    """A random bf16 model in the official layout, a shard a layer: never more than a layer in memory.
+
+    Every matrix is a piece, from a place of its own, of 2^26 normal numbers: drawing 9e9 would take minutes.
+    """
+    from safetensors.torch import save_file
+    config = config or zaya.ZayaConfig.preset("zaya1-8b")
+    os.makedirs(folder, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in zaya.Zaya(config).state_dict().items()}
+    shards = collections.defaultdict(list)
+    for name in shapes:
+        shards[name.split(".")[1] if name.startswith("layers.") else "rest"].append(name)
+    pool, places = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=config.initializer_range), {}
+    for i, (shard, names) in enumerate(tqdm(shards.items(), desc="random weights", disable=None)):
+        file, tensors = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", {}
+        for name in names:
+            tensor = torch.ones(shapes[name], dtype=torch.bfloat16)
+            if tensor.ndim > 1:
+                start = torch.randint(2**25, ()).item()
+                for part in tensor.flatten().split(2**25):
+                    part.copy_(pool[start:start + len(part)])
+            elif not name.endswith(("scale", "norm.weight", "temp")):
+                tensor.zero_()
+            tensors[zaya.Zaya.official_name(name)] = tensor
+        save_file(tensors, os.path.join(folder, file), metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    for name, text in (("model.safetensors.index.json", {"metadata": {}, "weight_map": places}),
+                       ("config.json", {**config.to_dict(), "dtype": "bfloat16"})):
+        with open(os.path.join(folder, name), "w") as file:
+            json.dump(text, file)
 
 
 def main(arguments=None):
