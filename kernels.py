@@ -210,7 +210,7 @@ def cca_mix_step(seen, cca, rope, reach=None):
     if reach is not None:
         seen = seen * (reach >= reach.new_tensor([2, 1, 0]))[..., None]
     with torch.autocast(seen.device.type, enabled=False):
-        w, seen = depthwise.weight, seen.to(depthwise.weight.dtype)                 # (C, 1, 2): no copy in fp32 per token
+        w, seen = depthwise.weight, seen.to(depthwise.weight.dtype)                 # (C, 1, 2): no fp32 copy a token
         u = torch.addcmul(torch.addcmul(depthwise.bias, seen[:, :2], w[:, 0, 0]), seen[:, 1:], w[:, 0, 1])  # (B, 2, C)
         z = u.view(B, 2, H + K, D).permute(2, 0, 3, 1).reshape(H + K, B, 2 * D)     # taps innermost, as in the weight
         s = torch.bmm(z, grouped.weight.view(H + K, D, 2 * D).mT).transpose(0, 1)   # (B, H + K, D)
@@ -359,7 +359,7 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
-        if len(x) == 1 and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        if one_bf16_row(x) and self.down_proj.dtype == x.dtype:
             return self.one_token(x, choice.item(), weight)
         return expert_mlp(x, self.gate_up_proj, self.down_proj, choice, weight)
 
@@ -413,14 +413,17 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
 
 
 # ---- 5. decoding: every weight read once a token, at the memory's speed ---------------------------------------------
-# One row's matrix products do nothing but read weights.  PyTorch reads bf16 as fast as the memory is, but has no CPU
-# product of bf16 weights with an fp32 result (the LM head) and none of int8 weights that is faster than bf16's.  The two
-# loops that are missing are C, as the GPU's are Triton: compiled by `cc` when first used, in a tenth of a second.
+# One row's matrix products do little but read weights.  torch.mv reads bf16 about as fast as the memory is, but on a CPU
+# there is no product of bf16 weights with an fp32 result, for the LM head, and none of int8 weights that is much faster
+# than bf16's.  Those two loops are C here, as the GPU's are Triton: `cc` compiles them at the first use, in a moment.
 
 C_SOURCE = r"""
 #include <stdint.h>
 
-static inline float widen(uint16_t bf16) { union { uint32_t bits; float value; } u = {(uint32_t)bf16 << 16}; return u.value; }
+static inline float widen(uint16_t bf16) {
+    union { uint32_t bits; float value; } u = {(uint32_t)bf16 << 16};
+    return u.value;
+}
 
 /* y[m][n] = scale[n] * sum over k of w[n][k] x[m][k]; a row of w comes from memory once, for all m */
 #define PRODUCT(name, weight, wide, input, total) \
@@ -451,8 +454,9 @@ def c_products():
         sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]    # in any order: without, no vectors
         wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
         try:
-            subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", *sums, *wide, "-funroll-loops", "-fopenmp",
-                            "-shared", "-fPIC", path + ".c", "-o", path + ".so"], check=True, capture_output=True)
+            subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", *sums, *wide, "-funroll-loops",
+                            "-fopenmp", "-shared", "-fPIC", path + ".c", "-o", path + ".so"],
+                           check=True, capture_output=True)
             library = ctypes.CDLL(path + ".so")
         except (OSError, subprocess.CalledProcessError):
             return None
@@ -464,8 +468,8 @@ def c_products():
 def wide_linear(x, weight, scale=None):
     """F.linear(x, weight.float() * scale[:, None]) without ever having that matrix; (…, K) -> (…, N) in x's dtype.
 
-    weight (N, K) bf16 or int8, scale (N,) fp32 or None.  Sums are exact in fp32; with int8, few rows of x are rounded to
-    int16, as far as its sums of K products fit int32: 14 bits of the row's largest value at K = 2048, where bf16 has 8.
+    weight (N, K) bf16 or int8, scale (N,) fp32 or None.  Sums are fp32.  With int8, up to 8 rows of x are rounded to
+    int16, as finely as lets sums of K products fit int32: at K = 2048 to 1/8255 of the row's largest value.
     """
     rows, (N, K) = x.reshape(-1, x.shape[-1]), weight.shape
     if len(rows) > 8 or weight.device.type != "cpu" or c_products() is None or not weight.is_contiguous():
@@ -478,17 +482,22 @@ def wide_linear(x, weight, scale=None):
         product = c_products().int8_product
         step = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / min(32767, (2**31 - 1) // (127 * K) - 1)
         rows = (rows / step).round_().to(torch.int16)
-    product(weight.data_ptr(), None if scale is None else scale.data_ptr(), rows.data_ptr(), y.data_ptr(), len(rows), N, K,
-            torch.get_num_threads())
+    product(weight.data_ptr(), None if scale is None else scale.data_ptr(), rows.data_ptr(), y.data_ptr(), len(rows), N,
+            K, torch.get_num_threads())
     y = y if step is None else y.mul_(step)
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
 def linear(module, x):
     """module(x) for an nn.Linear without a bias or an Int8Linear; one row of bf16 by the product that reads fastest."""
-    if isinstance(module, Int8Linear) or x.device.type != "cpu" or x.dtype != torch.bfloat16 or len(x) * x.shape[-2] > 1:
+    if isinstance(module, Int8Linear) or not one_bf16_row(x):
         return module(x)
     return torch.mv(module.weight, x.flatten()).view(*x.shape[:-1], -1)
+
+
+def one_bf16_row(x):
+    return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and \
+        not torch.is_grad_enabled()
 
 
 class FusedZaya(zaya.Zaya):
@@ -600,7 +609,7 @@ def quantize_checkpoint(source, target):
     os.makedirs(target, exist_ok=True)
     places, names = {}, sorted(os.listdir(source))
     if "config.json" not in names:
-        raise FileNotFoundError(f"{os.path.join(source, 'config.json')} not found: no checkpoint in the official layout")
+        raise FileNotFoundError(f"{source!r} has no config.json: no checkpoint in the official layout")
     for name in tqdm([name for name in names if name.endswith(".safetensors")], desc="int8", disable=None):
         tensors = {}
         with safe_open(os.path.join(source, name), "pt") as file:
@@ -1251,7 +1260,7 @@ def make_random_checkpoint(folder, config=None):
     for name in shapes:
         shards[name.split(".")[1] if name.startswith("layers.") else "rest"].append(name)
     pool, places = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=config.initializer_range), {}
-    for i, (shard, names) in enumerate(tqdm(shards.items(), desc="random weights", disable=None)):
+    for i, names in enumerate(tqdm(shards.values(), desc="random weights", disable=None)):
         file, tensors = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", {}
         for name in names:
             tensor = torch.ones(shapes[name], dtype=torch.bfloat16)
@@ -1270,10 +1279,102 @@ def make_random_checkpoint(folder, config=None):
             json.dump(text, file)
 
 
+def memory_gb():
+    """{"anonymous", "mapped"} GB of this process that are in memory now; NaN where there is no /proc."""
+    try:
+        with open("/proc/self/status") as file:
+            kb = dict(line.split(":", 1) for line in file)
+        return {name: int(kb[key].split()[0]) / 1e6 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
+    except (OSError, KeyError):
+        return {"anonymous": float("nan"), "mapped": float("nan")}
+
+
+def gb_per_token(model):
+    """What one token reads: of the experts one, of the embedding the LM head, of everything else all."""
+    experts = sum(t.nbytes for layer in model.layers for t in layer.experts.state_dict().values())
+    return (sum(t.nbytes for t in model.state_dict().values()) - experts * (1 - 1 / model.config.num_experts)) / 1e9
+
+
+@torch.no_grad()
+def decode(model, prompt, count):
+    """Greedy -> the ids (1, S + count), the logits they were chosen from (count, V), seconds a token after prefill."""
+    cache, ids, logits, times = zaya.Cache(len(model.layers)), prompt, [], []
+    for _ in range(count):
+        begun = time.perf_counter()
+        logits.append(model(ids[:, cache.columns:], cache=cache)[0, -1])
+        ids = torch.cat([ids, logits[-1].argmax().view(1, 1)], 1)
+        times.append(time.perf_counter() - begun)
+    return ids, torch.stack(logits), times[1:]
+
+
+@torch.no_grad()
+def decoding(folder, count=32, ready=lambda: None):
+    """The checkpoint in `folder` and its int8 form, decoding one row -> rows of what they read, reach and get wrong.
+
+    Where `folder` does not exist, a random ZAYA1-8B (17.7 GB) is put there; the int8 form goes into `folder`-int8.
+    The limit is what a token reads at the speed of torch.mv on 1 GB of bf16; `ready` is called before each timing.
+    """
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        make_random_checkpoint(folder)
+    if not os.path.exists(os.path.join(folder + "-int8", "config.json")):
+        quantize_checkpoint(folder, folder + "-int8")
+    rows, prompt, reference = [], torch.arange(1, 9)[None], None
+    for name in (folder, folder + "-int8"):
+        model = load(name)
+        for tensor in model.state_dict().values():                                  # map every page once
+            tensor.view(-1)[::1024].sum(dtype=torch.float32)
+        decode(model, prompt, 4)
+        ready()
+        bandwidth = mv_bandwidth()
+        ids, logits, times = decode(model, prompt, count)
+        row = {"checkpoint": name, **memory_gb(), "gb_per_token": gb_per_token(model), "bandwidth": bandwidth,
+               "tokens_per_s": len(times) / sum(times)}
+        row["share"] = row["tokens_per_s"] * row["gb_per_token"] / bandwidth
+        if reference is None:
+            reference = ids, logits
+        else:                                                                       # over the same tokens
+            logits = model(reference[0][:, :-1])[0, prompt.shape[1] - 1:]
+            row |= logit_error(logits, reference[1])
+        rows.append(row)
+        del model
+    return rows
+
+
+def mv_bandwidth():
+    """GB/s at which torch.mv reads 1 GB of bf16."""
+    big, vector = torch.ones(2**18, 2048, dtype=torch.bfloat16), torch.ones(2048, dtype=torch.bfloat16)
+    return big.nbytes / 1e6 / medians(lambda: torch.mv(big, vector), rounds=5)[0]
+
+
+def logit_error(logits, reference):
+    """(N, V) each -> {"error": of the root mean square; "kl": nats a token; "same": share of equal argmax}."""
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    return {"error": ((logits - reference).norm() / reference.norm()).item(),
+            "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+            "same": (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--full-size", metavar="FOLDER", help="instead: memory and decoding speed of the checkpoint in "
+                        "FOLDER and of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
+    parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: write FOLDER's int8 form")
     given = parser.parse_args(arguments)
+    if given.quantize:
+        return quantize_checkpoint(*given.quantize)
+    if given.full_size:
+        rows = decoding(given.full_size)
+        if given.json:
+            return print(json.dumps({"threads": torch.get_num_threads(), "decoding": rows}, indent=1))
+        print("| checkpoint | anonymous, GB | mapped, GB | GB a token | GB/s of torch.mv | tokens/s | of the limit | "
+              "logit error | KL, nats | same argmax |")
+        print("|---" * 10 + "|")
+        for row in rows:
+            error = [f"{row[key]:.3g}" for key in ("error", "kl", "same")] if "error" in row else [""] * 3
+            print("| " + " | ".join([row["checkpoint"], *(f"{row[key]:.2f}" for key in (
+                "anonymous", "mapped", "gb_per_token", "bandwidth", "tokens_per_s", "share")), *error]) + " |")
+        return
     limits, rows = machine_limits(), benchmark()
     if given.json:
         print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows}, indent=1))
