@@ -413,8 +413,8 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
 
 
 # ---- 5. decoding: every weight read once a token, at the memory's speed ---------------------------------------------
-# One row's matrix products do little but read weights.  torch.mv reads bf16 about as fast as the memory is, but on a CPU
-# there is no product of bf16 weights with an fp32 result, for the LM head, and none of int8 weights that is much faster
+# One row's matrix products do little but read weights.  torch.mv reads bf16 about as fast as the memory is, but a CPU
+# has no product of bf16 weights with an fp32 result, for the LM head, and none of int8 weights that is much faster
 # than bf16's.  Those two loops are C here, as the GPU's are Triton: `cc` compiles them at the first use, in a moment.
 
 C_SOURCE = r"""
@@ -1308,11 +1308,11 @@ def decode(model, prompt, count):
 
 
 @torch.no_grad()
-def decoding(folder, count=32, ready=lambda: None):
+def decoding(folder, count=32):
     """The checkpoint in `folder` and its int8 form, decoding one row -> rows of what they read, reach and get wrong.
 
     Where `folder` does not exist, a random ZAYA1-8B (17.7 GB) is put there; the int8 form goes into `folder`-int8.
-    The limit is what a token reads at the speed of torch.mv on 1 GB of bf16; `ready` is called before each timing.
+    The limit is what a token reads at the speed of torch.mv on 1 GB of bf16.
     """
     if not os.path.exists(os.path.join(folder, "config.json")):
         make_random_checkpoint(folder)
@@ -1324,7 +1324,6 @@ def decoding(folder, count=32, ready=lambda: None):
         for tensor in model.state_dict().values():                                  # map every page once
             tensor.view(-1)[::1024].sum(dtype=torch.float32)
         decode(model, prompt, 4)
-        ready()
         bandwidth = mv_bandwidth()
         ids, logits, times = decode(model, prompt, count)
         row = {"checkpoint": name, **memory_gb(), "gb_per_token": gb_per_token(model), "bandwidth": bandwidth,
