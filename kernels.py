@@ -209,6 +209,11 @@ def cca_mix_step(seen, cca, rope, reach=None):
     depthwise, grouped = cca.conv_qk_depthwise, cca.conv_qk_grouped
     if reach is not None:
         seen = seen * (reach >= reach.new_tensor([2, 1, 0]))[..., None]
+    if one_row(seen[:, 2], depthwise.weight):
+        seen, out = seen.float().contiguous(), torch.empty(1, 1, H + K, D)
+        weights = depthwise.weight, depthwise.bias, grouped.weight, grouped.bias, cca.temp, *rope, out
+        c_products().mix_row(seen.data_ptr(), *(t.data_ptr() for t in weights), H, K, D, rope[0].shape[-1])
+        return out[:, :, :H], out[:, :, H:]
     with torch.autocast(seen.device.type, enabled=False):
         w, seen = depthwise.weight, seen.to(depthwise.weight.dtype)                 # (C, 1, 2): no fp32 copy a token
         u = torch.addcmul(torch.addcmul(depthwise.bias, seen[:, :2], w[:, 0, 0]), seen[:, 1:], w[:, 0, 1])  # (B, 2, C)
@@ -359,7 +364,7 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
-        if one_bf16_row(x) and self.down_proj.dtype == x.dtype:
+        if one_row(x, self.down_proj):
             return self.one_token(x, choice.item(), weight)
         return expert_mlp(x, self.gate_up_proj, self.down_proj, choice, weight)
 
@@ -418,16 +423,19 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
 # than bf16's.  Those two loops are C here, as the GPU's are Triton: `cc` compiles them at the first use, in a moment.
 
 C_SOURCE = r"""
+#include <math.h>
 #include <stdint.h>
 
-static inline float widen(uint16_t bf16) {
-    union { uint32_t bits; float value; } u = {(uint32_t)bf16 << 16};
-    return u.value;
+typedef union { uint32_t bits; float value; } word;
+static inline float widen(uint16_t bf16) { return ((word){(uint32_t)bf16 << 16}).value; }
+static inline uint16_t narrow(float value) {                    /* to the nearest, ties to even */
+    uint32_t bits = ((word){.value = value}).bits;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 /* y[m][n] = scale[n] * sum over k of w[n][k] x[m][k]; a row of w comes from memory once, for all m */
 #define PRODUCT(name, weight, wide, input, total) \
-void name(const weight *w, const float *scale, const input *x, float *y, long M, long N, long K, int threads) { \
+void name(const weight *w, const float *scale, const input *x, float *y, long M, long N, long K, long threads) { \
     _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 64)") \
     for (long n = 0; n < N; n++) { \
         const weight *row = w + n * K; \
@@ -441,6 +449,51 @@ void name(const weight *w, const float *scale, const input *x, float *y, long M,
 }
 PRODUCT(bf16_product, uint16_t, widen, float, float)
 PRODUCT(int8_product, int8_t, (int32_t), int16_t, int32_t)
+
+/* residual_norm of one row; y = 0: only the norm, of x; weight = 0: only the new x, into out */
+void norm_row(const float *x, const uint16_t *y, const uint16_t *a_r, const uint16_t *b_r, const uint16_t *a_o,
+              const uint16_t *b_o, const uint16_t *weight, float *out, uint16_t *normed, long E, float eps) {
+    float sum = 0;
+    for (long i = 0; i < E; i++) {
+        out[i] = y ? (x[i] + widen(b_r[i])) * widen(a_r[i]) + (widen(y[i]) + widen(b_o[i])) * widen(a_o[i]) : x[i];
+        sum += out[i] * out[i];
+    }
+    float scale = 1 / sqrtf(sum / E + eps);
+    for (long i = 0; weight && i < E; i++) normed[i] = narrow(widen(weight[i]) * out[i] * scale);
+}
+
+/* cca_mix of the newest of three tokens: seen (3, C), w (C, 2), weight (C, D, 2) -> out (C) */
+void mix_row(const float *seen, const uint16_t *w, const uint16_t *b, const uint16_t *weight, const uint16_t *bias,
+             const uint16_t *temp, const float *cosine, const float *sine, float *out, long H, long K, long D, long half) {
+    long C = (H + K) * D, group = H / K;
+    const float *p = seen + 2 * C;
+    float u[2 * C];
+    for (long c = 0; c < C; c++)
+        for (long t = 0; t < 2; t++)
+            u[2 * c + t] = widen(b[c]) + widen(w[2 * c]) * seen[t * C + c] + widen(w[2 * c + 1]) * seen[(t + 1) * C + c];
+    for (long c = 0; c < C; c++) {
+        float sum = 0;
+        for (long i = 0; i < 2 * D; i++) sum += widen(weight[c * 2 * D + i]) * u[c / D * 2 * D + i];
+        out[c] = sum + widen(bias[c]);
+    }
+    for (long h = 0; h < H; h++)
+        for (long d = 0; d < D; d++) {
+            float mean = (p[h * D + d] + p[(H + h / group) * D + d]) / 2;
+            out[h * D + d] += mean;
+            out[(H + h / group) * D + d] += mean / group;
+        }
+    for (long h = 0; h < H + K; h++) {
+        float *s = out + h * D, sum = 0;
+        for (long d = 0; d < D; d++) sum += s[d] * s[d];
+        float scale = sqrtf(D) / fmaxf(sqrtf(sum), 1.1920929e-07f) * (h < H ? 1 : widen(temp[h - H]));
+        for (long d = 0; d < D; d++) s[d] *= scale;
+        for (long d = 0; d < half; d++) {
+            float first = s[d];
+            s[d] = first * cosine[d] - s[d + half] * sine[d];
+            s[d + half] = s[d + half] * cosine[d] + first * sine[d];
+        }
+    }
+}
 """
 
 
@@ -457,11 +510,13 @@ def c_products():
             subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", *sums, *wide, "-funroll-loops",
                             "-fopenmp", "-shared", "-fPIC", path + ".c", "-o", path + ".so"],
                            check=True, capture_output=True)
-            library = ctypes.CDLL(path + ".so")
+            library = ctypes.CDLL(path + ".so")                 # the file may go, the code stays
         except (OSError, subprocess.CalledProcessError):
             return None
-    for function in (library.bf16_product, library.int8_product):
-        function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 3 + [ctypes.c_int], None
+    for name, pointers, sizes in (("bf16_product", 4, 4), ("int8_product", 4, 4), ("norm_row", 9, 1), ("mix_row", 9, 4)):
+        function = getattr(library, name)
+        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * sizes + [ctypes.c_float] * (name == "norm_row")
+        function.restype = None
     return library
 
 
@@ -488,16 +543,40 @@ def wide_linear(x, weight, scale=None):
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
+def one_row(x, weight):
+    """Whether this is a step of one row with bf16 weights that the C code is for."""
+    return weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and \
+        not torch.is_grad_enabled() and c_products() is not None
+
+
 def linear(module, x):
-    """module(x) for an nn.Linear without a bias or an Int8Linear; one row of bf16 by the product that reads fastest."""
-    if isinstance(module, Int8Linear) or not one_bf16_row(x):
+    """module(x) for an nn.Linear or an Int8Linear; one row of bf16 by the product that reads fastest."""
+    if isinstance(module, Int8Linear) or not one_row(x, module.weight):
         return module(x)
-    return torch.mv(module.weight, x.flatten()).view(*x.shape[:-1], -1)
+    y = torch.mv(module.weight, x.flatten()) if module.bias is None else \
+        torch.addmv(module.bias, module.weight, x.flatten())
+    return y.view(*x.shape[:-1], -1)
 
 
-def one_bf16_row(x):
-    return x.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and \
-        not torch.is_grad_enabled()
+def norm_row(x, y=None, scaling=None, norm=None):
+    """`residual_norm` of one row with bf16 weights, or without y only the norm, or without norm only the new x."""
+    out, normed = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bfloat16)
+    names = "residual_scale", "residual_bias", "hidden_states_scale", "hidden_states_bias"
+    vectors = [None] * 5 if y is None else [y.data_ptr(), *(getattr(scaling, name).data_ptr() for name in names)]
+    c_products().norm_row(x.data_ptr(), *vectors, norm.weight.data_ptr() if norm else None, out.data_ptr(),
+                          normed.data_ptr(), x.numel(), norm.eps if norm else 0)
+    return out, normed
+
+
+def route_row(gate, h, previous):
+    """zaya.Router outside of training, for one row with bf16 weights."""
+    r = linear(gate.down_proj, h)
+    if previous is not None and hasattr(gate, "router_states_scale"):
+        r = torch.addcmul(r, previous, gate.router_states_scale)
+    z = F.gelu(linear(gate.fc1, norm_row(r.float(), norm=gate.norm)[1]))
+    scores = linear(gate.out_proj, F.gelu(linear(gate.fc2, z))).float().softmax(-1)
+    choice = (scores + gate.balancing_biases).argmax(-1)
+    return scores.gather(-1, choice[..., None])[..., 0], choice, r
 
 
 class FusedZaya(zaya.Zaya):
@@ -1092,11 +1171,21 @@ class FusedLayer(zaya.Layer):
     """zaya.Layer with path 1 between its two halves."""
 
     def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
+        if one_row(x, self.input_layernorm.weight) and choice is None and not self.gate.training:
+            return self.step(x, r, rope, reach, mask, cache)
         y = self.self_attn(self.input_layernorm(x), rope, reach, mask, cache)
         x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
         weight, choice, r = self.gate(h, r, choice, count)
         y = self.experts(h.flatten(0, 1), choice.flatten(), weight.flatten()).view_as(h)
         return self.post_mlp_residual_scale(x, y), r, choice
+
+    def step(self, x, r, rope, reach, mask, cache):
+        """One token of one row with bf16 weights: of 200 small operations, those that C does not do."""
+        y = self.self_attn(norm_row(x, norm=self.input_layernorm)[1], rope, reach, mask, cache)
+        x, h = norm_row(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
+        weight, choice, r = route_row(self.gate, h, r)
+        y = self.experts(h[0], choice[0], weight[0])
+        return norm_row(x, y, self.post_mlp_residual_scale)[0], r, choice
 
 
 def fuse(model):
