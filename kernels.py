@@ -8,6 +8,7 @@ of a model's modules for subclasses that call them; parameters, checkpoints and 
     packed_attention  attention sample by sample instead of under a dense mask
     expert_mlp        tokens sorted by expert, products into one buffer, SwiGLU, weighted return
     linear_cross_entropy   LM head and loss in chunks, never holding (N, V) logits
+    wide_linear       bf16 or int8 weights read once, at the memory's speed: decoding, and quantize(model)
 
 On a CPU much of a training step of a small model goes into elementwise passes over activations; written by hand, the
 backward passes save some of them.  `python kernels.py` prints how equal and how fast each path is on this machine.  On
@@ -212,7 +213,7 @@ def cca_mix_step(seen, cca, rope, reach=None):
     if one_row(seen[:, 2], depthwise.weight):
         seen, out = seen.float().contiguous(), torch.empty(1, 1, H + K, D)
         weights = depthwise.weight, depthwise.bias, grouped.weight, grouped.bias, cca.temp, *rope, out
-        c_products().mix_row(seen.data_ptr(), *(t.data_ptr() for t in weights), H, K, D, rope[0].shape[-1])
+        c_code().mix_row(seen.data_ptr(), *(t.data_ptr() for t in weights), H, K, D, rope[0].shape[-1])
         return out[:, :, :H], out[:, :, H:]
     with torch.autocast(seen.device.type, enabled=False):
         w, seen = depthwise.weight, seen.to(depthwise.weight.dtype)                 # (C, 1, 2): no fp32 copy a token
@@ -420,7 +421,8 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
 # ---- 5. decoding: every weight read once a token, at the memory's speed ---------------------------------------------
 # One row's matrix products do little but read weights.  torch.mv reads bf16 about as fast as the memory is, but a CPU
 # has no product of bf16 weights with an fp32 result, for the LM head, and none of int8 weights that is much faster
-# than bf16's.  Those two loops are C here, as the GPU's are Triton: `cc` compiles them at the first use, in a moment.
+# than bf16's; and a step of small operations spends as long between the products as in them.  What is missing is C
+# here, as the GPU's kernels are Triton: `cc` compiles it at the first use, in a moment.
 
 C_SOURCE = r"""
 #include <math.h>
@@ -433,9 +435,10 @@ static inline uint16_t narrow(float value) {                    /* to the neares
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-/* y[m][n] = scale[n] * sum over k of w[n][k] x[m][k]; a row of w comes from memory once, for all m */
+/* y[m][n] = step[m] * scale[n] * sum over k of w[n][k] x[m][k]; a row of w comes from memory once, for all m */
 #define PRODUCT(name, weight, wide, input, total) \
-void name(const weight *w, const float *scale, const input *x, float *y, long M, long N, long K, long threads) { \
+void name(const weight *w, const float *scale, const input *x, const float *step, float *y, long M, long N, long K, \
+          long threads) { \
     _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 64)") \
     for (long n = 0; n < N; n++) { \
         const weight *row = w + n * K; \
@@ -443,12 +446,22 @@ void name(const weight *w, const float *scale, const input *x, float *y, long M,
         for (long m = 0; m < M; m++) { \
             total sum = 0; \
             for (long k = 0; k < K; k++) sum += wide(row[k]) * x[m * K + k]; \
-            y[m * N + n] = scale ? sum * scale[n] : sum; \
+            y[m * N + n] = scale ? sum * scale[n] * step[m] : sum; \
         } \
     } \
 }
 PRODUCT(bf16_product, uint16_t, widen, float, float)
 PRODUCT(int8_product, int8_t, (int32_t), int16_t, int32_t)
+
+/* x (M, K) ~ step[m] * rounded[m][k], the largest of a row as +-most */
+void round_rows(const float *x, int16_t *rounded, float *step, long M, long K, long most) {
+    for (long m = 0; m < M; m++, x += K, rounded += K) {
+        float peak = 1e-30f;
+        for (long k = 0; k < K; k++) peak = fmaxf(peak, fabsf(x[k]));
+        step[m] = peak / most;
+        for (long k = 0; k < K; k++) rounded[k] = rintf(x[k] * (most / peak));
+    }
+}
 
 /* residual_norm of one row; y = 0: only the norm, of x; weight = 0: only the new x, into out */
 void norm_row(const float *x, const uint16_t *y, const uint16_t *a_r, const uint16_t *b_r, const uint16_t *a_o,
@@ -464,13 +477,16 @@ void norm_row(const float *x, const uint16_t *y, const uint16_t *a_r, const uint
 
 /* cca_mix of the newest of three tokens: seen (3, C), w (C, 2), weight (C, D, 2) -> out (C) */
 void mix_row(const float *seen, const uint16_t *w, const uint16_t *b, const uint16_t *weight, const uint16_t *bias,
-             const uint16_t *temp, const float *cosine, const float *sine, float *out, long H, long K, long D, long half) {
+             const uint16_t *temp, const float *cosine, const float *sine, float *out, long H, long K, long D,
+             long half) {
     long C = (H + K) * D, group = H / K;
     const float *p = seen + 2 * C;
     float u[2 * C];
     for (long c = 0; c < C; c++)
-        for (long t = 0; t < 2; t++)
-            u[2 * c + t] = widen(b[c]) + widen(w[2 * c]) * seen[t * C + c] + widen(w[2 * c + 1]) * seen[(t + 1) * C + c];
+        for (long t = 0; t < 2; t++) {
+            const float *older = seen + t * C + c, *newer = older + C;
+            u[2 * c + t] = widen(b[c]) + widen(w[2 * c]) * *older + widen(w[2 * c + 1]) * *newer;
+        }
     for (long c = 0; c < C; c++) {
         float sum = 0;
         for (long i = 0; i < 2 * D; i++) sum += widen(weight[c * 2 * D + i]) * u[c / D * 2 * D + i];
@@ -498,8 +514,8 @@ void mix_row(const float *seen, const uint16_t *w, const uint16_t *b, const uint
 
 
 @functools.cache
-def c_products():
-    """-> the compiled C_SOURCE; None without a C compiler that knows OpenMP: then there is a slower way."""
+def c_code():
+    """-> the compiled C_SOURCE; None without a C compiler that knows OpenMP: then everything goes through PyTorch."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "products")
         with open(path + ".c", "w") as file:
@@ -513,10 +529,12 @@ def c_products():
             library = ctypes.CDLL(path + ".so")                 # the file may go, the code stays
         except (OSError, subprocess.CalledProcessError):
             return None
-    for name, pointers, sizes in (("bf16_product", 4, 4), ("int8_product", 4, 4), ("norm_row", 9, 1), ("mix_row", 9, 4)):
+    signatures = (("bf16_product", 5, 4, 0), ("int8_product", 5, 4, 0), ("round_rows", 3, 3, 0), ("norm_row", 9, 1, 1),
+                  ("mix_row", 9, 4, 0))
+    for name, pointers, sizes, numbers in signatures:
         function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_long] * sizes + [ctypes.c_float] * (name == "norm_row")
-        function.restype = None
+        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * pointers, *[ctypes.c_long] * sizes,
+                                                     *[ctypes.c_float] * numbers]
     return library
 
 
@@ -527,26 +545,26 @@ def wide_linear(x, weight, scale=None):
     int16, as finely as lets sums of K products fit int32: at K = 2048 to 1/8255 of the row's largest value.
     """
     rows, (N, K) = x.reshape(-1, x.shape[-1]), weight.shape
-    if len(rows) > 8 or weight.device.type != "cpu" or c_products() is None or not weight.is_contiguous():
+    if len(rows) > 8 or weight.device.type != "cpu" or c_code() is None or not weight.is_contiguous():
         parts = [rows @ part.to(x.dtype).t() for part in weight.split(max(256, len(rows)))]
         y = torch.cat(parts, -1) if scale is None else (torch.cat(parts, -1) * scale).to(x.dtype)
         return y.view(*x.shape[:-1], N)
-    rows, y = rows.float().contiguous(), torch.empty(len(rows), N)
-    product, step = c_products().bf16_product, None
+    rows, y, M, threads = rows.float().contiguous(), torch.empty(len(rows), N), len(rows), torch.get_num_threads()
     if weight.dtype == torch.int8:
-        product = c_products().int8_product
-        step = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / min(32767, (2**31 - 1) // (127 * K) - 1)
-        rows = (rows / step).round_().to(torch.int16)
-    product(weight.data_ptr(), None if scale is None else scale.data_ptr(), rows.data_ptr(), y.data_ptr(), len(rows), N,
-            K, torch.get_num_threads())
-    y = y if step is None else y.mul_(step)
+        rounded, step = torch.empty(rows.shape, dtype=torch.int16), torch.empty(M)
+        most = min(32767, (2**31 - 1) // (127 * K))
+        c_code().round_rows(rows.data_ptr(), rounded.data_ptr(), step.data_ptr(), M, K, most)
+        c_code().int8_product(weight.data_ptr(), scale.data_ptr(), rounded.data_ptr(), step.data_ptr(),
+                                  y.data_ptr(), M, N, K, threads)
+    else:
+        c_code().bf16_product(weight.data_ptr(), None, rows.data_ptr(), None, y.data_ptr(), M, N, K, threads)
     return y.to(x.dtype).view(*x.shape[:-1], N)
 
 
 def one_row(x, weight):
     """Whether this is a step of one row with bf16 weights that the C code is for."""
     return weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and \
-        not torch.is_grad_enabled() and c_products() is not None
+        not torch.is_grad_enabled() and c_code() is not None
 
 
 def linear(module, x):
@@ -563,7 +581,7 @@ def norm_row(x, y=None, scaling=None, norm=None):
     out, normed = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bfloat16)
     names = "residual_scale", "residual_bias", "hidden_states_scale", "hidden_states_bias"
     vectors = [None] * 5 if y is None else [y.data_ptr(), *(getattr(scaling, name).data_ptr() for name in names)]
-    c_products().norm_row(x.data_ptr(), *vectors, norm.weight.data_ptr() if norm else None, out.data_ptr(),
+    c_code().norm_row(x.data_ptr(), *vectors, norm.weight.data_ptr() if norm else None, out.data_ptr(),
                           normed.data_ptr(), x.numel(), norm.eps if norm else 0)
     return out, normed
 
@@ -631,11 +649,10 @@ class Int8Experts(torch.nn.Module):
 
     def forward(self, x, choice, weight):
         y = torch.zeros_like(x)                                                     # as the skip expert leaves it
-        for e in choice.unique().tolist():
-            if e < len(self.down_proj):
-                here = (choice == e).nonzero()[:, 0]
-                gate, up = wide_linear(x[here], self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, -1)
-                y[here] = wide_linear(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
+        for e in set(choice.tolist()) - {len(self.down_proj)}:
+            here = (choice == e).nonzero()[:, 0] if len(x) > 1 else slice(None)
+            gate, up = wide_linear(x[here], self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, -1)
+            y[here] = wide_linear(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
         return (y * weight[:, None]).to(x.dtype)
 
 

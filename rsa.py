@@ -298,8 +298,8 @@ def is_ours(folder):
 
 
 class ChatTokenizer:
-    """The tokenizer of an official folder, such as ZAYA1-8B's: tokenizer.json, the Jinja chat template, and the ids that
-    end a turn, behind those methods of zaya.Tokenizer that this file uses.
+    """The tokenizer of an official folder, such as ZAYA1-8B's: tokenizer.json, the Jinja chat template, and the ids
+    that end a turn, behind those methods of zaya.Tokenizer that this file uses.
 
     Prompts have the ids of transformers' AutoTokenizer.apply_chat_template; as there, a special token that is spelled
     out in a problem becomes that token.  ValueError names the file that is missing or damaged; ImportError says what

@@ -18,6 +18,7 @@ from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
 import rsa
 from rsa import (
     Budget,
