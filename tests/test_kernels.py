@@ -276,7 +276,8 @@ def test_wide_linear(rows, compiler):
     assert got.dtype == torch.bfloat16
     close(got, wanted, 2e-2)
     most = torch.full((5, 4096), 127, dtype=torch.int8)         # every product as large as it can be
-    close(kernels.wide_linear(torch.full((rows, 4096), -3.0), most, torch.ones(5)), torch.tensor(-3.0 * 127 * 4096), 1e-3)
+    got = kernels.wide_linear(torch.full((rows, 4096), -3.0), most, torch.ones(5))
+    close(got, torch.tensor(-3.0 * 127 * 4096), 1e-3)
 
 
 @torch.no_grad()
@@ -315,9 +316,11 @@ def test_int8(changes, compiler, tmp_path):
         kernels.quantize_checkpoint(str(tmp_path), str(tmp_path / "out"))
     plain.save_pretrained(str(tmp_path / "plain"), max_shard_bytes=200_000)
     rounded = kernels.quantize(plain)
-    ids = torch.randint(10, 300, (2, 20))
-    wanted = rounded(ids)
-    assert kernels.logit_error(wanted.flatten(0, 1), plain(ids).flatten(0, 1))["error"] < 0.05
+    ids, routing = torch.randint(10, 300, (2, 20)), []
+    wanted, reference = rounded(ids), plain.logits(plain.hidden_states(ids, routing=routing))
+    replayed = rounded.logits(rounded.hidden_states(ids, routing=routing))          # no expert flips
+    error = kernels.logit_error(replayed.flatten(0, 1), reference.flatten(0, 1))
+    assert 0 < error["error"] < 0.03 and error["same"] > 0.9 and 0 < error["kl"] < 0.01
     rounded.save_pretrained(str(tmp_path / "saved"))
     kernels.main(["--quantize", str(tmp_path / "plain"), str(tmp_path / "shards")])
     for folder, int8 in (("saved", False), ("shards", False), ("plain", True)):

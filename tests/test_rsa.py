@@ -774,7 +774,8 @@ def official_folder(folder, opened="", where="chat_template.jinja"):
         settings["chat_template"] = template if where == "field" else [{"name": "tools", "template": "no"},
                                                                        {"name": "default", "template": template}]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, tokenizer.token_to_id("<|im_end|>")]}))
+    ends = [1, tokenizer.token_to_id("<|im_end|>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return str(folder)
 
 
