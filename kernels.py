@@ -8,6 +8,7 @@ of a model's modules for subclasses that call them; parameters, checkpoints and 
     packed_attention  attention sample by sample instead of under a dense mask
     expert_mlp        tokens sorted by expert, products into one buffer, SwiGLU, weighted return
     linear_cross_entropy   LM head and loss in chunks, never holding (N, V) logits
+    wide_linear       bf16 or int8 weights read once, at the memory's speed: decoding, and quantize(model)
 
 On a CPU much of a training step of a small model goes into elementwise passes over activations; written by hand, the
 backward passes save some of them.  `python kernels.py` prints how equal and how fast each path is on this machine.  On
@@ -16,10 +17,17 @@ neither Triton nor a GPU.
 Featuring: eager functions that need no compiler and work for any shape.  Does NOT include: the model (zaya.py).
 """
 import argparse
+import collections
 import copy
+import ctypes
 import functools
 import importlib.util
 import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
 import time
 
 import torch
@@ -198,14 +206,30 @@ def cca_mix(packed, cca, rope, reach=None):
 
 def cca_mix_step(seen, cca, rope, reach=None):
     """`cca_mix` for the newest of three tokens, seen (B, 3, C), the others from the cache -> q (B, 1, H, D), k."""
-    w, *weights = mixing_weights(cca)
-    oldest, older, newest = seen.float().split(1, 1)                                # (B, 1, C) each
+    B, H, K, D = len(seen), cca.heads, cca.kv_heads, cca.head_dim
+    depthwise, grouped = cca.conv_qk_depthwise, cca.conv_qk_grouped
     if reach is not None:
-        oldest, older = oldest * (reach >= 2)[..., None], older * (reach >= 1)[..., None]
+        seen = seen * (reach >= reach.new_tensor([2, 1, 0]))[..., None]
+    if one_row(seen[:, 2], depthwise.weight):
+        seen, out = seen.float().contiguous(), torch.empty(1, 1, H + K, D)
+        weights = depthwise.weight, depthwise.bias, grouped.weight, grouped.bias, cca.temp, *rope, out
+        c_code().mix_row(seen.data_ptr(), *(t.data_ptr() for t in weights), H, K, D, rope[0].shape[-1])
+        return out[:, :, :H], out[:, :, H:]
     with torch.autocast(seen.device.type, enabled=False):
-        u = torch.addcmul(newest * w[:, 1], older, w[:, 0])
-        u_before = torch.addcmul(older * w[:, 1], oldest, w[:, 0])
-        return cca_heads(newest, u, u_before, *weights, *rope, cca.kv_heads)[:2]
+        w, seen = depthwise.weight, seen.to(depthwise.weight.dtype)                 # (C, 1, 2): no fp32 copy a token
+        u = torch.addcmul(torch.addcmul(depthwise.bias, seen[:, :2], w[:, 0, 0]), seen[:, 1:], w[:, 0, 1])  # (B, 2, C)
+        z = u.view(B, 2, H + K, D).permute(2, 0, 3, 1).reshape(H + K, B, 2 * D)     # taps innermost, as in the weight
+        s = torch.bmm(z, grouped.weight.view(H + K, D, 2 * D).mT).transpose(0, 1)   # (B, H + K, D)
+        s = s.float() + grouped.bias.view(H + K, D)
+        latents = seen[:, 2].float().view(B, H + K, D)
+        mean = torch.add(latents[:, :H].unflatten(1, (K, -1)), latents[:, H:, None]) / 2
+        s[:, :H] += mean.flatten(1, 2)
+        s[:, H:] += mean.mean(2)
+        s *= D ** 0.5 / torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp_min(torch.finfo(s.dtype).eps)
+        s[:, H:] *= cca.temp.view(K, 1)
+        s = s[:, None]
+        turn(s, *rope, rope[0].shape[-1])
+        return s[:, :, :H], s[:, :, H:]
 
 
 def sample_lengths(reach):
@@ -238,14 +262,14 @@ class FusedCCA(zaya.CCA):
         B, S, _ = x.shape
         step = cache is not None and S == 1 and cache.packed is not None and not torch.is_grad_enabled()
         taps = self.conv_qk_depthwise.kernel_size[0], self.conv_qk_grouped.kernel_size[0]
-        if taps != (2, 2) or (cache is not None and not step):
+        if step and taps == (2, 2):
+            return self.step(x, rope, reach, mask, cache)
+        if taps != (2, 2) or cache is not None or isinstance(self.q_proj, Int8Linear):
             return super().forward(x, rope, reach, mask, cache)
         projections = (self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed)
         q_size, k_size, *v_sizes = (m.weight.shape[0] for m in projections)
         together = F.linear(x, torch.cat([m.weight for m in projections]))
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
-        if step:
-            return self.step(packed, current, delayed, rope, reach, mask, cache)
         if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
             depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
             q, k, v = triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
@@ -264,9 +288,11 @@ class FusedCCA(zaya.CCA):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
-    def step(self, packed, current, delayed, rope, reach, mask, cache):
+    def step(self, x, rope, reach, mask, cache):
         """One new token a row.  The query heads of a KV head are queries on the same keys, so they go as one block."""
-        B = len(packed)
+        B = len(x)
+        packed = torch.cat([linear(self.q_proj, x), linear(self.k_proj, x)], -1)    # (B, 1, C)
+        current, delayed = linear(self.v_proj_current, x), linear(self.v_proj_delayed, x)
         shifted = cache.delayed.to(delayed.dtype)
         if reach is not None:
             shifted = shifted * (reach >= 1)[..., None]
@@ -276,7 +302,7 @@ class FusedCCA(zaya.CCA):
         q, k = (t.to(v.dtype) for t in cca_mix_step(seen, self, rope, reach))
         k, v = cache.append(k.transpose(1, 2), v, self.sliding_window)              # (B, K, T, D)
         out = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, mask)
-        return self.o_proj(out.reshape(B, 1, -1))
+        return linear(self.o_proj, out.reshape(B, 1, -1))
 
 
 # ---- 3. experts -----------------------------------------------------------------------------------------------------
@@ -339,7 +365,15 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
+        if one_row(x, self.down_proj):
+            return self.one_token(x, choice.item(), weight)
         return expert_mlp(x, self.gate_up_proj, self.down_proj, choice, weight)
+
+    def one_token(self, x, e, weight):
+        if e == len(self.down_proj):                                                # the skip expert
+            return torch.zeros_like(x)
+        gate, up = torch.mv(self.gate_up_proj[e], x[0]).chunk(2)
+        return (torch.mv(self.down_proj[e], F.silu(gate) * up) * weight).to(x.dtype)[None]
 
 
 # ---- 4. LM head + cross-entropy -------------------------------------------------------------------------------------
@@ -382,6 +416,324 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
     chunk = chunk or max(1, 2**24 // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):                         # fp32, whatever else is not
         return LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+# ---- 5. decoding: every weight read once a token, at the memory's speed ---------------------------------------------
+# One row's matrix products do little but read weights.  torch.mv reads bf16 about as fast as the memory is, but a CPU
+# has no product of bf16 weights with an fp32 result, for the LM head, and none of int8 weights that is much faster
+# than bf16's; and a step of small operations spends as long between the products as in them.  What is missing is C
+# here, as the GPU's kernels are Triton: `cc` compiles it at the first use, in a moment.
+
+C_SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+
+typedef union { uint32_t bits; float value; } word;
+static inline float widen(uint16_t bf16) { return ((word){(uint32_t)bf16 << 16}).value; }
+static inline uint16_t narrow(float value) {                    /* to the nearest, ties to even */
+    uint32_t bits = ((word){.value = value}).bits;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+/* y[m][n] = step[m] * scale[n] * sum over k of w[n][k] x[m][k]; a row of w comes from memory once, for all m */
+#define PRODUCT(name, weight, wide, input, total) \
+void name(const weight *w, const float *scale, const input *x, const float *step, float *y, long M, long N, long K, \
+          long threads) { \
+    _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 64)") \
+    for (long n = 0; n < N; n++) { \
+        const weight *row = w + n * K; \
+        for (long k = 0; k < K; k += 64 / sizeof(weight)) __builtin_prefetch(row + K + k); \
+        for (long m = 0; m < M; m++) { \
+            total sum = 0; \
+            for (long k = 0; k < K; k++) sum += wide(row[k]) * x[m * K + k]; \
+            y[m * N + n] = scale ? sum * scale[n] * step[m] : sum; \
+        } \
+    } \
+}
+PRODUCT(bf16_product, uint16_t, widen, float, float)
+PRODUCT(int8_product, int8_t, (int32_t), int16_t, int32_t)
+
+/* x (M, K) ~ step[m] * rounded[m][k], the largest of a row as +-most */
+void round_rows(const float *x, int16_t *rounded, float *step, long M, long K, long most) {
+    for (long m = 0; m < M; m++, x += K, rounded += K) {
+        float peak = 1e-30f;
+        for (long k = 0; k < K; k++) peak = fmaxf(peak, fabsf(x[k]));
+        step[m] = peak / most;
+        for (long k = 0; k < K; k++) rounded[k] = rintf(x[k] * (most / peak));
+    }
+}
+
+/* residual_norm of one row; y = 0: only the norm, of x; weight = 0: only the new x, into out */
+void norm_row(const float *x, const uint16_t *y, const uint16_t *a_r, const uint16_t *b_r, const uint16_t *a_o,
+              const uint16_t *b_o, const uint16_t *weight, float *out, uint16_t *normed, long E, float eps) {
+    float sum = 0;
+    for (long i = 0; i < E; i++) {
+        out[i] = y ? (x[i] + widen(b_r[i])) * widen(a_r[i]) + (widen(y[i]) + widen(b_o[i])) * widen(a_o[i]) : x[i];
+        sum += out[i] * out[i];
+    }
+    float scale = 1 / sqrtf(sum / E + eps);
+    for (long i = 0; weight && i < E; i++) normed[i] = narrow(widen(weight[i]) * out[i] * scale);
+}
+
+/* cca_mix of the newest of three tokens: seen (3, C), w (C, 2), weight (C, D, 2) -> out (C) */
+void mix_row(const float *seen, const uint16_t *w, const uint16_t *b, const uint16_t *weight, const uint16_t *bias,
+             const uint16_t *temp, const float *cosine, const float *sine, float *out, long H, long K, long D,
+             long half) {
+    long C = (H + K) * D, group = H / K;
+    const float *p = seen + 2 * C;
+    float u[2 * C];
+    for (long c = 0; c < C; c++)
+        for (long t = 0; t < 2; t++) {
+            const float *older = seen + t * C + c, *newer = older + C;
+            u[2 * c + t] = widen(b[c]) + widen(w[2 * c]) * *older + widen(w[2 * c + 1]) * *newer;
+        }
+    for (long c = 0; c < C; c++) {
+        float sum = 0;
+        for (long i = 0; i < 2 * D; i++) sum += widen(weight[c * 2 * D + i]) * u[c / D * 2 * D + i];
+        out[c] = sum + widen(bias[c]);
+    }
+    for (long h = 0; h < H; h++)
+        for (long d = 0; d < D; d++) {
+            float mean = (p[h * D + d] + p[(H + h / group) * D + d]) / 2;
+            out[h * D + d] += mean;
+            out[(H + h / group) * D + d] += mean / group;
+        }
+    for (long h = 0; h < H + K; h++) {
+        float *s = out + h * D, sum = 0;
+        for (long d = 0; d < D; d++) sum += s[d] * s[d];
+        float scale = sqrtf(D) / fmaxf(sqrtf(sum), 1.1920929e-07f) * (h < H ? 1 : widen(temp[h - H]));
+        for (long d = 0; d < D; d++) s[d] *= scale;
+        for (long d = 0; d < half; d++) {
+            float first = s[d];
+            s[d] = first * cosine[d] - s[d + half] * sine[d];
+            s[d + half] = s[d + half] * cosine[d] + first * sine[d];
+        }
+    }
+}
+"""
+
+
+@functools.cache
+def c_code():
+    """-> the compiled C_SOURCE; None without a C compiler that knows OpenMP: then everything goes through PyTorch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "products")
+        with open(path + ".c", "w") as file:
+            file.write(C_SOURCE)
+        sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]    # in any order: without, no vectors
+        wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
+        try:
+            subprocess.run([os.environ.get("CC", "cc"), "-O3", "-march=native", *sums, *wide, "-funroll-loops",
+                            "-fopenmp", "-shared", "-fPIC", path + ".c", "-o", path + ".so"],
+                           check=True, capture_output=True)
+            library = ctypes.CDLL(path + ".so")                 # the file may go, the code stays
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    signatures = (("bf16_product", 5, 4, 0), ("int8_product", 5, 4, 0), ("round_rows", 3, 3, 0), ("norm_row", 9, 1, 1),
+                  ("mix_row", 9, 4, 0))
+    for name, pointers, sizes, numbers in signatures:
+        function = getattr(library, name)
+        function.restype, function.argtypes = None, [*[ctypes.c_void_p] * pointers, *[ctypes.c_long] * sizes,
+                                                     *[ctypes.c_float] * numbers]
+    return library
+
+
+def wide_linear(x, weight, scale=None):
+    """F.linear(x, weight.float() * scale[:, None]) without ever having that matrix; (…, K) -> (…, N) in x's dtype.
+
+    weight (N, K) bf16 or int8, scale (N,) fp32 or None.  Sums are fp32.  With int8, up to 8 rows of x are rounded to
+    int16, as finely as lets sums of K products fit int32: at K = 2048 to 1/8255 of the row's largest value.
+    """
+    rows, (N, K) = x.reshape(-1, x.shape[-1]), weight.shape
+    if len(rows) > 8 or weight.device.type != "cpu" or c_code() is None or not weight.is_contiguous():
+        parts = [rows @ part.to(x.dtype).t() for part in weight.split(max(256, len(rows)))]
+        y = torch.cat(parts, -1) if scale is None else (torch.cat(parts, -1) * scale).to(x.dtype)
+        return y.view(*x.shape[:-1], N)
+    rows, y, M, threads = rows.float().contiguous(), torch.empty(len(rows), N), len(rows), torch.get_num_threads()
+    if weight.dtype == torch.int8:
+        rounded, step = torch.empty(rows.shape, dtype=torch.int16), torch.empty(M)
+        most = min(32767, (2**31 - 1) // (127 * K))
+        c_code().round_rows(rows.data_ptr(), rounded.data_ptr(), step.data_ptr(), M, K, most)
+        c_code().int8_product(weight.data_ptr(), scale.data_ptr(), rounded.data_ptr(), step.data_ptr(),
+                                  y.data_ptr(), M, N, K, threads)
+    else:
+        c_code().bf16_product(weight.data_ptr(), None, rows.data_ptr(), None, y.data_ptr(), M, N, K, threads)
+    return y.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def one_row(x, weight):
+    """Whether this is a step of one row with bf16 weights that the C code is for."""
+    return weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and \
+        not torch.is_grad_enabled() and c_code() is not None
+
+
+def linear(module, x):
+    """module(x) for an nn.Linear or an Int8Linear; one row of bf16 by the product that reads fastest."""
+    if isinstance(module, Int8Linear) or not one_row(x, module.weight):
+        return module(x)
+    y = torch.mv(module.weight, x.flatten()) if module.bias is None else \
+        torch.addmv(module.bias, module.weight, x.flatten())
+    return y.view(*x.shape[:-1], -1)
+
+
+def norm_row(x, y=None, scaling=None, norm=None):
+    """`residual_norm` of one row with bf16 weights, or without y only the norm, or without norm only the new x."""
+    out, normed = torch.empty_like(x), torch.empty(x.shape, dtype=torch.bfloat16)
+    names = "residual_scale", "residual_bias", "hidden_states_scale", "hidden_states_bias"
+    vectors = [None] * 5 if y is None else [y.data_ptr(), *(getattr(scaling, name).data_ptr() for name in names)]
+    c_code().norm_row(x.data_ptr(), *vectors, norm.weight.data_ptr() if norm else None, out.data_ptr(),
+                          normed.data_ptr(), x.numel(), norm.eps if norm else 0)
+    return out, normed
+
+
+def route_row(gate, h, previous):
+    """zaya.Router outside of training, for one row with bf16 weights."""
+    r = linear(gate.down_proj, h)
+    if previous is not None and hasattr(gate, "router_states_scale"):
+        r = torch.addcmul(r, previous, gate.router_states_scale)
+    z = F.gelu(linear(gate.fc1, norm_row(r.float(), norm=gate.norm)[1]))
+    scores = linear(gate.out_proj, F.gelu(linear(gate.fc2, z))).float().softmax(-1)
+    choice = (scores + gate.balancing_biases).argmax(-1)
+    return scores.gather(-1, choice[..., None])[..., 0], choice, r
+
+
+class FusedZaya(zaya.Zaya):
+    """zaya.Zaya whose LM head, outside of training, reads bf16 or int8 weights as they are: same fp32 logits."""
+
+    def logits(self, hidden):
+        weight = self.output_weight
+        if weight.dtype == torch.float32 or (torch.is_grad_enabled() and weight.requires_grad):
+            return super().logits(hidden)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        with torch.autocast(hidden.device.type, enabled=False):
+            return wide_linear(hidden.float(), weight, getattr(head, "scale", None))
+
+
+# ---- 6. int8 weights ------------------------------------------------------------------------------------------------
+
+
+def int8_rows(weight):
+    """(…, N, K) -> int8 of the same shape, scale (…, N) fp32, with weight ~ int8 * scale[…, None]: a scale a row."""
+    weight = weight.float()
+    scale = weight.abs().amax(-1).clamp_min(1e-30) / 127
+    return (weight / scale[..., None]).round_().to(torch.int8), scale
+
+
+class Int8Linear(torch.nn.Module):
+    """nn.Linear without a bias; weight (N, K) int8, scale (N,) fp32.  (…, K) -> (…, N) in x's dtype."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(shape[:-1]))
+
+    def forward(self, x):
+        return wide_linear(x, self.weight, self.scale)
+
+
+class Int8Embedding(Int8Linear):
+    """nn.Embedding with a scale a token; tied, it is the LM head as well."""
+
+    def forward(self, ids):
+        return self.weight[ids].float() * self.scale[ids, None]
+
+
+class Int8Experts(torch.nn.Module):
+    """zaya.Experts with weights in int8, a scale for every expert's output channel."""
+
+    def __init__(self, gate_up, down):
+        super().__init__()
+        for name, shape in (("gate_up", gate_up), ("down", down)):                  # (X, 2F, E) and (X, E, F)
+            self.register_buffer(name + "_proj", torch.zeros(shape, dtype=torch.int8))
+            self.register_buffer(name + "_scale", torch.zeros(shape[:-1]))
+
+    def forward(self, x, choice, weight):
+        y = torch.zeros_like(x)                                                     # as the skip expert leaves it
+        for e in set(choice.tolist()) - {len(self.down_proj)}:
+            here = (choice == e).nonzero()[:, 0] if len(x) > 1 else slice(None)
+            gate, up = wide_linear(x[here], self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, -1)
+            y[here] = wide_linear(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
+        return (y * weight[:, None]).to(x.dtype)
+
+
+class Int8Zaya(FusedZaya):
+    """A fused model whose experts, attention projections, embedding and LM head are int8: a scale an output channel.
+
+    Routers, convolutions, norms and scales stay as they are: 1 % of the weights, which decide where tokens go.  It is
+    made by `quantize`, saved by save_pretrained and mapped by from_pretrained, and is not for training.
+    """
+    QUANTIZED = re.compile(r"((embed_tokens|lm_head|[qko]_proj|v_proj_\w+)\.weight|experts\.\w+_proj)$")
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj"):
+                setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name).weight.shape))
+            layer.experts = Int8Experts(layer.experts.gate_up_proj.shape, layer.experts.down_proj.shape)
+        self.embed_tokens = Int8Embedding(self.embed_tokens.weight.shape)
+        if not config.tie_word_embeddings:
+            self.lm_head = Int8Linear(self.lm_head.weight.shape)
+        fuse(self)
+
+    @classmethod
+    def tensors(cls, name, tensor):
+        """One named tensor of a model or a checkpoint -> {name: tensor} of what stands for it in int8."""
+        if not cls.QUANTIZED.search(name):
+            return {name: tensor}
+        weight, scale = int8_rows(tensor)
+        return {name: weight, re.sub("(weight|proj)$", "scale", name): scale}
+
+
+@torch.no_grad()
+def quantize(model):
+    """Zaya -> Int8Zaya.  Of memory-mapped weights no more than one tensor is in memory beside the result."""
+    with torch.device("meta"):
+        quantized = Int8Zaya(model.config)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state |= Int8Zaya.tensors(name, tensor)
+    quantized.load_state_dict(state, assign=True)
+    for new, old in zip(quantized.layers, model.layers):
+        new.gate.load = old.gate.load                           # not in the state: born on the meta device
+    return quantized.requires_grad_(False).eval()
+
+
+def quantize_checkpoint(source, target):
+    """The int8 form of a folder in the official layout, shard by shard; everything else of it is copied."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    os.makedirs(target, exist_ok=True)
+    places, names = {}, sorted(os.listdir(source))
+    if "config.json" not in names:
+        raise FileNotFoundError(f"{source!r} has no config.json: no checkpoint in the official layout")
+    for name in tqdm([name for name in names if name.endswith(".safetensors")], desc="int8", disable=None):
+        tensors = {}
+        with safe_open(os.path.join(source, name), "pt") as file:
+            for key in file.keys():
+                tensors |= Int8Zaya.tensors(key, file.get_tensor(key))
+        save_file(tensors, os.path.join(target, name), metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, name)
+    for name in names:
+        if name.endswith((".json", ".jinja")):
+            with open(os.path.join(source, name)) as file:
+                text = file.read()
+            if name == "config.json":
+                text = json.dumps({**json.loads(text), "dtype": "int8"}, indent=2)
+            elif name == "model.safetensors.index.json":
+                text = json.dumps({"metadata": {}, "weight_map": places})
+            with open(os.path.join(target, name), "w") as file:
+                file.write(text)
+
+
+def load(folder, int8=False, device="cpu"):
+    """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former."""
+    path = os.path.join(folder, "config.json")
+    if os.path.exists(path):
+        with open(path) as file:
+            if json.load(file).get("dtype") == "int8":
+                return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
+    model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
+    return quantize(model) if int8 else model
 
 
 # ---- Triton: 1, 2 and 3 for CUDA and ROCm, from one source ----------------------------------------------------------
@@ -836,17 +1188,31 @@ class FusedLayer(zaya.Layer):
     """zaya.Layer with path 1 between its two halves."""
 
     def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
+        if one_row(x, self.input_layernorm.weight) and choice is None and not self.gate.training:
+            return self.step(x, r, rope, reach, mask, cache)
         y = self.self_attn(self.input_layernorm(x), rope, reach, mask, cache)
         x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
         weight, choice, r = self.gate(h, r, choice, count)
         y = self.experts(h.flatten(0, 1), choice.flatten(), weight.flatten()).view_as(h)
         return self.post_mlp_residual_scale(x, y), r, choice
 
+    def step(self, x, r, rope, reach, mask, cache):
+        """One token of one row with bf16 weights: of 200 small operations, those that C does not do."""
+        y = self.self_attn(norm_row(x, norm=self.input_layernorm)[1], rope, reach, mask, cache)
+        x, h = norm_row(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
+        weight, choice, r = route_row(self.gate, h, r)
+        y = self.experts(h[0], choice[0], weight[0])
+        return norm_row(x, y, self.post_mlp_residual_scale)[0], r, choice
+
 
 def fuse(model):
     """Give a Zaya's layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
     for layer in model.layers:
-        layer.__class__, layer.self_attn.__class__, layer.experts.__class__ = FusedLayer, FusedCCA, FusedExperts
+        layer.__class__, layer.self_attn.__class__ = FusedLayer, FusedCCA
+        if isinstance(layer.experts, zaya.Experts):
+            layer.experts.__class__ = FusedExperts
+    if type(model) is zaya.Zaya:
+        model.__class__ = FusedZaya
     return model
 
 
@@ -986,10 +1352,134 @@ def official(config):
     return {"step": step, "generate": generate}
 
 
+def make_random_checkpoint(folder, config=None):
+    """A random bf16 model in the official layout, a shard a layer: never more than a layer in memory.
+
+    Every matrix is a piece, from a place of its own, of 2^26 normal numbers: drawing 9e9 would take minutes.
+    """
+    from safetensors.torch import save_file
+    config = config or zaya.ZayaConfig.preset("zaya1-8b")
+    os.makedirs(folder, exist_ok=True)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in zaya.Zaya(config).state_dict().items()}
+    shards = collections.defaultdict(list)
+    for name in shapes:
+        shards[name.split(".")[1] if name.startswith("layers.") else "rest"].append(name)
+    pool, places = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=config.initializer_range), {}
+    for i, names in enumerate(tqdm(shards.values(), desc="random weights", disable=None)):
+        file, tensors = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", {}
+        for name in names:
+            tensor = torch.ones(shapes[name], dtype=torch.bfloat16)
+            if tensor.ndim > 1:
+                start = torch.randint(2**25, ()).item()
+                for part in tensor.flatten().split(2**25):
+                    part.copy_(pool[start:start + len(part)])
+            elif not name.endswith(("scale", "norm.weight", "temp")):
+                tensor.zero_()
+            tensors[zaya.Zaya.official_name(name)] = tensor
+        save_file(tensors, os.path.join(folder, file), metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    for name, text in (("model.safetensors.index.json", {"metadata": {}, "weight_map": places}),
+                       ("config.json", {**config.to_dict(), "dtype": "bfloat16"})):
+        with open(os.path.join(folder, name), "w") as file:
+            json.dump(text, file)
+
+
+def memory_gb():
+    """{"anonymous", "mapped"} GB of this process that are in memory now; NaN where there is no /proc."""
+    try:
+        with open("/proc/self/status") as file:
+            kb = dict(line.split(":", 1) for line in file)
+        return {name: int(kb[key].split()[0]) / 1e6 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
+    except (OSError, KeyError):
+        return {"anonymous": float("nan"), "mapped": float("nan")}
+
+
+def gb_per_token(model):
+    """What one token reads: of the experts one, of the embedding the LM head, of everything else all."""
+    experts = sum(t.nbytes for layer in model.layers for t in layer.experts.state_dict().values())
+    return (sum(t.nbytes for t in model.state_dict().values()) - experts * (1 - 1 / model.config.num_experts)) / 1e9
+
+
+@torch.no_grad()
+def decode(model, prompt, count):
+    """Greedy -> the ids (1, S + count), the logits they were chosen from (count, V), seconds a token after prefill."""
+    cache, ids, logits, times = zaya.Cache(len(model.layers)), prompt, [], []
+    for _ in range(count):
+        begun = time.perf_counter()
+        logits.append(model(ids[:, cache.columns:], cache=cache)[0, -1])
+        ids = torch.cat([ids, logits[-1].argmax().view(1, 1)], 1)
+        times.append(time.perf_counter() - begun)
+    return ids, torch.stack(logits), times[1:]
+
+
+@torch.no_grad()
+def decoding(folder, count=32):
+    """The checkpoint in `folder` and its int8 form, decoding one row -> rows of what they read, reach and get wrong.
+
+    Where `folder` does not exist, a random ZAYA1-8B (17.7 GB) is put there; the int8 form goes into `folder`-int8.
+    The limit is what a token reads at the speed of torch.mv on 1 GB of bf16.
+    """
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        make_random_checkpoint(folder)
+    if not os.path.exists(os.path.join(folder + "-int8", "config.json")):
+        quantize_checkpoint(folder, folder + "-int8")
+    rows, prompt, reference = [], torch.arange(1, 9)[None], None
+    for name in (folder, folder + "-int8"):
+        model = load(name)
+        for tensor in model.state_dict().values():                                  # map every page once
+            tensor.view(-1)[::1024].sum(dtype=torch.float32)
+        decode(model, prompt, 4)
+        bandwidth = mv_bandwidth()
+        ids, logits, times = decode(model, prompt, count)
+        row = {"checkpoint": name, **memory_gb(), "gb_per_token": gb_per_token(model), "bandwidth": bandwidth,
+               "tokens_per_s": len(times) / sum(times)}
+        row["share"] = row["tokens_per_s"] * row["gb_per_token"] / bandwidth
+        if reference is None:
+            reference = ids, logits
+        else:                                                                       # over the same tokens
+            logits = model(reference[0][:, :-1])[0, prompt.shape[1] - 1:]
+            row |= logit_error(logits, reference[1])
+        rows.append(row)
+        del model
+    return rows
+
+
+def mv_bandwidth():
+    """GB/s at which torch.mv reads 1 GB of bf16."""
+    big, vector = torch.ones(2**18, 2048, dtype=torch.bfloat16), torch.ones(2048, dtype=torch.bfloat16)
+    return big.nbytes / 1e6 / medians(lambda: torch.mv(big, vector), rounds=5)[0]
+
+
+def logit_error(logits, reference):
+    """(N, V) each -> {"error": of the root mean square; "kl": nats a token; "same": share of equal argmax}."""
+    p, q = reference.log_softmax(-1), logits.log_softmax(-1)
+    return {"error": ((logits - reference).norm() / reference.norm()).item(),
+            "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+            "same": (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()}
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--full-size", metavar="FOLDER", help="instead: memory and decoding speed of the checkpoint in "
+                        "FOLDER and of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
+    parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: write FOLDER's int8 form")
     given = parser.parse_args(arguments)
+    if given.quantize:
+        return quantize_checkpoint(*given.quantize)
+    if given.full_size:
+        rows = decoding(given.full_size)
+        if given.json:
+            return print(json.dumps({"threads": torch.get_num_threads(), "decoding": rows}, indent=1))
+        print("| checkpoint | anonymous, GB | mapped, GB | GB a token | GB/s of torch.mv | tokens/s | of the limit | "
+              "logit error | KL, nats | same argmax |")
+        print("|---" * 10 + "|")
+        for row in rows:
+            error = [f"{row[key]:.3g}" for key in ("error", "kl", "same")] if "error" in row else [""] * 3
+            print("| " + " | ".join([row["checkpoint"], *(f"{row[key]:.2f}" for key in (
+                "anonymous", "mapped", "gb_per_token", "bandwidth", "tokens_per_s", "share")), *error]) + " |")
+        return
     limits, rows = machine_limits(), benchmark()
     if given.json:
         print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows}, indent=1))

@@ -8,14 +8,15 @@
 
 TR section V (the ZAYA1-8B report), after Recursive Self-Aggregation (arXiv 2509.26626) and the Markovian Thinker
 (2510.06557).  Training makes its aggregation prompts with these very functions: a model sees at test time what it was
-taught to read.  The text comes from any function generate(prompts, max_new_tokens, seed); here are two: Checkpoint, one
-of our own folders, and Endpoint, a server that speaks the chat-completions protocol.
+taught to read.  The text comes from any function generate(prompts, max_new_tokens, seed); here are two: Checkpoint, a
+folder of weights, and Endpoint, a server that speaks the chat-completions protocol.
 
 Read in this order: tails and prompts, markovian_rsa, answers, the two sources, Run (bar, trace, resume), main.
 """
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import queue
@@ -271,12 +272,104 @@ def left_padded(rows, pad, device):
 
 
 def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
-    """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included."""
+    """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included.
+
+    tokenizer: zaya.Tokenizer or ChatTokenizer.
+    """
     import torch
     inputs, mask = left_padded([prompt_ids(tokenizer, p) for p in prompts], tokenizer.pad, model.norm.weight.device)
     out = model.generate(inputs, max_new_tokens, temperature, attention_mask=mask, eos_token_id=tokenizer.end,
                          generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
-    return [tokenizer.decode(row[:row.index(tokenizer.end)] if tokenizer.end in row else row) for row in out.tolist()]
+    ends = {tokenizer.end} if isinstance(tokenizer.end, int) else set(tokenizer.end)
+    opened = getattr(tokenizer, "opened", "")                   # a tag that the chat template has written already
+    rows = [itertools.takewhile(lambda token: token not in ends, row) for row in out.tolist()]
+    return [opened + tokenizer.decode(row) for row in rows]
+
+
+def is_ours(folder):
+    """Whether a checkpoint's tokenizer.json is zaya.Tokenizer's, told by its special tokens, or if there is none."""
+    from zaya import Tokenizer
+    try:
+        with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as file:
+            added = {token["content"] for token in json.load(file)["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return True                                             # its own words say what is missing or damaged
+    return set(Tokenizer.SPECIAL) <= added
+
+
+class ChatTokenizer:
+    """The tokenizer of an official folder, such as ZAYA1-8B's: tokenizer.json, the Jinja chat template, and the ids
+    that end a turn, behind those methods of zaya.Tokenizer that this file uses.
+
+    Prompts have the ids of transformers' AutoTokenizer.apply_chat_template; as there, a special token that is spelled
+    out in a problem becomes that token.  ValueError names the file that is missing or damaged; ImportError says what
+    to install.
+    """
+
+    def __init__(self, folder):
+        try:
+            import tokenizers
+            from jinja2.ext import loopcontrols
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise ImportError(f"{folder!r} has a tokenizer.json of the `tokenizers` library and a Jinja chat template: "
+                              f"pip install tokenizers jinja2 ({error})") from None
+        path = os.path.join(folder, "tokenizer.json")
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:                              # the library raises nothing narrower
+            raise ValueError(f"{path} is damaged: {error}") from None
+        self.inner.no_padding()
+        self.inner.no_truncation()
+        settings, config = self.read(folder, "tokenizer_config.json"), self.read(folder, "config.json")
+        ends = self.read(folder, "generation_config.json").get("eos_token_id", config.get("eos_token_id", 106))
+        self.end, self.pad = [ends] if isinstance(ends, int) else ends, config.get("pad_token_id") or 0
+        template = settings.get("chat_template")
+        if isinstance(template, list):                          # several, by name
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if os.path.exists(path := os.path.join(folder, "chat_template.jinja")):
+            with open(path, encoding="utf-8") as file:
+                template = file.read()
+        if not template:
+            raise ValueError(f"{folder!r} has no chat template: no chat_template.jinja, and no field chat_template in "
+                             "tokenizer_config.json")
+        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        jinja.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        jinja.globals |= {"raise_exception": self.refuse, "strftime_now": time.strftime}
+        self.template = jinja.from_string(template)
+        self.names = {name: token["content"] if isinstance(token, dict) else token for name, token in settings.items()
+                      if name.endswith("_token") and token}
+        begun = self.chat([{"role": "user", "content": "?"}], True).rstrip()
+        self.opened = "<think>" if begun.endswith("<think>") else ""
+
+    @staticmethod
+    def read(folder, name):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            return {}
+        try:
+            with open(path, encoding="utf-8") as file:
+                return dict(json.load(file))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+    @staticmethod
+    def refuse(message):
+        raise ValueError(f"the chat template refuses this: {message}")
+
+    def chat(self, messages, generation_prompt=False):
+        return self.template.render(messages=messages, add_generation_prompt=generation_prompt, tools=None,
+                                    documents=None, **self.names)
+
+    def render(self, messages, generation_prompt=False):
+        """As zaya.Tokenizer's, but the targets, which only training needs, are None."""
+        return self.encode(self.chat(messages, generation_prompt)), None
+
+    def encode(self, text):
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.inner.decode(list(ids), skip_special_tokens=False)
 
 
 class Source:
@@ -293,25 +386,36 @@ class Source:
 
 
 class Checkpoint(Source):
-    """A model of ours.  Batches of up to `rows` prompts, those of a length together; equal ones are prefilled once.
+    """A folder in the official layout: ours, or ZAYA1-8B itself.  Batches of up to `rows` prompts, those of a length
+    together, as few as keep the keys and values below `cache_bytes`; equal prompts are prefilled once.
     share(range of the batches' starts) -> those that this process samples; the others' texts stay None."""
 
-    def __init__(self, model, tokenizer, temperature=1.0, rows=256, share=iter):
+    def __init__(self, model, tokenizer, temperature=1.0, rows=256, cache_bytes=2**31, share=iter):
         self.model, self.tokenizer, self.temperature, self.rows = model.eval(), tokenizer, temperature, rows
-        self.share = share
+        self.cache_bytes, self.share = cache_bytes, share
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, folder, int8=False):
         import torch
-        from kernels import fuse
-        from zaya import Tokenizer, Zaya
+        from kernels import load
+        from zaya import Tokenizer
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(fuse(Zaya.from_pretrained(folder, device=device)), Tokenizer.from_pretrained(folder))
+        model = load(folder, int8, device)
+        return cls(model, Tokenizer.from_pretrained(folder) if is_ours(folder) else ChatTokenizer(folder))
+
+    def rows_at_once(self, prompts, max_new_tokens):
+        """How many rows of the longest prompt and `max_new_tokens` have keys and values of at most `cache_bytes`."""
+        config = self.model.config
+        a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * \
+            self.model.norm.weight.element_size()
+        longest = max((len(prompt_ids(self.tokenizer, prompt)) for prompt in set(prompts)), default=0)
+        return max(1, min(self.rows, self.cache_bytes // (a_token * (longest + max_new_tokens))))
 
     def stream(self, prompts, max_new_tokens, seed, known=()):
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
-        for start in self.share(range(0, len(order), self.rows)):
-            part = order[start:start + self.rows]
+        rows = self.rows_at_once(prompts, max_new_tokens)
+        for start in self.share(range(0, len(order), rows)):
+            part = order[start:start + rows]
             if set(part) <= set(known):
                 continue
             texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
@@ -627,16 +731,18 @@ def parse_arguments(arguments):
     add = parser.add_argument
     add("problem", nargs="?", help="the problem to solve")
     add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
-    add("--checkpoint", metavar="FOLDER", help="a model of ours, such as out/tiny/final")
+    add("--checkpoint", metavar="FOLDER", help="a folder in the official layout, such as out/tiny/final or ZAYA1-8B")
+    add("--quantize", choices=["int8"], help="checkpoint: round its weights while loading: half the memory, and faster "
+        "on a CPU.  `python kernels.py --quantize FOLDER TARGET` does it once and for all")
     add("--endpoint", metavar="URL", help="a chat-completions server, such as http://localhost:8000/v1")
     add("--model", metavar="NAME", help="the served model's name")
-    add("--budget", metavar="NAMES", help=f"one or several of {', '.join(BUDGETS)} (default: tiny for a checkpoint, "
-        "default for an endpoint)")
+    add("--budget", metavar="NAMES", help=f"one or several of {', '.join(BUDGETS)} (default: tiny for a checkpoint of "
+        "ours, else default)")
     for name, what in (("population", "N: candidates a round"), ("subset", "C: tails in a prompt"),
                        ("rounds", "T: rounds of aggregation"), ("max-tokens", "beta: most tokens of a rollout"),
                        ("tail", "tau: tokens of reasoning carried on")):
         add("--" + name, type=int, metavar="N", help=f"{what}; instead of the budget's")
-    add("--prompt", choices=PROMPTS, help="aggregation prompt (default: terse for a checkpoint, report for endpoints)")
+    add("--prompt", choices=PROMPTS, help="aggregation prompt (default: terse for a checkpoint of ours, else report)")
     add("--tokenizer", metavar="NAME", help="endpoint: cut and count tails with this Hugging Face tokenizer, a folder "
         "or a hub name; without it words are counted")
     add("--seed", type=int, default=0, metavar="N", help="(default 0)")
@@ -657,6 +763,8 @@ def parse_arguments(arguments):
         parser.error("give --checkpoint FOLDER or --endpoint URL")
     if given.endpoint and not given.model:
         parser.error("--endpoint needs --model NAME")
+    if given.quantize and not given.checkpoint:
+        parser.error("--quantize is for --checkpoint FOLDER; what a server computes with is its own affair")
     if given.resume and not given.trace:
         parser.error("--resume goes on with a --trace FILE; name it")
     for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0), ("temperature", 0)):
@@ -668,7 +776,7 @@ def parse_arguments(arguments):
 def budgets_asked(given):
     """{name: Budget}, with the command line's numbers in place of the presets'."""
     asked = {}
-    for name in (given.budget or ("tiny" if given.checkpoint else "default")).split(","):
+    for name in (given.budget or ("tiny" if given.checkpoint and is_ours(given.checkpoint) else "default")).split(","):
         if name not in BUDGETS:
             raise SystemExit(f"--budget {name}: there are {', '.join(BUDGETS)}")
         preset = BUDGETS[name]
@@ -714,8 +822,8 @@ def main(arguments=None):
     problems, answers = [q for q, _ in rows], [a for _, a in rows] if given.problems else None
     if given.checkpoint:
         try:
-            source = Checkpoint.from_pretrained(given.checkpoint)
-        except (FileNotFoundError, ValueError) as error:
+            source = Checkpoint.from_pretrained(given.checkpoint, given.quantize == "int8")
+        except (FileNotFoundError, ValueError, ImportError) as error:
             raise SystemExit(f"--checkpoint {given.checkpoint}: {error}") from None
         source.temperature, tokenizer = given.temperature, source.tokenizer
     else:
@@ -724,10 +832,11 @@ def main(arguments=None):
         tokenizer = load_tokenizer(given.tokenizer)
         if tokenizer is None:
             print("tails and prompts are counted in words; --tokenizer NAME counts tokens")
-    style = given.prompt or ("terse" if given.checkpoint else "report")
-    settings = dict(source=given.checkpoint or f"{given.model} at {re.sub('//.*@', '//', given.endpoint)}",
-                    budgets={name: str(budget) for name, budget in budgets.items()}, prompt=style, seed=given.seed,
-                    temperature=given.temperature, tokenizer=given.tokenizer, problems=problems)
+    style = given.prompt or ("terse" if given.checkpoint and is_ours(given.checkpoint) else "report")
+    place = f"{given.checkpoint} {given.quantize or ''}".strip() if given.checkpoint else \
+        f"{given.model} at {re.sub('//.*@', '//', given.endpoint)}"
+    settings = dict(source=place, budgets={name: str(budget) for name, budget in budgets.items()}, prompt=style,
+                    seed=given.seed, temperature=given.temperature, tokenizer=given.tokenizer, problems=problems)
     if given.picture and not os.path.isdir(os.path.dirname(given.picture) or "."):
         raise SystemExit(f"--picture {given.picture}: there is no such folder")
     trace, known = open_trace(given.trace, settings, given.resume)

@@ -250,3 +250,98 @@ def test_the_loss_needs_an_eighth_of_the_memory():
         for way in ("plain", "fused"))
     assert fused[0] * 8 < plain[0]
     assert fused[1:] == pytest.approx(plain[1:], rel=1e-4)
+
+
+@pytest.fixture(params=["C", "no compiler"])
+def compiler(request, monkeypatch):
+    """Both ways of decoding: what `cc` made, and what there is without it."""
+    if request.param == "C" and kernels.c_code() is None:
+        pytest.skip("no C compiler with OpenMP")
+    if request.param != "C":
+        monkeypatch.setattr(kernels, "c_code", lambda: None)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_wide_linear(rows, compiler):
+    """Exact sums of bf16 weights in fp32; int8 weights that do not fit int32's sums by much; a last odd row."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 3, 70), torch.randn(37, 70)
+    close(kernels.wide_linear(x, weight.bfloat16()), x @ weight.bfloat16().float().t(), 1e-5)
+    rounded, scale = kernels.int8_rows(weight)
+    assert rounded.abs().amax(1).eq(127).all()
+    close(rounded * scale[:, None], weight, 1 / 127)
+    wanted = x @ (rounded * scale[:, None]).t()
+    close(kernels.wide_linear(x, rounded, scale), wanted, 1e-4)
+    got = kernels.wide_linear(x.bfloat16(), rounded, scale)
+    assert got.dtype == torch.bfloat16
+    close(got, wanted, 2e-2)
+    most = torch.full((5, 4096), 127, dtype=torch.int8)         # every product as large as it can be
+    got = kernels.wide_linear(torch.full((rows, 4096), -3.0), most, torch.ones(5))
+    close(got, torch.tensor(-3.0 * 127 * 4096), 1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(tie_word_embeddings=False),
+                                     dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=4)],
+                         ids=["two KV heads", "one", "own head", "windows"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_step_of_one_row(dtype, bound, changes, padding, compiler):
+    """Token by token after a prompt, each layer with the choice of the plain model, which bf16 could flip."""
+    plain = small(**changes).to(dtype).eval()
+    fast = kernels.fuse(copy.deepcopy(plain))
+    ids, caches = torch.randint(10, 300, (1, 12)), [zaya.Cache(3), zaya.Cache(3)]
+    mask = torch.ones_like(ids)
+    mask[:, :padding] = 0
+    for part in (slice(0, 5), *(slice(i, i + 1) for i in range(5, 12))):
+        hidden, chosen = [], []
+        for model, cache in zip((plain, fast), caches):
+            routing = []
+            hidden.append(model.hidden_states(ids[:, part], mask[:, part] if padding else None, cache=cache,
+                                              routing=routing))
+            chosen.append(torch.stack(routing))
+        close(fast.logits(hidden[0]), plain.logits(hidden[0]), 1e-5)
+        if not torch.equal(*chosen):                            # a tie that rounding broke: the caches differ from here
+            assert dtype == torch.bfloat16 and part.start > 5
+            break
+        close(hidden[1], hidden[0], bound)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False)], ids=["tied", "own head"])
+def test_int8(changes, compiler, tmp_path):
+    """Small errors; the same model by rounding in memory, by saving that, and by rounding the folder shard by shard."""
+    plain = small(**changes)
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        kernels.quantize_checkpoint(str(tmp_path), str(tmp_path / "out"))
+    plain.save_pretrained(str(tmp_path / "plain"), max_shard_bytes=200_000)
+    rounded = kernels.quantize(plain)
+    ids, routing = torch.randint(10, 300, (2, 20)), []
+    wanted, reference = rounded(ids), plain.logits(plain.hidden_states(ids, routing=routing))
+    replayed = rounded.logits(rounded.hidden_states(ids, routing=routing))          # no expert flips
+    error = kernels.logit_error(replayed.flatten(0, 1), reference.flatten(0, 1))
+    assert 0 < error["error"] < 0.03 and error["same"] > 0.9 and 0 < error["kl"] < 0.01
+    rounded.save_pretrained(str(tmp_path / "saved"))
+    kernels.main(["--quantize", str(tmp_path / "plain"), str(tmp_path / "shards")])
+    for folder, int8 in (("saved", False), ("shards", False), ("plain", True)):
+        model = kernels.load(str(tmp_path / folder), int8)
+        assert type(model) is kernels.Int8Zaya and torch.equal(model(ids), wanted)
+    size = sum(t.nbytes for t in rounded.state_dict().values()) / sum(t.nbytes for t in plain.state_dict().values())
+    assert size < 0.45                                          # of fp32, with a tenth of it not rounded
+    assert kernels.gb_per_token(rounded) < kernels.gb_per_token(plain)
+
+
+def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
+    """A random one is made where there is none; its shapes and file layout are the official ones."""
+    monkeypatch.setattr(kernels, "mv_bandwidth", lambda: 10.0)
+    preset = zaya.ZayaConfig.preset("smoke")
+    monkeypatch.setattr(zaya.ZayaConfig, "preset", lambda name: preset)
+    folder = str(tmp_path / "random")
+    kernels.main(["--full-size", folder, "--json"])
+    plain, rounded = json.loads(capsys.readouterr().out)["decoding"]
+    assert zaya.Zaya.from_pretrained(folder).embed_tokens.weight.dtype == torch.bfloat16
+    assert plain["gb_per_token"] > rounded["gb_per_token"] and 0 < rounded["error"] < 0.2
+    assert plain["share"] == pytest.approx(plain["tokens_per_s"] * plain["gb_per_token"] / 10)
+    kernels.main(["--full-size", folder])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 4 and all(line.count("|") == 11 for line in table)

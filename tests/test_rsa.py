@@ -18,6 +18,7 @@ from conftest import randomise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels
 import rsa
 from rsa import (
     Budget,
@@ -735,3 +736,103 @@ def test_help_names_every_option(capsys):
     assert all(f"--{name}" in said for name in ("problems", "checkpoint", "endpoint", "budget", "trace", "resume",
                                                 "key-variable", "picture", *rsa.BUDGETS["tiny"].__dict__.keys()
                                                 - {"budget"}))
+
+
+# ---- a folder as Zyphra publishes it ---------------------------------------------------------------------------------
+
+CHATML = """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages if message.role != 'system' %}
+    {{- bos_token if loop.first else '' }}
+    {{- '<|im_start|>' + message.role + '\n' + message.content | trim + '<|im_end|>' + '\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' }}OPENED{% endif %}"""
+
+
+def official_folder(folder, opened="", where="chat_template.jinja"):
+    """A tiny model in shards, with a byte-level BPE and a chat template that are none of ours."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+    from tokenizers.models import BPE
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.train_from_iterator(["What is 47 + 85? so 12 and carry 1"] * 9, trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<pad>", "<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]))
+    tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    tokenizer.enable_truncation(5)                              # what a file may ask for, and a prompt must not get
+    config = ZayaConfig.preset("smoke", eos_token_id=1)
+    randomise(Zaya(config)).save_pretrained(str(folder), max_shard_bytes=100_000)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "pad_token": "<pad>",
+                "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}}
+    template = CHATML.replace("OPENED", opened)
+    if where == "chat_template.jinja":
+        (folder / where).write_text(template)
+    else:
+        settings["chat_template"] = template if where == "field" else [{"name": "tools", "template": "no"},
+                                                                       {"name": "default", "template": template}]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    ends = [1, tokenizer.token_to_id("<|im_end|>")]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "field", "named"])
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_an_official_folder_gets_the_ids_that_transformers_gives_it(tmp_path, where, opened):
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(official_folder(tmp_path, opened, where))
+    ours = rsa.ChatTokenizer(str(tmp_path))
+    assert not rsa.is_ours(str(tmp_path)) and ours.end == [1, theirs.convert_tokens_to_ids("<|im_end|>")]
+    for problem in ("What is 47 + 85?", "  é\n\n<think> 12 <|im_end|>", "x"):
+        messages = [{"role": "user", "content": problem}]
+        wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert rsa.prompt_ids(ours, problem) == wanted
+        assert ours.decode(ours.encode(problem)) == problem
+    assert ours.opened == opened.strip()
+    messages = [{"role": "system", "content": "s"}, *messages, {"role": "assistant", "content": "<think>a</think> b"}]
+    assert ours.render(messages)[0] == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("how", ["as it is", "--quantize", "quantized before"])
+def test_an_official_folder_on_the_command_line(tmp_path, capsys, how):
+    folder = official_folder(tmp_path, "<think>\n")
+    if how == "quantized before":
+        kernels.main(["--quantize", folder, str(tmp_path / "int8")])
+        folder = str(tmp_path / "int8")
+    trace = tmp_path / "x.trace"
+    more = ["--quantize", "int8"] if how == "--quantize" else []
+    rsa.main(["3+4", *shortened(folder, "--rounds", 1, "--trace", trace), *more])
+    assert "default: N=4 C=2 T=1 beta=12 tau=6" in capsys.readouterr().out          # not tiny's: it is not ours
+    rows = trace_rows(trace)[1:]
+    assert len(rows) == 8 and all(row["text"].startswith("<think>") for row in rows)
+    assert all("Candidate solution 2" in row["prompt"] for row in rows if row["round"])
+
+
+def test_what_an_official_folder_may_lack(tmp_path, monkeypatch):
+    folder = official_folder(tmp_path)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tokenizers", None)
+        with pytest.raises(SystemExit, match="pip install tokenizers jinja2"):
+            rsa.main(["x", "--checkpoint", folder])
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="has no chat template"):
+        rsa.main(["x", "--checkpoint", folder])
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(SystemExit, match="tokenizer_config.json is damaged"):
+        rsa.main(["x", "--checkpoint", folder])
+    with pytest.raises(SystemExit):
+        rsa.main(["x", "--quantize", "int8", "--endpoint", "http://localhost", "--model", "m"])
+
+
+def test_a_batch_is_as_large_as_the_memory_for_its_keys(folder):
+    source = Checkpoint.from_pretrained(folder)
+    a_token = 2 * 2 * 16 * 4                                    # keys and values, 2 layers, 1 KV head of 16, fp32
+    length = len(rsa.prompt_ids(source.tokenizer, "3+4")) + 12
+    for room, rows in ((1, 1), (3 * a_token * length, 3), (3 * a_token * length - 1, 2), (2**31, 256)):
+        source.cache_bytes = room
+        assert source.rows_at_once(["3+4", "3"], 12) == rows
+    source.cache_bytes = 3 * a_token * length
+    assert len(source(["3+4"] * 7, 12, 0)) == 7
