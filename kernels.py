@@ -31,33 +31,36 @@ import zaya
 # ---- 1. residual scaling + RMSNorm ----------------------------------------------------------------------------------
 
 
+def columns(x):
+    """(…, S, E) -> (E,), one axis after the other: each pass adds up rows that are still in the cache."""
+    while x.ndim > 1:
+        x = x.sum(-2)
+    return x
+
+
 class ResidualNorm(torch.autograd.Function):
     """The Function behind `residual_norm`; its backward recomputes nothing but two products."""
 
     @staticmethod
     def forward(ctx, x, y, a_r, b_r, a_o, b_o, weight, eps):
-        shape, E = x.shape, x.shape[-1]
-        x, y = x.reshape(-1, E), y.reshape(-1, E).float()
-        out = torch.addcmul(a_r * b_r + a_o * b_o, x, a_r)                          # (N, E)
-        out.addcmul_(y, a_o)
-        rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(E).add_(eps).rsqrt_()     # (N, 1)
+        out = torch.addcmul(a_r * b_r + a_o * b_o, x, a_r)                          # (…, E)
+        out.addcmul_(y.float(), a_o)
+        rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = out * rms
         ctx.save_for_backward(x, y, a_r, b_r, a_o, b_o, weight, unit, rms)
-        return out.view(shape), (unit * weight.float()).to(weight.dtype).view(shape)
+        return out, (unit * weight.float()).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, g_out, g_normed):
         x, y, a_r, b_r, a_o, b_o, weight, unit, rms = ctx.saved_tensors
-        shape, E = g_out.shape, x.shape[-1]
-        g_normed = g_normed.reshape(-1, E).float()
+        g_normed = g_normed.float()
         product = g_normed * unit
-        g_weight = product.sum(0)
-        inner = (product @ weight.float()[:, None]).div_(E)                         # (N, 1)
-        g = torch.addcmul(g_normed * weight.float(), unit, inner, value=-1).mul_(rms).add_(g_out.reshape(-1, E))
-        total = g.sum(0)
-        g_a_r, g_a_o = (g * x).sum(0).addcmul_(b_r, total), (g * y).sum(0).addcmul_(b_o, total)
-        return ((g * a_r).view(shape), (g * a_o).view(shape), g_a_r, total * a_r, g_a_o, total * a_o,
-                g_weight.to(weight.dtype), None)
+        inner = (product * weight.float()).sum(-1, keepdim=True).div_(x.shape[-1])  # (…, 1)
+        g = torch.addcmul(g_normed * weight.float(), unit, inner, value=-1).mul_(rms).add_(g_out)
+        total = columns(g)
+        g_a_r, g_a_o = columns(g * x).addcmul_(b_r, total), columns(g * y.float()).addcmul_(b_o, total)
+        return (g * a_r, (g * a_o).to(y.dtype), g_a_r, total * a_r, g_a_o, total * a_o,
+                columns(product).to(weight.dtype), None)
 
 
 def residual_norm(x, y, scaling, norm):
@@ -246,6 +249,8 @@ class FusedCCA(zaya.CCA):
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
         if step:
             return self.step(packed, current, delayed, rope, reach, mask, cache)
+        if torch.compiler.is_compiling() and not on_gpu(x):
+            return self.o_proj(traced_cca(self, packed, current, delayed, rope, reach, mask))
         if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
             depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
             q, k, v = triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
@@ -339,10 +344,38 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
-        return expert_mlp(x, self.gate_up_proj, self.down_proj, choice, weight)
+        path = grouped_experts if torch.compiler.is_compiling() and not on_gpu(x) else expert_mlp
+        return path(x, self.gate_up_proj, self.down_proj, choice, weight)
 
 
 # ---- 4. LM head + cross-entropy -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("zaya::loss_and_gradients", mutates_args=())
+def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                       chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss and its gradients by hidden and weight; one operation for torch.compile, whose trace would fix
+    the number of chunks."""
+    total, wide = hidden.new_zeros((), dtype=torch.float32), weight.float()
+    g_hidden, g_weight = torch.zeros(hidden.shape, device=hidden.device), torch.zeros_like(wide)
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        h, y = hidden[part].float(), targets[part]
+        counts = y >= 0
+        logits = h @ wide.t()                                                       # (chunk, V), overwritten below
+        chosen = y.clamp_min(0)[:, None]
+        log_total = logits.logsumexp(-1, keepdim=True)
+        total += ((log_total - logits.gather(1, chosen))[:, 0] * counts).sum()
+        probability = logits.sub_(log_total).exp_()
+        probability.scatter_add_(1, chosen, probability.new_full(chosen.shape, -1.0)).mul_(counts[:, None])
+        torch.mm(probability, wide, out=g_hidden[part])
+        g_weight.addmm_(probability.t(), h)
+    return total, g_hidden.to(hidden.dtype), g_weight.to(weight.dtype)
+
+
+@loss_and_gradients.register_fake
+def _(hidden, weight, targets, chunk):
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -350,21 +383,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
-        total, wide = hidden.new_zeros((), dtype=torch.float32), weight.float()
-        g_hidden, g_weight = torch.zeros(hidden.shape, device=hidden.device), torch.zeros_like(wide)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            h, y = hidden[part].float(), targets[part]
-            counts = y >= 0
-            logits = h @ wide.t()                                                   # (chunk, V), overwritten below
-            chosen = y.clamp_min(0)[:, None]
-            log_total = logits.logsumexp(-1, keepdim=True)
-            total += ((log_total - logits.gather(1, chosen))[:, 0] * counts).sum()
-            probability = logits.sub_(log_total).exp_()
-            probability.scatter_add_(1, chosen, probability.new_full(chosen.shape, -1.0)).mul_(counts[:, None])
-            torch.mm(probability, wide, out=g_hidden[part])
-            g_weight.addmm_(probability.t(), h)
-        ctx.save_for_backward(g_hidden.to(hidden.dtype), g_weight.to(weight.dtype))
+        total, *gradients = loss_and_gradients(hidden, weight, targets, chunk)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
@@ -382,6 +402,202 @@ def linear_cross_entropy(hidden, weight, targets, chunk=None):
     chunk = chunk or max(1, 2**24 // len(weight))
     with torch.autocast(hidden.device.type, enabled=False):                         # fp32, whatever else is not
         return LinearCrossEntropy.apply(hidden, weight, targets, chunk)
+
+
+# ---- under torch.compile: 2 and 3 again, in operations that Inductor fuses well --------------------------------------
+# Eager code wants few operations, compiled code wants no strided writes, no masks in inner loops and no sum over 4,096
+# rows at once.  `compile_loss` is the entry; `fuse`d modules take these paths by themselves while they are traced.
+
+
+class Reorder(torch.autograd.Function):
+    """x[order] for a permutation whose inverse is `back`: the gradient is a gather too, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(order, back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, g):
+        order, back = ctx.saved_tensors
+        return g.index_select(0, back), None, None
+
+
+@torch.library.custom_op("zaya::grouped_products", mutates_args=())
+def grouped_products(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows up to ends[0] times weight[0], up to ends[1] times weight[1], …; 0 for the rest.  x (N, I), weight
+    (X, I, O), ends (X,) int64 -> (N, O).  F.grouped_mm would do, but can be traced in bf16 only."""
+    out, start = x.new_empty(len(x), weight.shape[2]), 0
+    for w, end in zip(weight, ends.tolist()):
+        torch.mm(x[start:end], w, out=out[start:end])
+        start = end
+    out[start:] = 0
+    return out
+
+
+@grouped_products.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("zaya::grouped_gradients", mutates_args=())
+def grouped_gradients(x: torch.Tensor, g: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The gradients of `grouped_products` by its weights: x (N, I), g (N, O), ends (X,) -> (X, I, O)."""
+    out, start = x.new_empty(len(ends), x.shape[1], g.shape[1]), 0
+    for w, end in zip(out, ends.tolist()):
+        torch.mm(x[start:end].t(), g[start:end], out=w)
+        start = end
+    return out
+
+
+@grouped_gradients.register_fake
+def _(x, g, ends):
+    return x.new_empty(ends.shape[0], x.shape[1], g.shape[1])
+
+
+class GroupedProducts(torch.autograd.Function):
+    """`grouped_products` with gradients, weight (X, O, I) as the experts' parameters are."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, weight, ends)
+        return grouped_products(x, weight.mT, ends)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, ends = ctx.saved_tensors
+        return grouped_products(g, weight, ends), grouped_gradients(g, x, ends), None
+
+
+def grouped_experts(x, gate_up_proj, down_proj, choice, weight):
+    """zaya.Experts.forward for tracing; the loops over experts are inside of two operations.
+
+    x (N, E), choice (N,) int64, weight (N,) fp32 -> (N, E) in x's dtype.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up_proj.dtype
+    order = choice.argsort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(x), device=x.device))
+    ends = (choice[:, None] <= torch.arange(len(down_proj), device=x.device)).sum(0)               # (X,)
+    tokens = Reorder.apply(x.to(dtype), order, back)                                # (N, E), by expert
+    gate, up = GroupedProducts.apply(tokens, gate_up_proj.to(dtype), ends).chunk(2, -1)
+    active = (F.silu(gate.float()) * up.float()).to(dtype)
+    y = GroupedProducts.apply(active, down_proj.to(dtype), ends)
+    return (Reorder.apply(y, back, order) * weight[:, None]).to(x.dtype)
+
+
+@torch.library.custom_op("zaya::attention_bias", mutates_args=())
+def attention_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as 0 and -inf: opaque to the compiler, which would else compare positions anew in every kernel."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+@attention_bias.register_fake
+def _(mask, dtype):
+    return torch.empty_like(mask, dtype=dtype)
+
+
+@torch.library.custom_op("zaya::wide_rope", mutates_args=())
+def wide_rope(cos: torch.Tensor, sin: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables (B, S, R/2) for all `width` channels of a head, (B, S, 1, D): those that RoPE leaves alone turn by 0."""
+    rest = 0, width - 2 * cos.shape[-1]
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return F.pad(cos, rest, value=1.0)[:, :, None], F.pad(sin, rest)[:, :, None]
+
+
+@wide_rope.register_fake
+def _(cos, sin, width):
+    return [cos.new_empty(*cos.shape[:2], 1, width) for _ in range(2)]
+
+
+class Attention(torch.autograd.Function):
+    """F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True) on a CPU, traced.
+
+    Forward is PyTorch's flash kernel; its backward kernel makes no use of the matrix unit in bf16, so backward is
+    written out in matrix products over (S, S), with the probabilities recomputed from the row sums that flash kept.
+    q (B, H, S, D), k and v (B, K, S, D), bias (B or 1, 1, S, S) of `attention_bias`.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, causal):
+        out, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=None if causal else bias)
+        ctx.save_for_backward(q, k, v, out, log_total, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, out, log_total, bias = ctx.saved_tensors
+        (B, H, S, D), K = q.shape, k.shape[1]
+        along = (g.float() * out.float()).sum(-1, keepdim=True)                     # (B, H, S, 1)
+        q, k, v, g = (t.reshape(B * K, -1, D) for t in (q, k, v, g))                # a group's queries are one block
+        scores, g_p = torch.bmm(q, k.mT).view(B, H, S, S), torch.bmm(g, v.mT).view(B, H, S, S)
+        p = torch.exp(scores.float() * D ** -0.5 + bias.float() - log_total[..., None])
+        g_scores = (p * (g_p.float() - along) * D ** -0.5).to(q.dtype).view(B * K, -1, S)
+        p = p.to(q.dtype).view(B * K, -1, S)
+        return (torch.bmm(g_scores, k).view(B, H, S, D), torch.bmm(g_scores.mT, q).view(B, K, S, D),
+                torch.bmm(p.mT, g).view(B, K, S, D), None, None)
+
+
+def traced_cca(cca, packed, current, delayed, rope, reach, mask):
+    """zaya.CCA.forward between its projections, without a cache: packed (B, S, C), current and delayed (B, S, K*D/2)
+    -> (B, S, H*D)."""
+    (B, S, _), H, K, D, dtype = packed.shape, cca.heads, cca.kv_heads, cca.head_dim, packed.dtype
+    link = torch.ones(1, S, device=packed.device) if reach is None else (reach >= 1).float()
+    link = torch.cat([torch.zeros_like(link[:, :1]), link[:, 1:]], 1)               # nothing is before a row's start
+
+    def before(x):
+        return F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0)) * link.view(-1, S, *[1] * (x.ndim - 2)).to(x.dtype)
+
+    v = torch.cat([current, before(delayed)], -1).view(B, S, K, D)
+    with torch.autocast(packed.device.type, enabled=False):
+        w, b, weight, bias, temp = mixing_weights(cca)
+        p = packed.float()
+        u = (p * w[:, 1] + before(p) * w[:, 0]).to(dtype).view(B * S, H + K, D).transpose(0, 1)
+        now, last = (torch.bmm(u, weight[..., tap].to(dtype).mT).transpose(0, 1).reshape(B, S, H + K, D).float()
+                     for tap in (1, 0))
+        constant = bias.view(H + K, D) + (weight.sum(-1) @ b.view(H + K, D, 1))[..., 0]
+        mixed, (q_mean, k_mean) = now + before(last) + constant, cca.qk_mean(p)
+        cos, sin = wide_rope(*rope, D)
+        channel, half = torch.arange(D, device=packed.device), rope[0].shape[-1]
+        partner = torch.where(channel < 2 * half, (channel + half) % (2 * half), channel)
+        swap = (channel[:, None] == partner).float()                                # (D, D), a permutation: exact
+
+        def turn(x):
+            return (x * cos + (x.reshape(-1, D) @ swap).view(x.shape) * sin).to(dtype).transpose(1, 2)
+
+        q, k, v = turn(cca.unit(mixed[:, :, :H] + q_mean)), turn(cca.unit(mixed[:, :, H:] + k_mean) * temp[:, None]), \
+            v.transpose(1, 2)
+        if S > 1024:                                            # squares of S would no longer fit
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        else:
+            seen = torch.ones(1, 1, S, S, dtype=torch.bool, device=packed.device).tril() if mask is None else mask
+            out = Attention.apply(q, k, v, attention_bias(seen, dtype), mask is None)
+    return out.transpose(1, 2).reshape(B, S, H * D)
+
+
+def summed_loss(model, input_ids, targets, position_ids, dtype=torch.float32):
+    """The summed cross-entropy of a batch, everything below the LM head under autocast to `dtype`."""
+    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.hidden_states(input_ids, position_ids=position_ids)
+    return linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten())
+
+
+@functools.cache
+def compile_loss():
+    """-> summed_loss, compiled as one graph forward and one backward; another number of rows compiles nothing anew.
+
+    For a `fuse`d model.  The first call costs tens of seconds (cold), later stages and processes some seconds: Inductor
+    keeps what it compiled on disk.
+    """
+    compiled = torch.compile(summed_loss, fullgraph=True)
+
+    def loss(model, input_ids, targets, position_ids, dtype=torch.float32):
+        for tensor in (input_ids, targets, position_ids):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(model, input_ids, targets, position_ids, dtype)
+    return loss
 
 
 # ---- Triton: 1, 2 and 3 for CUDA and ROCm, from one source ----------------------------------------------------------
@@ -843,8 +1059,98 @@ class FusedLayer(zaya.Layer):
         return self.post_mlp_residual_scale(x, y), r, choice
 
 
+class Slot:
+    """What stands for a zaya.LayerCache while a decode step is traced: buffers (B, K, T, D) and the column to write."""
+
+    def __init__(self, column, k, v, packed, delayed):
+        self.column, self.k, self.v, self.packed, self.delayed = column, k, v, packed, delayed
+
+    def append(self, k, v, sliding_window=None):
+        return self.k.index_copy_(2, self.column, k), self.v.index_copy_(2, self.column, v)
+
+
+def decode_step(model, token, reach, column, buffers):
+    """zaya.Zaya.hidden_states for one new token a row, with nothing in it that changes from step to step but tensors.
+
+    token (B, 1), reach (B, 1), column (1,) int64; buffers: per layer k, v (B, K, T, D), packed, delayed, all written in
+    place -> hidden (B, 1, E), choices (L, B, 1).
+    """
+    theta, share = (model.config.rope_parameters["hybrid"][key] for key in ("rope_theta", "partial_rotary_factor"))
+    rope = zaya.CCA.rope_table(reach, theta, int(model.config.head_dim * share))
+    back = column - torch.arange(buffers[0][0].shape[2], device=token.device)                       # (T,)
+    mask = ((back >= 0) & (back <= reach))[:, None, None]                                           # (B, 1, 1, T)
+    x = (model.embed_tokens(token).float() + model.input_hidden_states_bias) * model.input_hidden_states_scale
+    r, choices = None, []
+    for layer, (k, v, packed, delayed) in zip(model.layers, buffers):
+        slot = Slot(column, k, v, packed, delayed)
+        x, r, choice = layer(x, r, rope, reach, mask, slot)
+        packed.copy_(slot.packed)
+        delayed.copy_(slot.delayed)
+        choices.append(choice)
+    return model.norm(x), torch.stack(choices)
+
+
+@functools.cache
+def compiled_decode_step():
+    return torch.compile(decode_step, fullgraph=True)
+
+
+class FusedZaya(zaya.Zaya):
+    """zaya.Zaya whose steps of one token run as one compiled graph, if `compile_decoding` was asked for."""
+    decodes_compiled = False
+
+    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
+        if not (self.decodes_compiled and cache is not None and cache.columns and input_ids.shape[1] == 1
+                and attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()):
+            return super().hidden_states(input_ids, attention_mask, position_ids, cache, routing)
+        reach = torch.full_like(input_ids, cache.columns) if cache.position is None else cache.position[:, None]
+        for slot in cache.layers:
+            self.make_room(slot)
+        column = torch.full((1,), cache.layers[0].end, device=input_ids.device)
+        buffers = [(slot.k, slot.v, slot.packed, slot.delayed) for slot in cache.layers]
+        for tensor in (input_ids, reach, *(tensor for layer in buffers for tensor in layer)):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        # Two sizes that happen to be equal at the first call, rows and columns, are not the same size.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            hidden, choices = compiled_decode_step()(self, input_ids, reach, column, buffers)
+        cache.columns += 1
+        cache.position = None if cache.position is None else cache.position + 1
+        for slot in cache.layers:
+            slot.end += 1
+        if routing is not None:
+            routing.extend(choices)
+        return hidden
+
+    @staticmethod
+    def make_room(slot, block=64):
+        """Let a LayerCache's buffers end with the block of columns that its next token falls into."""
+        live = slot.end - slot.start
+        capacity = (live // block + 1) * block
+        if slot.start == 0 and slot.k.shape[2] == capacity:
+            return
+        for name in ("k", "v"):
+            old = getattr(slot, name)
+            grown = old.new_zeros(*old.shape[:2], capacity, old.shape[3])           # zeros: 0 times garbage may be NaN
+            grown[:, :, :live] = old[:, :, slot.start:slot.end]
+            torch._dynamo.maybe_mark_dynamic(grown, 2)
+            setattr(slot, name, grown)
+        slot.start, slot.end = 0, live
+
+
+def compile_decoding(model):
+    """Let a fused model's `generate`, and all that decodes one token at a time, run its steps compiled -> the model.
+
+    Raises ValueError for sliding windows: their columns are forgotten, which moves what a static buffer would hold.
+    """
+    if "hybrid_sliding" in model.config.layer_types:
+        raise ValueError("compile_decoding: this model has layers with sliding windows; use it as it is")
+    model.decodes_compiled = True
+    return model
+
+
 def fuse(model):
-    """Give a Zaya's layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
+    """Give a Zaya and its layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
+    model.__class__ = FusedZaya
     for layer in model.layers:
         layer.__class__, layer.self_attn.__class__, layer.experts.__class__ = FusedLayer, FusedCCA, FusedExperts
     return model

@@ -215,6 +215,98 @@ def test_autocast_keeps_its_dtypes():
             assert cosine > 0.9, (name, cosine)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """The paths that torch.compile traces, run as they stand."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("reach", [packing(), None], ids=["packed", "whole rows"])
+def test_traced_cca(traced, dtype, bound, reach):
+    test_cca(dtype, bound, reach)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("only", [None, 2, 4], ids=["all", "one expert", "all skipped"])
+def test_traced_experts(traced, dtype, bound, only):
+    test_experts(dtype, bound, only)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_backward(dtype, bound, masked):
+    """Against scaled_dot_product_attention, its gradients included, with and without a mask."""
+    mask = zaya.CCA.attention_mask(packing(), 40) if masked else None
+    bias = kernels.attention_bias(mask if masked else torch.ones(1, 1, 40, 40).tril().bool(), dtype)
+    results = []
+    for function in (lambda *x: kernels.Attention.apply(*x, bias, not masked),
+                     lambda *x: F.scaled_dot_product_attention(*x, mask, is_causal=not masked, enable_gqa=True)):
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, heads, 40, 16).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+        out = function(*leaves)
+        out.backward(torch.randn(out.shape).to(dtype))
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype
+        close(got, want, bound)
+
+
+def counted(function, *arguments):
+    """-> its result, and how many graphs were compiled for it; a graph break is an error."""
+    counters = torch._dynamo.utils.counters
+    before = counters["stats"]["unique_graphs"]
+    result = function(*arguments)
+    assert not counters["graph_break"]
+    return result, counters["stats"]["unique_graphs"] - before
+
+
+def test_the_compiled_training_step():
+    """Forward, loss and backward as one graph each: the gradients of the plain model, and nothing compiled anew for
+    other values, another number of rows, or another model of this shape."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    positions, shape, loss = packing(), dict(num_attention_heads=4, num_hidden_layers=2), kernels.compile_loss()
+    for seed, rows, graphs in ((0, 2, 1), (0, 3, 0), (1, 2, 0)):
+        plain = small(seed, **shape).train()
+        fast = kernels.fuse(copy.deepcopy(plain))
+        position_ids = positions[torch.arange(rows) % 2]
+        ids = torch.randint(0, 300, position_ids.shape)
+        targets = torch.where(position_ids >= 0, ids.roll(-1, 1), -100)
+        kernels.summed_loss(plain, ids, targets, position_ids).backward()
+        total, compiled = counted(loss, fast, ids, targets, position_ids)
+        total.backward()
+        assert compiled == graphs
+        close(total, kernels.summed_loss(plain, ids, targets, position_ids), 1e-5)
+        for p, q in zip(plain.parameters(), fast.parameters()):
+            close(q.grad, p.grad, 1e-4)
+        for a, b in zip(plain.layers, fast.layers):
+            assert torch.equal(a.gate.load, 2 * b.gate.load)   # the plain one ran forward twice
+
+
+def test_compiled_decoding():
+    """The same tokens, whatever the columns, the rows, the padding, the ends; one graph for all of it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fused = kernels.fuse(small(num_hidden_layers=2))
+    fast = kernels.compile_decoding(copy.deepcopy(fused))
+    ids, mask = torch.randint(10, 300, (6, 12)), torch.ones(6, 12, dtype=torch.long)
+    mask[1, :5], mask[2, :11] = 0, 0
+    for rows, new, padding, eos, graphs in ((6, 30, mask, None, 1), (6, 70, mask, 40, 0), (5, 60, None, None, 0)):
+        given = [(ids[:rows], new, 1.0, 1.0, padding, torch.Generator().manual_seed(5), eos) for _ in range(2)]
+        wanted = fused.generate(*given[0])
+        got, compiled = counted(fast.generate, *given[1])
+        assert torch.equal(got, wanted) and compiled == graphs
+    routing, (some, more) = [[], []], ([zaya.Cache(2), zaya.Cache(2)], [fused, fast])
+    with torch.no_grad():                                       # the experts taken are recorded too
+        for model, cache, chosen in zip(more, some, routing):
+            model.hidden_states(ids, cache=cache)
+            model.hidden_states(ids[:, :1], cache=cache, routing=chosen)
+    assert all(torch.equal(a, b) for a, b in zip(*routing)) and len(routing[0]) == 2
+    with pytest.raises(ValueError, match="sliding windows"):
+        kernels.compile_decoding(small(layer_types=["hybrid_sliding"] * 3, sliding_window=5))
+
+
 def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     """Small, and without transformers: errors as small as rounding, a time and a ratio for each path."""
     monkeypatch.setattr(kernels, "official", lambda config: None)
