@@ -600,6 +600,25 @@ def compile_loss():
     return loss
 
 
+def worth_compiling(model, tokens):
+    """Whether a stage of so many tokens gets back what compiling its training step costs -> bool, and why.
+
+    Decided from sizes and not from the clock, so that a run that is taken up again computes what it would have
+    computed.  The constants are what two cores of a Xeon took; the order of magnitude is what matters.
+    """
+    if model.norm.weight.device.type != "cpu":
+        return False, "the training step is not compiled: the fast paths of a GPU are Triton kernels already"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        get_cpp_compiler()
+    except Exception:
+        return False, "the training step is not compiled: there is no C++ compiler here"
+    seconds = 6 * model.parameter_counts()["active"] * tokens / 7e10                # forward and backward
+    saved, warm_up = 0.3 * seconds, 15 + 12 * len(model.layers)
+    return saved > warm_up, f"the training step is {'' if saved > warm_up else 'not '}compiled: that should save " \
+        f"about {saved:.0f} of {seconds:.0f} s and cost {warm_up} s"
+
+
 # ---- Triton: 1, 2 and 3 for CUDA and ROCm, from one source ----------------------------------------------------------
 # Each @triton.jit function lives in a cached function, so that Triton is imported at the first call and not with this
 # file.  Sums are accumulated in fp32 and in a fixed order, without atomics: two runs give the same bits.  The block
@@ -1109,7 +1128,7 @@ class FusedZaya(zaya.Zaya):
         column = torch.full((1,), cache.layers[0].end, device=input_ids.device)
         buffers = [(slot.k, slot.v, slot.packed, slot.delayed) for slot in cache.layers]
         for tensor in (input_ids, reach, *(tensor for layer in buffers for tensor in layer)):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            torch._dynamo.maybe_mark_dynamic(tensor, [0, 2] if tensor.ndim == 4 else 0)
         # Two sizes that happen to be equal at the first call, rows and columns, are not the same size.
         with torch.fx.experimental._config.patch(use_duck_shape=False):
             hidden, choices = compiled_decode_step()(self, input_ids, reach, column, buffers)
@@ -1132,7 +1151,6 @@ class FusedZaya(zaya.Zaya):
             old = getattr(slot, name)
             grown = old.new_zeros(*old.shape[:2], capacity, old.shape[3])           # zeros: 0 times garbage may be NaN
             grown[:, :, :live] = old[:, :, slot.start:slot.end]
-            torch._dynamo.maybe_mark_dynamic(grown, 2)
             setattr(slot, name, grown)
         slot.start, slot.end = 0, live
 
@@ -1200,12 +1218,52 @@ def machine_limits():
     return {"matmul_gflops": 2 * 2048 * 1024 * 1024 / product / 1e6, "copy_gb_per_s": 2 * 4 * 2**25 / copy / 1e6}
 
 
+def measured_shape(**changes):
+    """The shape of all measurements here."""
+    return zaya.ZayaConfig(**{**dict(
+        vocab_size=512, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
+        num_experts=8, moe_intermediate_size=256, router_hidden_size=32, initializer_range=0.06), **changes})
+
+
+class DenseLayer(FusedLayer):
+    """A layer whose one SwiGLU network serves all tokens, without a router: what top-1 experts cost is measured by it.
+    """
+
+    def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
+        y = self.self_attn(self.input_layernorm(x), rope, reach, mask, cache)
+        x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
+        gate, up = F.linear(h, self.experts.gate_up_proj[0]).chunk(2, -1)
+        return self.post_mlp_residual_scale(x, F.linear(F.silu(gate) * up, self.experts.down_proj[0])), r, choice
+
+
+def fused_dense(config):
+    """A fused model whose layers are as wide as one expert of config's."""
+    model = fuse(zaya.Zaya(zaya.ZayaConfig.from_dict({**config.to_dict(), "num_experts": 1})))
+    for layer in model.layers:
+        layer.__class__ = DenseLayer
+    return model
+
+
+def kv_bytes(model):
+    """Bytes that a token adds to a model's cache, counted in the cache's tensors."""
+    caches = [zaya.Cache(len(model.layers)) for _ in range(2)]
+    with torch.no_grad():
+        for cache, tokens in zip(caches, (8, 9)):
+            model(torch.zeros(1, tokens, dtype=torch.long), cache=cache)
+    totals = [sum(part[:, :, slot.start:slot.end].nbytes for slot in cache.layers for part in (slot.k, slot.v))
+              + sum(part.nbytes for slot in cache.layers for part in (slot.packed, slot.delayed)) for cache in caches]
+    return totals[1] - totals[0]
+
+
+def kv_bytes_of_mha(config, size=4):
+    """The same for multi-head attention of the same width: keys and values of hidden_size channels each a layer."""
+    return config.num_hidden_layers * 2 * config.hidden_size * size
+
+
 def benchmark(B=16, S=256):
     """Every path beside what it equals: rows of {"path", "error", "plain_ms", "fused_ms", "ratio"} and a training and a
     decoding step beside transformers', where that is installed."""
-    config = zaya.ZayaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
-                             num_key_value_heads=1, head_dim=32, num_experts=8, moe_intermediate_size=256,
-                             router_hidden_size=32, initializer_range=0.06)
+    config = measured_shape()
     torch.manual_seed(0)
     plain = zaya.Zaya(config).train()
     fused = fuse(copy.deepcopy(plain))
@@ -1269,20 +1327,26 @@ def benchmark(B=16, S=256):
     return rows
 
 
-def official(config):
-    """transformers' model of the same shape, eager fp32: {"step", "generate"}; None where it is not installed."""
+def official(config, dtype=torch.float32, experts="eager", compiled=False):
+    """transformers' model of the same shape: {"step", "generate"}; None where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from transformers import AutoConfig, AutoModelForCausalLM
     shape = {key: value for key, value in config.to_dict().items()
              if key not in ("architectures", "model_type", "dtype")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **shape)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **shape), experts_implementation=experts)
+    model = model.to(dtype)
+
+    def logits(ids):
+        return model(ids, use_cache=False).logits
+
+    forward = torch.compile(logits) if compiled else logits
 
     def step(ids, labels):
         def run():
             model.zero_grad()
             # Whole rows: it cannot keep packed samples apart, which would save it no work either.
-            F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten()).backward()
+            F.cross_entropy(forward(ids).float().flatten(0, 1), labels.flatten()).backward()
         return run
 
     def generate(prompt, count):
@@ -1292,13 +1356,130 @@ def official(config):
     return {"step": step, "generate": generate}
 
 
+def at_its_best(B=16, S=256, new=128, rounds=7):
+    """Training step and generation, each side by what it does fastest: {"training": {name: ms}, "generation": …}.
+
+    Whole rows, as transformers knows no others.  Compiling, which takes minutes, happens before anything is timed.
+    """
+    config = measured_shape()
+    torch.manual_seed(0)
+    plain = zaya.Zaya(config).train()
+    fused = fuse(copy.deepcopy(plain))
+    half = compile_decoding(fuse(copy.deepcopy(plain).bfloat16()))
+    ids, targets = torch.randint(0, config.vocab_size, (2, B, S))
+    prompt = torch.randint(0, config.vocab_size, (64, 32))
+
+    def step(model, loss_of, dtype):
+        def run():
+            model.zero_grad()
+            (loss_of(model, ids, targets, None, dtype) / targets.numel()).backward()
+        return run
+
+    kinds = {"eager, fp32": (torch.float32,), "grouped_mm, bf16": (torch.bfloat16, "grouped_mm"),
+             "compiled, grouped_mm, bf16": (torch.bfloat16, "grouped_mm", True)}
+    theirs = {name: model for name, kind in kinds.items() if (model := official(config, *kind))}
+    training = {"zaya.py, fp32": step(plain, summed_loss, torch.float32),
+                "fused, fp32": step(fused, summed_loss, torch.float32),
+                "fused and compiled, bf16": step(fused, compile_loss(), torch.bfloat16),
+                **{f"transformers, {name}": model["step"](ids, targets) for name, model in theirs.items()}}
+    generation = {"zaya.py, fp32": lambda: plain.generate(prompt, new, 0), "fused, fp32": lambda: fused.generate(
+        prompt, new, 0), "fused and compiled, bf16": lambda: half.generate(prompt, new, 0),
+        **{f"transformers, {name}": model["generate"](prompt, new) for name, model in theirs.items()
+           if "compiled" not in name}}
+    result = {}
+    for what, functions in (("training", training), ("generation", generation)):
+        for name in (bar := tqdm(functions, desc=f"warming up, {what}", leave=False, disable=None)):
+            bar.set_postfix_str(name)
+            functions[name]()
+        result[what] = dict(zip(functions, medians(*functions.values(), rounds=rounds if what == "training" else 3)))
+    result["tokens"] = {"training": B * S, "generation": 64 * new}
+    return result
+
+
+def costs(B=16, S=256):
+    """What experts and the cache cost: a step with top-1 of 8 experts beside one of a dense model of the same active
+    size, both fused, and the cache's bytes a token beside multi-head attention's."""
+    config = measured_shape()
+    torch.manual_seed(0)
+    models = [fuse(zaya.Zaya(config)).train(), fused_dense(config).train()]
+    ids, targets = torch.randint(0, config.vocab_size, (2, B, S))
+
+    def step(model):
+        def run():
+            model.zero_grad()
+            loss = summed_loss(model, ids, targets, None)
+            loss.backward()
+            return loss
+        return run
+
+    moe, dense = medians(*map(step, models), rounds=7)
+    return {"moe_ms": moe, "dense_ms": dense, "moe_over_dense": moe / dense, "kv_bytes": kv_bytes(models[0].eval()),
+            "kv_bytes_mha": kv_bytes_of_mha(config)}
+
+
+class MultiHead(torch.nn.Module):
+    """Multi-head attention as wide as its input: what CCA is compared with over context."""
+
+    def __init__(self, size, head_dim):
+        super().__init__()
+        self.heads, self.qkv, self.out = size // head_dim, torch.nn.Linear(size, 3 * size), torch.nn.Linear(size, size)
+
+    def forward(self, x, rope):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in (zaya.CCA.rotate(q, *rope), zaya.CCA.rotate(k, *rope), v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def context_times(lengths=(1024, 2048, 4096, 8192, 16384), size=256, rounds=3):
+    """Prefill of one attention layer, fp32: rows of {"tokens", "cca_ms", "mha_ms"}; CCA has half of the heads and an
+    eighth of the keys and values, as in ZAYA1-8B."""
+    cca, mha, rows = zaya.CCA(size, size // 64, size // 256, 32), MultiHead(size, 32), []
+    cca.__class__ = FusedCCA
+    for S in tqdm(lengths, desc="prefill", leave=False, disable=None):
+        x, rope = torch.randn(1, S, size), zaya.CCA.rope_table(torch.arange(S)[None], 5e6, 16)
+        times = medians(lambda: cca(x, rope), lambda: mha(x, rope), rounds=rounds)      # noqa: B023, called here
+        rows.append({"tokens": S, **dict(zip(("cca_ms", "mha_ms"), times))})
+    return rows
+
+
+def draw_context(rows, path, size=256):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    for key, label, color, marker in (("mha_ms", "multi-head attention", "tab:gray", "s"),
+                                      ("cca_ms", "CCA, 1/8 of the KV cache", "tab:blue", "o")):
+        axes.plot(tokens, [row[key] for row in rows], color=color, marker=marker, label=label)
+    for row in rows:
+        axes.annotate(f"{row['mha_ms'] / row['cca_ms']:.1f}×", (row["tokens"], row["cca_ms"]), (0, -14),
+                      textcoords="offset points", ha="center", fontsize=9, color="tab:blue")
+    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="prefill of one attention layer, ms",
+             title=f"What context costs: width {size}, fp32, {torch.get_num_threads()} CPU threads")
+    axes.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
+    axes.minorticks_off()
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--compile", action="store_true",
+                        help="also ours at its best against transformers at its best: minutes of compiling")
+    parser.add_argument("--picture", metavar="FILE", help="also prefill times over context, drawn into this PNG")
     given = parser.parse_args(arguments)
-    limits, rows = machine_limits(), benchmark()
+    limits, rows, cost = machine_limits(), benchmark(), costs()
+    best = at_its_best() if given.compile else {}
+    context = context_times() if given.picture else []
+    if given.picture:
+        draw_context(context, given.picture)
     if given.json:
-        print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows}, indent=1))
+        print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows, "costs": cost, "best": best,
+                          "context": context}, indent=1))
         return
     print(f"{torch.get_num_threads()} threads: fp32 matrix products at {limits['matmul_gflops']:.0f} GFLOP/s, copies "
           f"at {limits['copy_gb_per_s']:.1f} GB/s; medians\n")
@@ -1309,6 +1490,21 @@ def main(arguments=None):
             ["", ""]
         print("| " + " | ".join([row["path"], f"{row['error']:.0e}", f"{row['plain_ms']:.1f}", f"{row['fused_ms']:.1f}",
                                  f"{row['ratio']:.2f}", *more]) + " |")
+    print("\nA step with top-1 of 8 experts takes {moe_ms:.0f} ms, of a dense model of the same active size "
+          "{dense_ms:.0f} ms: {moe_over_dense:.2f} times.\nThe cache grows by {kv_bytes} bytes a token; multi-head "
+          "attention of this width: {kv_bytes_mha}.".format(**cost))
+    for what in ("training", "generation") if best else ():
+        ours, count = best[what]["fused and compiled, bf16"], best["tokens"][what]
+        print(f"\n| {what}, each side at its best | ms | tokens/s | over ours compiled |")
+        print("|---" * 4 + "|")
+        for name, ms in best[what].items():
+            print(f"| {name} | {ms:.0f} | {1e3 * count / ms:,.0f} | {ms / ours:.2f} |")
+    if context:
+        print("\n| prefill of one attention layer, tokens | multi-head, ms | CCA, ms | ratio |")
+        print("|---" * 4 + "|")
+        for row in context:
+            slow, quick = row["mha_ms"], row["cca_ms"]
+            print(f"| {row['tokens']} | {slow:.1f} | {quick:.1f} | {slow / quick:.2f} |")
 
 
 if __name__ == "__main__":

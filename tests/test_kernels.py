@@ -311,8 +311,9 @@ def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     """Small, and without transformers: errors as small as rounding, a time and a ratio for each path."""
     monkeypatch.setattr(kernels, "official", lambda config: None)
     monkeypatch.setattr(kernels, "medians", lambda *functions, rounds=9: [2.0 for f in functions if f() is not None])
-    full = kernels.benchmark
+    full, cost = kernels.benchmark, kernels.costs
     monkeypatch.setattr(kernels, "benchmark", lambda: full(2, 32))
+    monkeypatch.setattr(kernels, "costs", lambda: cost(2, 32))
     kernels.main(["--json"])
     said = json.loads(capsys.readouterr().out)
     assert len(said["paths"]) == 6 and said["matmul_gflops"] > 0
@@ -320,6 +321,33 @@ def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     kernels.main([])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 8 and all(line.count("|") == 8 for line in table)
+
+
+@pytest.mark.parametrize("preset, mha", [("zaya1-8b", 40 * 2 * 2048 * 4), ("small", 12 * 2 * 512 * 4)])
+def test_the_cache_is_an_eighth_of_multi_head_attentions(preset, mha):
+    """By the shape, and by the bytes that the tensors of a real cache grow by."""
+    config = zaya.ZayaConfig.preset(preset)
+    assert kernels.kv_bytes_of_mha(config) == mha
+    assert config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4 * 8 == mha
+    config = kernels.measured_shape()
+    assert kernels.kv_bytes(zaya.Zaya(config)) * 8 == kernels.kv_bytes_of_mha(config)
+
+
+def test_prefill_over_context(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "context_times", lambda full=kernels.context_times: full((64, 128), 256, 1))
+    monkeypatch.setattr(kernels, "benchmark", list)
+    monkeypatch.setattr(kernels, "costs", lambda: dict.fromkeys(
+        ("moe_ms", "dense_ms", "moe_over_dense", "kv_bytes", "kv_bytes_mha"), 0))
+    kernels.main(["--picture", str(tmp_path / "context.png")])
+    assert (tmp_path / "context.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compiling_is_a_matter_of_the_stages_length():
+    model = small()
+    few, many = (kernels.worth_compiling(model, tokens) for tokens in (10_000, 10**12))
+    assert not few[0] and "not compiled" in few[1]
+    assert many[0] and "should save" in many[1]
+    assert not kernels.worth_compiling(model.to("meta"), 10**12)[0]
 
 
 def test_the_loss_needs_an_eighth_of_the_memory():
