@@ -584,13 +584,13 @@ def summed_loss(model, input_ids, targets, position_ids, dtype=torch.float32):
 
 
 @functools.cache
-def compile_loss():
+def compile_loss(backend="inductor"):
     """-> summed_loss, compiled as one graph forward and one backward; another number of rows compiles nothing anew.
 
     For a `fuse`d model.  The first call costs tens of seconds (cold), later stages and processes some seconds: Inductor
     keeps what it compiled on disk.
     """
-    compiled = torch.compile(summed_loss, fullgraph=True)
+    compiled = torch.compile(summed_loss, fullgraph=True, backend=backend)
 
     def loss(model, input_ids, targets, position_ids, dtype=torch.float32):
         for tensor in (input_ids, targets, position_ids):
@@ -1110,16 +1110,16 @@ def decode_step(model, token, reach, column, buffers):
 
 
 @functools.cache
-def compiled_decode_step():
-    return torch.compile(decode_step, fullgraph=True)
+def compiled_decode_step(backend):
+    return torch.compile(decode_step, fullgraph=True, backend=backend)
 
 
 class FusedZaya(zaya.Zaya):
     """zaya.Zaya whose steps of one token run as one compiled graph, if `compile_decoding` was asked for."""
-    decodes_compiled = False
+    decoding_backend = None
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
-        if not (self.decodes_compiled and cache is not None and cache.columns and input_ids.shape[1] == 1
+        if not (self.decoding_backend and cache is not None and cache.columns and input_ids.shape[1] == 1
                 and attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()):
             return super().hidden_states(input_ids, attention_mask, position_ids, cache, routing)
         reach = torch.full_like(input_ids, cache.columns) if cache.position is None else cache.position[:, None]
@@ -1131,7 +1131,7 @@ class FusedZaya(zaya.Zaya):
             torch._dynamo.maybe_mark_dynamic(tensor, [0, 2] if tensor.ndim == 4 else 0)
         # Two sizes that happen to be equal at the first call, rows and columns, are not the same size.
         with torch.fx.experimental._config.patch(use_duck_shape=False):
-            hidden, choices = compiled_decode_step()(self, input_ids, reach, column, buffers)
+            hidden, choices = compiled_decode_step(self.decoding_backend)(self, input_ids, reach, column, buffers)
         cache.columns += 1
         cache.position = None if cache.position is None else cache.position + 1
         for slot in cache.layers:
@@ -1145,6 +1145,7 @@ class FusedZaya(zaya.Zaya):
         """Let a LayerCache's buffers end with the block of columns that its next token falls into."""
         live = slot.end - slot.start
         capacity = (live // block + 1) * block
+        slot.packed, slot.delayed = slot.packed.contiguous(), slot.delayed.contiguous()     # a stride is a guard
         if slot.start == 0 and slot.k.shape[2] == capacity:
             return
         for name in ("k", "v"):
@@ -1155,14 +1156,14 @@ class FusedZaya(zaya.Zaya):
         slot.start, slot.end = 0, live
 
 
-def compile_decoding(model):
+def compile_decoding(model, backend="inductor"):
     """Let a fused model's `generate`, and all that decodes one token at a time, run its steps compiled -> the model.
 
     Raises ValueError for sliding windows: their columns are forgotten, which moves what a static buffer would hold.
     """
     if "hybrid_sliding" in model.config.layer_types:
         raise ValueError("compile_decoding: this model has layers with sliding windows; use it as it is")
-    model.decodes_compiled = True
+    model.decoding_backend = backend
     return model
 
 

@@ -261,12 +261,13 @@ def counted(function, *arguments):
     return result, counters["stats"]["unique_graphs"] - before
 
 
-def test_the_compiled_training_step():
+@pytest.mark.parametrize("backend, layers", [("aot_eager", 2), ("inductor", 1)])
+def test_the_compiled_training_step(backend, layers):
     """Forward, loss and backward as one graph each: the gradients of the plain model, and nothing compiled anew for
-    other values, another number of rows, or another model of this shape."""
+    other values, another number of rows, or another model of this shape.  aot_eager traces the same graphs."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    positions, shape, loss = packing(), dict(num_attention_heads=4, num_hidden_layers=2), kernels.compile_loss()
+    positions, shape, loss = packing(), dict(num_hidden_layers=layers), kernels.compile_loss(backend)
     for seed, rows, graphs in ((0, 2, 1), (0, 3, 0), (1, 2, 0)):
         plain = small(seed, **shape).train()
         fast = kernels.fuse(copy.deepcopy(plain))
@@ -284,12 +285,13 @@ def test_the_compiled_training_step():
             assert torch.equal(a.gate.load, 2 * b.gate.load)   # the plain one ran forward twice
 
 
-def test_compiled_decoding():
+@pytest.mark.parametrize("backend, layers", [("aot_eager", 2), ("inductor", 1)])
+def test_compiled_decoding(backend, layers):
     """The same tokens, whatever the columns, the rows, the padding, the ends; one graph for all of it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    fused = kernels.fuse(small(num_hidden_layers=2))
-    fast = kernels.compile_decoding(copy.deepcopy(fused))
+    fused = kernels.fuse(small(num_hidden_layers=layers))
+    fast = kernels.compile_decoding(copy.deepcopy(fused), backend)
     ids, mask = torch.randint(10, 300, (6, 12)), torch.ones(6, 12, dtype=torch.long)
     mask[1, :5], mask[2, :11] = 0, 0
     for rows, new, padding, eos, graphs in ((6, 30, mask, None, 1), (6, 70, mask, 40, 0), (5, 60, None, None, 0)):
@@ -297,12 +299,12 @@ def test_compiled_decoding():
         wanted = fused.generate(*given[0])
         got, compiled = counted(fast.generate, *given[1])
         assert torch.equal(got, wanted) and compiled == graphs
-    routing, (some, more) = [[], []], ([zaya.Cache(2), zaya.Cache(2)], [fused, fast])
+    routing, (some, more) = [[], []], ([zaya.Cache(layers) for _ in range(2)], [fused, fast])
     with torch.no_grad():                                       # the experts taken are recorded too
         for model, cache, chosen in zip(more, some, routing):
             model.hidden_states(ids, cache=cache)
             model.hidden_states(ids[:, :1], cache=cache, routing=chosen)
-    assert all(torch.equal(a, b) for a, b in zip(*routing)) and len(routing[0]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(*routing)) and len(routing[0]) == layers
     with pytest.raises(ValueError, match="sliding windows"):
         kernels.compile_decoding(small(layer_types=["hybrid_sliding"] * 3, sliding_window=5))
 
