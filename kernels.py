@@ -39,33 +39,36 @@ import zaya
 # ---- 1. residual scaling + RMSNorm ----------------------------------------------------------------------------------
 
 
+def columns(x):
+    """(…, S, E) -> (E,), one axis after the other: each pass adds up rows that are still in the cache."""
+    while x.ndim > 1:
+        x = x.sum(-2)
+    return x
+
+
 class ResidualNorm(torch.autograd.Function):
     """The Function behind `residual_norm`; its backward recomputes nothing but two products."""
 
     @staticmethod
     def forward(ctx, x, y, a_r, b_r, a_o, b_o, weight, eps):
-        shape, E = x.shape, x.shape[-1]
-        x, y = x.reshape(-1, E), y.reshape(-1, E).float()
-        out = torch.addcmul(a_r * b_r + a_o * b_o, x, a_r)                          # (N, E)
-        out.addcmul_(y, a_o)
-        rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(E).add_(eps).rsqrt_()     # (N, 1)
+        out = torch.addcmul(a_r * b_r + a_o * b_o, x, a_r)                          # (…, E)
+        out.addcmul_(y.float(), a_o)
+        rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         unit = out * rms
         ctx.save_for_backward(x, y, a_r, b_r, a_o, b_o, weight, unit, rms)
-        return out.view(shape), (unit * weight.float()).to(weight.dtype).view(shape)
+        return out, (unit * weight.float()).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, g_out, g_normed):
         x, y, a_r, b_r, a_o, b_o, weight, unit, rms = ctx.saved_tensors
-        shape, E = g_out.shape, x.shape[-1]
-        g_normed = g_normed.reshape(-1, E).float()
+        g_normed = g_normed.float()
         product = g_normed * unit
-        g_weight = product.sum(0)
-        inner = (product @ weight.float()[:, None]).div_(E)                         # (N, 1)
-        g = torch.addcmul(g_normed * weight.float(), unit, inner, value=-1).mul_(rms).add_(g_out.reshape(-1, E))
-        total = g.sum(0)
-        g_a_r, g_a_o = (g * x).sum(0).addcmul_(b_r, total), (g * y).sum(0).addcmul_(b_o, total)
-        return ((g * a_r).view(shape), (g * a_o).view(shape), g_a_r, total * a_r, g_a_o, total * a_o,
-                g_weight.to(weight.dtype), None)
+        inner = (product * weight.float()).sum(-1, keepdim=True).div_(x.shape[-1])  # (…, 1)
+        g = torch.addcmul(g_normed * weight.float(), unit, inner, value=-1).mul_(rms).add_(g_out)
+        total = columns(g)
+        g_a_r, g_a_o = columns(g * x).addcmul_(b_r, total), columns(g * y.float()).addcmul_(b_o, total)
+        return (g * a_r, (g * a_o).to(y.dtype), g_a_r, total * a_r, g_a_o, total * a_o,
+                columns(product).to(weight.dtype), None)
 
 
 def residual_norm(x, y, scaling, norm):
@@ -270,6 +273,8 @@ class FusedCCA(zaya.CCA):
         q_size, k_size, *v_sizes = (m.weight.shape[0] for m in projections)
         together = F.linear(x, torch.cat([m.weight for m in projections]))
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
+        if torch.compiler.is_compiling() and not on_gpu(x):
+            return self.o_proj(traced_cca(self, packed, current, delayed, rope, reach, mask))
         if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
             depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
             q, k, v = triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
@@ -365,6 +370,8 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
+        if torch.compiler.is_compiling() and not on_gpu(x):
+            return grouped_experts(x, self.gate_up_proj, self.down_proj, choice, weight)
         if one_row(x, self.down_proj):
             return self.one_token(x, choice.item(), weight)
         return expert_mlp(x, self.gate_up_proj, self.down_proj, choice, weight)
@@ -379,26 +386,40 @@ class FusedExperts(zaya.Experts):
 # ---- 4. LM head + cross-entropy -------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("zaya::loss_and_gradients", mutates_args=())
+def loss_and_gradients(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
+                       chunk: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss and its gradients by hidden and weight; one operation for torch.compile, whose trace would fix
+    the number of chunks."""
+    total, wide = hidden.new_zeros((), dtype=torch.float32), weight.float()
+    g_hidden, g_weight = torch.zeros(hidden.shape, device=hidden.device), torch.zeros_like(wide)
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        h, y = hidden[part].float(), targets[part]
+        counts = y >= 0
+        logits = h @ wide.t()                                                       # (chunk, V), overwritten below
+        chosen = y.clamp_min(0)[:, None]
+        log_total = logits.logsumexp(-1, keepdim=True)
+        total += ((log_total - logits.gather(1, chosen))[:, 0] * counts).sum()
+        probability = logits.sub_(log_total).exp_()
+        probability.scatter_add_(1, chosen, probability.new_full(chosen.shape, -1.0)).mul_(counts[:, None])
+        torch.mm(probability, wide, out=g_hidden[part])
+        g_weight.addmm_(probability.t(), h)
+    return total, g_hidden.to(hidden.dtype), g_weight.to(weight.dtype)
+
+
+@loss_and_gradients.register_fake
+def _(hidden, weight, targets, chunk):
+    return hidden.new_empty((), dtype=torch.float32), torch.empty_like(hidden), torch.empty_like(weight)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The Function behind `linear_cross_entropy`: the gradient of a chunk is made while its logits are there."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk):
-        total, wide = hidden.new_zeros((), dtype=torch.float32), weight.float()
-        g_hidden, g_weight = torch.zeros(hidden.shape, device=hidden.device), torch.zeros_like(wide)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            h, y = hidden[part].float(), targets[part]
-            counts = y >= 0
-            logits = h @ wide.t()                                                   # (chunk, V), overwritten below
-            chosen = y.clamp_min(0)[:, None]
-            log_total = logits.logsumexp(-1, keepdim=True)
-            total += ((log_total - logits.gather(1, chosen))[:, 0] * counts).sum()
-            probability = logits.sub_(log_total).exp_()
-            probability.scatter_add_(1, chosen, probability.new_full(chosen.shape, -1.0)).mul_(counts[:, None])
-            torch.mm(probability, wide, out=g_hidden[part])
-            g_weight.addmm_(probability.t(), h)
-        ctx.save_for_backward(g_hidden.to(hidden.dtype), g_weight.to(weight.dtype))
+        total, *gradients = loss_and_gradients(hidden, weight, targets, chunk)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
@@ -563,8 +584,8 @@ def wide_linear(x, weight, scale=None):
 
 def one_row(x, weight):
     """Whether this is a step of one row with bf16 weights that the C code is for."""
-    return weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and x.device.type == "cpu" and \
-        not torch.is_grad_enabled() and c_code() is not None
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.device.type == "cpu" and \
+        weight.dtype == torch.bfloat16 and x.numel() == x.shape[-1] and c_code() is not None
 
 
 def linear(module, x):
@@ -599,6 +620,7 @@ def route_row(gate, h, previous):
 
 class FusedZaya(zaya.Zaya):
     """zaya.Zaya whose LM head, outside of training, reads bf16 or int8 weights as they are: same fp32 logits."""
+    decoding_backend = None                                     # or the one that `compile_decoding` was asked for
 
     def logits(self, hidden):
         weight = self.output_weight
@@ -607,6 +629,43 @@ class FusedZaya(zaya.Zaya):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with torch.autocast(hidden.device.type, enabled=False):
             return wide_linear(hidden.float(), weight, getattr(head, "scale", None))
+
+    def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
+        if not (self.decoding_backend and cache is not None and cache.columns and input_ids.shape[1] == 1
+                and attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()):
+            return super().hidden_states(input_ids, attention_mask, position_ids, cache, routing)
+        reach = torch.full_like(input_ids, cache.columns) if cache.position is None else cache.position[:, None]
+        for slot in cache.layers:
+            self.make_room(slot)
+        column = torch.full((1,), cache.layers[0].end, device=input_ids.device)
+        buffers = [(slot.k, slot.v, slot.packed, slot.delayed) for slot in cache.layers]
+        for tensor in (input_ids, reach, *(tensor for layer in buffers for tensor in layer)):
+            torch._dynamo.maybe_mark_dynamic(tensor, [0, 2] if tensor.ndim == 4 else 0)
+        # Two sizes that happen to be equal at the first call, rows and columns, are not the same size.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            hidden, choices = compiled_decode_step(self.decoding_backend)(self, input_ids, reach, column, buffers)
+        cache.columns += 1
+        cache.position = None if cache.position is None else cache.position + 1
+        for slot in cache.layers:
+            slot.end += 1
+        if routing is not None:
+            routing.extend(choices)
+        return hidden
+
+    @staticmethod
+    def make_room(slot, block=64):
+        """Let a LayerCache's buffers end with the block of columns that its next token falls into."""
+        live = slot.end - slot.start
+        capacity = (live // block + 1) * block
+        slot.packed, slot.delayed = slot.packed.contiguous(), slot.delayed.contiguous()     # a stride is a guard
+        if slot.start == 0 and slot.k.shape[2] == capacity:
+            return
+        for name in ("k", "v"):
+            old = getattr(slot, name)
+            grown = old.new_zeros(*old.shape[:2], capacity, old.shape[3])           # zeros: 0 times garbage may be NaN
+            grown[:, :, :live] = old[:, :, slot.start:slot.end]
+            setattr(slot, name, grown)
+        slot.start, slot.end = 0, live
 
 
 # ---- 6. int8 weights ------------------------------------------------------------------------------------------------
@@ -734,6 +793,221 @@ def load(folder, int8=False, device="cpu"):
                 return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
     model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
     return quantize(model) if int8 else model
+
+
+# ---- under torch.compile: 2 and 3 again, in operations that Inductor fuses well --------------------------------------
+# Eager code wants few operations, compiled code wants no strided writes, no masks in inner loops and no sum over 4,096
+# rows at once.  `compile_loss` is the entry; `fuse`d modules take these paths by themselves while they are traced.
+
+
+class Reorder(torch.autograd.Function):
+    """x[order] for a permutation whose inverse is `back`: the gradient is a gather too, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, x, order, back):
+        ctx.save_for_backward(order, back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, g):
+        order, back = ctx.saved_tensors
+        return g.index_select(0, back), None, None
+
+
+@torch.library.custom_op("zaya::grouped_products", mutates_args=())
+def grouped_products(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows up to ends[0] times weight[0], up to ends[1] times weight[1], …; 0 for the rest.  x (N, I), weight
+    (X, I, O), ends (X,) int64 -> (N, O).  F.grouped_mm would do, but can be traced in bf16 only."""
+    out, start = x.new_empty(len(x), weight.shape[2]), 0
+    for w, end in zip(weight, ends.tolist()):
+        torch.mm(x[start:end], w, out=out[start:end])
+        start = end
+    out[start:] = 0
+    return out
+
+
+@grouped_products.register_fake
+def _(x, weight, ends):
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("zaya::grouped_gradients", mutates_args=())
+def grouped_gradients(x: torch.Tensor, g: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The gradients of `grouped_products` by its weights: x (N, I), g (N, O), ends (X,) -> (X, I, O)."""
+    out, start = x.new_empty(len(ends), x.shape[1], g.shape[1]), 0
+    for w, end in zip(out, ends.tolist()):
+        torch.mm(x[start:end].t(), g[start:end], out=w)
+        start = end
+    return out
+
+
+@grouped_gradients.register_fake
+def _(x, g, ends):
+    return x.new_empty(ends.shape[0], x.shape[1], g.shape[1])
+
+
+class GroupedProducts(torch.autograd.Function):
+    """`grouped_products` with gradients, weight (X, O, I) as the experts' parameters are."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, weight, ends)
+        return grouped_products(x, weight.mT, ends)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, ends = ctx.saved_tensors
+        return grouped_products(g, weight, ends), grouped_gradients(g, x, ends), None
+
+
+def grouped_experts(x, gate_up_proj, down_proj, choice, weight):
+    """zaya.Experts.forward for tracing; the loops over experts are inside of two operations.
+
+    x (N, E), choice (N,) int64, weight (N,) fp32 -> (N, E) in x's dtype.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up_proj.dtype
+    order = choice.argsort(stable=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(x), device=x.device))
+    ends = (choice[:, None] <= torch.arange(len(down_proj), device=x.device)).sum(0)               # (X,)
+    tokens = Reorder.apply(x.to(dtype), order, back)                                # (N, E), by expert
+    gate, up = GroupedProducts.apply(tokens, gate_up_proj.to(dtype), ends).chunk(2, -1)
+    active = (F.silu(gate.float()) * up.float()).to(dtype)
+    y = GroupedProducts.apply(active, down_proj.to(dtype), ends)
+    return (Reorder.apply(y, back, order) * weight[:, None]).to(x.dtype)
+
+
+@torch.library.custom_op("zaya::attention_bias", mutates_args=())
+def attention_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as 0 and -inf: opaque to the compiler, which would else compare positions anew in every kernel."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+@attention_bias.register_fake
+def _(mask, dtype):
+    return torch.empty_like(mask, dtype=dtype)
+
+
+@torch.library.custom_op("zaya::wide_rope", mutates_args=())
+def wide_rope(cos: torch.Tensor, sin: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables (B, S, R/2) for all `width` channels of a head, (B, S, 1, D): those that RoPE leaves alone turn by 0."""
+    rest = 0, width - 2 * cos.shape[-1]
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return F.pad(cos, rest, value=1.0)[:, :, None], F.pad(sin, rest)[:, :, None]
+
+
+@wide_rope.register_fake
+def _(cos, sin, width):
+    return [cos.new_empty(*cos.shape[:2], 1, width) for _ in range(2)]
+
+
+class Attention(torch.autograd.Function):
+    """F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True) on a CPU, traced.
+
+    Forward is PyTorch's flash kernel; its backward kernel makes no use of the matrix unit in bf16, so backward is
+    written out in matrix products over (S, S), with the probabilities recomputed from the row sums that flash kept.
+    q (B, H, S, D), k and v (B, K, S, D), bias (B or 1, 1, S, S) of `attention_bias`.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, causal):
+        out, log_total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=None if causal else bias)
+        ctx.save_for_backward(q, k, v, out, log_total, bias)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, out, log_total, bias = ctx.saved_tensors
+        (B, H, S, D), K = q.shape, k.shape[1]
+        along = (g.float() * out.float()).sum(-1, keepdim=True)                     # (B, H, S, 1)
+        q, k, v, g = (t.reshape(B * K, -1, D) for t in (q, k, v, g))                # a group's queries are one block
+        scores, g_p = torch.bmm(q, k.mT).view(B, H, S, S), torch.bmm(g, v.mT).view(B, H, S, S)
+        p = torch.exp(scores.float() * D ** -0.5 + bias.float() - log_total[..., None])
+        g_scores = (p * (g_p.float() - along) * D ** -0.5).to(q.dtype).view(B * K, -1, S)
+        p = p.to(q.dtype).view(B * K, -1, S)
+        return (torch.bmm(g_scores, k).view(B, H, S, D), torch.bmm(g_scores.mT, q).view(B, K, S, D),
+                torch.bmm(p.mT, g).view(B, K, S, D), None, None)
+
+
+def traced_cca(cca, packed, current, delayed, rope, reach, mask):
+    """zaya.CCA.forward between its projections, without a cache: packed (B, S, C), current and delayed (B, S, K*D/2)
+    -> (B, S, H*D)."""
+    (B, S, _), H, K, D, dtype = packed.shape, cca.heads, cca.kv_heads, cca.head_dim, packed.dtype
+    link = torch.ones(1, S, device=packed.device) if reach is None else (reach >= 1).float()
+    link = torch.cat([torch.zeros_like(link[:, :1]), link[:, 1:]], 1)               # nothing is before a row's start
+
+    def before(x):
+        return F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0)) * link.view(-1, S, *[1] * (x.ndim - 2)).to(x.dtype)
+
+    v = torch.cat([current, before(delayed)], -1).view(B, S, K, D)
+    with torch.autocast(packed.device.type, enabled=False):
+        w, b, weight, bias, temp = mixing_weights(cca)
+        p = packed.float()
+        u = (p * w[:, 1] + before(p) * w[:, 0]).to(dtype).view(B * S, H + K, D).transpose(0, 1)
+        now, last = (torch.bmm(u, weight[..., tap].to(dtype).mT).transpose(0, 1).reshape(B, S, H + K, D).float()
+                     for tap in (1, 0))
+        constant = bias.view(H + K, D) + (weight.sum(-1) @ b.view(H + K, D, 1))[..., 0]
+        mixed, (q_mean, k_mean) = now + before(last) + constant, cca.qk_mean(p)
+        cos, sin = wide_rope(*rope, D)
+        channel, half = torch.arange(D, device=packed.device), rope[0].shape[-1]
+        partner = torch.where(channel < 2 * half, (channel + half) % (2 * half), channel)
+        swap = (channel[:, None] == partner).float()                                # (D, D), a permutation: exact
+
+        def turn(x):
+            return (x * cos + (x.reshape(-1, D) @ swap).view(x.shape) * sin).to(dtype).transpose(1, 2)
+
+        q, k, v = turn(cca.unit(mixed[:, :, :H] + q_mean)), turn(cca.unit(mixed[:, :, H:] + k_mean) * temp[:, None]), \
+            v.transpose(1, 2)
+        if S > 1024:                                            # squares of S would no longer fit
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        else:
+            seen = torch.ones(1, 1, S, S, dtype=torch.bool, device=packed.device).tril() if mask is None else mask
+            out = Attention.apply(q, k, v, attention_bias(seen, dtype), mask is None)
+    return out.transpose(1, 2).reshape(B, S, H * D)
+
+
+def summed_loss(model, input_ids, targets, position_ids, dtype=torch.float32):
+    """The summed cross-entropy of a batch, everything below the LM head under autocast to `dtype`."""
+    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        hidden = model.hidden_states(input_ids, position_ids=position_ids)
+    return linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten())
+
+
+@functools.cache
+def compile_loss(backend="inductor"):
+    """-> summed_loss, compiled as one graph forward and one backward; another number of rows compiles nothing anew.
+
+    For a `fuse`d model.  The first call costs tens of seconds (cold), later stages and processes some seconds: Inductor
+    keeps what it compiled on disk.
+    """
+    compiled = torch.compile(summed_loss, fullgraph=True, backend=backend)
+
+    def loss(model, input_ids, targets, position_ids, dtype=torch.float32):
+        for tensor in (input_ids, targets, position_ids):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(model, input_ids, targets, position_ids, dtype)
+    return loss
+
+
+def worth_compiling(model, tokens):
+    """Whether a stage of so many tokens gets back what compiling its training step costs -> bool, and why.
+
+    Decided from sizes and not from the clock, so that a run that is taken up again computes what it would have
+    computed.  The constants are what two cores of a Xeon took; the order of magnitude is what matters.
+    """
+    if model.norm.weight.device.type != "cpu":
+        return False, "the training step is not compiled: the fast paths of a GPU are Triton kernels already"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        get_cpp_compiler()
+    except Exception:
+        return False, "the training step is not compiled: there is no C++ compiler here"
+    seconds = 6 * model.parameter_counts()["active"] * tokens / 7e10                # forward and backward
+    saved, warm_up = 0.3 * seconds, 15 + 12 * len(model.layers)
+    return saved > warm_up, f"the training step is {'' if saved > warm_up else 'not '}compiled: that should save " \
+        f"about {saved:.0f} of {seconds:.0f} s and cost {warm_up} s"
 
 
 # ---- Triton: 1, 2 and 3 for CUDA and ROCm, from one source ----------------------------------------------------------
@@ -1205,8 +1479,57 @@ class FusedLayer(zaya.Layer):
         return norm_row(x, y, self.post_mlp_residual_scale)[0], r, choice
 
 
+class Slot:
+    """What stands for a zaya.LayerCache while a decode step is traced: buffers (B, K, T, D) and the column to write."""
+
+    def __init__(self, column, k, v, packed, delayed):
+        self.column, self.k, self.v, self.packed, self.delayed = column, k, v, packed, delayed
+
+    def append(self, k, v, sliding_window=None):
+        return self.k.index_copy_(2, self.column, k), self.v.index_copy_(2, self.column, v)
+
+
+def decode_step(model, token, reach, column, buffers):
+    """zaya.Zaya.hidden_states for one new token a row, with nothing in it that changes from step to step but tensors.
+
+    token (B, 1), reach (B, 1), column (1,) int64; buffers: per layer k, v (B, K, T, D), packed, delayed, all written in
+    place -> hidden (B, 1, E), choices (L, B, 1).
+    """
+    theta, share = (model.config.rope_parameters["hybrid"][key] for key in ("rope_theta", "partial_rotary_factor"))
+    rope = zaya.CCA.rope_table(reach, theta, int(model.config.head_dim * share))
+    back = column - torch.arange(buffers[0][0].shape[2], device=token.device)                       # (T,)
+    mask = ((back >= 0) & (back <= reach))[:, None, None]                                           # (B, 1, 1, T)
+    x = (model.embed_tokens(token).float() + model.input_hidden_states_bias) * model.input_hidden_states_scale
+    r, choices = None, []
+    for layer, (k, v, packed, delayed) in zip(model.layers, buffers):
+        slot = Slot(column, k, v, packed, delayed)
+        x, r, choice = layer(x, r, rope, reach, mask, slot)
+        packed.copy_(slot.packed)
+        delayed.copy_(slot.delayed)
+        choices.append(choice)
+    return model.norm(x), torch.stack(choices)
+
+
+@functools.cache
+def compiled_decode_step(backend):
+    return torch.compile(decode_step, fullgraph=True, backend=backend)
+
+
+
+def compile_decoding(model, backend="inductor"):
+    """Let a fused model's `generate`, and all that decodes one token at a time, run its steps compiled -> the model.
+
+    Raises ValueError for sliding windows: their columns are forgotten, which moves what a static buffer would hold.
+    """
+    if "hybrid_sliding" in model.config.layer_types:
+        raise ValueError("compile_decoding: this model has layers with sliding windows; use it as it is")
+    model.decoding_backend = backend
+    return model
+
+
 def fuse(model):
-    """Give a Zaya's layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
+    """Give a Zaya and its layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
+    model.__class__ = FusedZaya
     for layer in model.layers:
         layer.__class__, layer.self_attn.__class__ = FusedLayer, FusedCCA
         if isinstance(layer.experts, zaya.Experts):
@@ -1260,12 +1583,52 @@ def machine_limits():
     return {"matmul_gflops": 2 * 2048 * 1024 * 1024 / product / 1e6, "copy_gb_per_s": 2 * 4 * 2**25 / copy / 1e6}
 
 
+def measured_shape(**changes):
+    """The shape of all measurements here."""
+    return zaya.ZayaConfig(**{**dict(
+        vocab_size=512, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
+        num_experts=8, moe_intermediate_size=256, router_hidden_size=32, initializer_range=0.06), **changes})
+
+
+class DenseLayer(FusedLayer):
+    """A layer whose one SwiGLU network serves all tokens, without a router: what top-1 experts cost is measured by it.
+    """
+
+    def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
+        y = self.self_attn(self.input_layernorm(x), rope, reach, mask, cache)
+        x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
+        gate, up = F.linear(h, self.experts.gate_up_proj[0]).chunk(2, -1)
+        return self.post_mlp_residual_scale(x, F.linear(F.silu(gate) * up, self.experts.down_proj[0])), r, choice
+
+
+def fused_dense(config):
+    """A fused model whose layers are as wide as one expert of config's."""
+    model = fuse(zaya.Zaya(zaya.ZayaConfig.from_dict({**config.to_dict(), "num_experts": 1})))
+    for layer in model.layers:
+        layer.__class__ = DenseLayer
+    return model
+
+
+def kv_bytes(model):
+    """Bytes that a token adds to a model's cache, counted in the cache's tensors."""
+    caches = [zaya.Cache(len(model.layers)) for _ in range(2)]
+    with torch.no_grad():
+        for cache, tokens in zip(caches, (8, 9)):
+            model(torch.zeros(1, tokens, dtype=torch.long), cache=cache)
+    totals = [sum(part[:, :, slot.start:slot.end].nbytes for slot in cache.layers for part in (slot.k, slot.v))
+              + sum(part.nbytes for slot in cache.layers for part in (slot.packed, slot.delayed)) for cache in caches]
+    return totals[1] - totals[0]
+
+
+def kv_bytes_of_mha(config, size=4):
+    """The same for multi-head attention of the same width: keys and values of hidden_size channels each a layer."""
+    return config.num_hidden_layers * 2 * config.hidden_size * size
+
+
 def benchmark(B=16, S=256):
     """Every path beside what it equals: rows of {"path", "error", "plain_ms", "fused_ms", "ratio"} and a training and a
     decoding step beside transformers', where that is installed."""
-    config = zaya.ZayaConfig(vocab_size=512, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
-                             num_key_value_heads=1, head_dim=32, num_experts=8, moe_intermediate_size=256,
-                             router_hidden_size=32, initializer_range=0.06)
+    config = measured_shape()
     torch.manual_seed(0)
     plain = zaya.Zaya(config).train()
     fused = fuse(copy.deepcopy(plain))
@@ -1329,20 +1692,26 @@ def benchmark(B=16, S=256):
     return rows
 
 
-def official(config):
-    """transformers' model of the same shape, eager fp32: {"step", "generate"}; None where it is not installed."""
+def official(config, dtype=torch.float32, experts="eager", compiled=False):
+    """transformers' model of the same shape: {"step", "generate"}; None where it is not installed."""
     if importlib.util.find_spec("transformers") is None:
         return None
     from transformers import AutoConfig, AutoModelForCausalLM
     shape = {key: value for key, value in config.to_dict().items()
              if key not in ("architectures", "model_type", "dtype")}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **shape)).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **shape), experts_implementation=experts)
+    model = model.to(dtype)
+
+    def logits(ids):
+        return model(ids, use_cache=False).logits
+
+    forward = torch.compile(logits) if compiled else logits
 
     def step(ids, labels):
         def run():
             model.zero_grad()
             # Whole rows: it cannot keep packed samples apart, which would save it no work either.
-            F.cross_entropy(model(ids, use_cache=False).logits.flatten(0, 1), labels.flatten()).backward()
+            F.cross_entropy(forward(ids).float().flatten(0, 1), labels.flatten()).backward()
         return run
 
     def generate(prompt, count):
@@ -1459,9 +1828,121 @@ def logit_error(logits, reference):
             "same": (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()}
 
 
+def at_its_best(B=16, S=256, new=128, rounds=7):
+    """Training step and generation, each side by what it does fastest: {"training": {name: ms}, "generation": …}.
+
+    Whole rows, as transformers knows no others.  Compiling, which takes minutes, happens before anything is timed.
+    """
+    config = measured_shape()
+    torch.manual_seed(0)
+    plain = zaya.Zaya(config).train()
+    fused = fuse(copy.deepcopy(plain))
+    half = compile_decoding(fuse(copy.deepcopy(plain).bfloat16()))
+    ids, targets = torch.randint(0, config.vocab_size, (2, B, S))
+    prompt = torch.randint(0, config.vocab_size, (64, 32))
+
+    def step(model, loss_of, dtype):
+        def run():
+            model.zero_grad()
+            (loss_of(model, ids, targets, None, dtype) / targets.numel()).backward()
+        return run
+
+    kinds = {"eager, fp32": (torch.float32,), "grouped_mm, bf16": (torch.bfloat16, "grouped_mm"),
+             "compiled, grouped_mm, bf16": (torch.bfloat16, "grouped_mm", True)}
+    theirs = {name: model for name, kind in kinds.items() if (model := official(config, *kind))}
+    training = {"zaya.py, fp32": step(plain, summed_loss, torch.float32),
+                "fused, fp32": step(fused, summed_loss, torch.float32),
+                "fused and compiled, bf16": step(fused, compile_loss(), torch.bfloat16),
+                **{f"transformers, {name}": model["step"](ids, targets) for name, model in theirs.items()}}
+    generation = {"zaya.py, fp32": lambda: plain.generate(prompt, new, 0), "fused, fp32": lambda: fused.generate(
+        prompt, new, 0), "fused and compiled, bf16": lambda: half.generate(prompt, new, 0),
+        **{f"transformers, {name}": model["generate"](prompt, new) for name, model in theirs.items()
+           if "compiled" not in name}}
+    result = {}
+    for what, functions in (("training", training), ("generation", generation)):
+        for name in (bar := tqdm(functions, desc=f"warming up, {what}", leave=False, disable=None)):
+            bar.set_postfix_str(name)
+            functions[name]()
+        result[what] = dict(zip(functions, medians(*functions.values(), rounds=rounds if what == "training" else 3)))
+    result["tokens"] = {"training": B * S, "generation": 64 * new}
+    return result
+
+
+def costs(B=16, S=256):
+    """What experts and the cache cost: a step with top-1 of 8 experts beside one of a dense model of the same active
+    size, both fused, and the cache's bytes a token beside multi-head attention's."""
+    config = measured_shape()
+    torch.manual_seed(0)
+    models = [fuse(zaya.Zaya(config)).train(), fused_dense(config).train()]
+    ids, targets = torch.randint(0, config.vocab_size, (2, B, S))
+
+    def step(model):
+        def run():
+            model.zero_grad()
+            loss = summed_loss(model, ids, targets, None)
+            loss.backward()
+            return loss
+        return run
+
+    moe, dense = medians(*map(step, models), rounds=7)
+    return {"moe_ms": moe, "dense_ms": dense, "moe_over_dense": moe / dense, "kv_bytes": kv_bytes(models[0].eval()),
+            "kv_bytes_mha": kv_bytes_of_mha(config)}
+
+
+class MultiHead(torch.nn.Module):
+    """Multi-head attention as wide as its input: what CCA is compared with over context."""
+
+    def __init__(self, size, head_dim):
+        super().__init__()
+        self.heads, self.qkv, self.out = size // head_dim, torch.nn.Linear(size, 3 * size), torch.nn.Linear(size, size)
+
+    def forward(self, x, rope):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in (zaya.CCA.rotate(q, *rope), zaya.CCA.rotate(k, *rope), v))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def context_times(lengths=(1024, 2048, 4096, 8192, 16384), size=256, rounds=3):
+    """Prefill of one attention layer, fp32: rows of {"tokens", "cca_ms", "mha_ms"}; CCA has half of the heads and an
+    eighth of the keys and values, as in ZAYA1-8B."""
+    cca, mha, rows = zaya.CCA(size, size // 64, size // 256, 32), MultiHead(size, 32), []
+    cca.__class__ = FusedCCA
+    for S in tqdm(lengths, desc="prefill", leave=False, disable=None):
+        x, rope = torch.randn(1, S, size), zaya.CCA.rope_table(torch.arange(S)[None], 5e6, 16)
+        times = medians(lambda: cca(x, rope), lambda: mha(x, rope), rounds=rounds)      # noqa: B023, called here
+        rows.append({"tokens": S, **dict(zip(("cca_ms", "mha_ms"), times))})
+    return rows
+
+
+def draw_context(rows, path, size=256):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    tokens = [row["tokens"] for row in rows]
+    for key, label, color, marker in (("mha_ms", "multi-head attention", "tab:gray", "s"),
+                                      ("cca_ms", "CCA, 1/8 of the KV cache", "tab:blue", "o")):
+        axes.plot(tokens, [row[key] for row in rows], color=color, marker=marker, label=label)
+    for row in rows:
+        axes.annotate(f"{row['mha_ms'] / row['cca_ms']:.1f}×", (row["tokens"], row["cca_ms"]), (0, -14),
+                      textcoords="offset points", ha="center", fontsize=9, color="tab:blue")
+    axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="prefill of one attention layer, ms",
+             title=f"What context costs: width {size}, fp32, {torch.get_num_threads()} CPU threads")
+    axes.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
+    axes.minorticks_off()
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--compile", action="store_true",
+                        help="also ours at its best against transformers at its best: minutes of compiling")
+    parser.add_argument("--picture", metavar="FILE", help="also prefill times over context, drawn into this PNG")
     parser.add_argument("--full-size", metavar="FOLDER", help="instead: memory and decoding speed of the checkpoint in "
                         "FOLDER and of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
     parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: write FOLDER's int8 form")
@@ -1480,9 +1961,14 @@ def main(arguments=None):
             print("| " + " | ".join([row["checkpoint"], *(f"{row[key]:.2f}" for key in (
                 "anonymous", "mapped", "gb_per_token", "bandwidth", "tokens_per_s", "share")), *error]) + " |")
         return
-    limits, rows = machine_limits(), benchmark()
+    limits, rows, cost = machine_limits(), benchmark(), costs()
+    best = at_its_best() if given.compile else {}
+    context = context_times() if given.picture else []
+    if given.picture:
+        draw_context(context, given.picture)
     if given.json:
-        print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows}, indent=1))
+        print(json.dumps({"threads": torch.get_num_threads(), **limits, "paths": rows, "costs": cost, "best": best,
+                          "context": context}, indent=1))
         return
     print(f"{torch.get_num_threads()} threads: fp32 matrix products at {limits['matmul_gflops']:.0f} GFLOP/s, copies "
           f"at {limits['copy_gb_per_s']:.1f} GB/s; medians\n")
@@ -1493,6 +1979,21 @@ def main(arguments=None):
             ["", ""]
         print("| " + " | ".join([row["path"], f"{row['error']:.0e}", f"{row['plain_ms']:.1f}", f"{row['fused_ms']:.1f}",
                                  f"{row['ratio']:.2f}", *more]) + " |")
+    print("\nA step with top-1 of 8 experts takes {moe_ms:.0f} ms, of a dense model of the same active size "
+          "{dense_ms:.0f} ms: {moe_over_dense:.2f} times.\nThe cache grows by {kv_bytes} bytes a token; multi-head "
+          "attention of this width: {kv_bytes_mha}.".format(**cost))
+    for what in ("training", "generation") if best else ():
+        ours, count = best[what]["fused and compiled, bf16"], best["tokens"][what]
+        print(f"\n| {what}, each side at its best | ms | tokens/s | over ours compiled |")
+        print("|---" * 4 + "|")
+        for name, ms in best[what].items():
+            print(f"| {name} | {ms:.0f} | {1e3 * count / ms:,.0f} | {ms / ours:.2f} |")
+    if context:
+        print("\n| prefill of one attention layer, tokens | multi-head, ms | CCA, ms | ratio |")
+        print("|---" * 4 + "|")
+        for row in context:
+            slow, quick = row["mha_ms"], row["cca_ms"]
+            print(f"| {row['tokens']} | {slow:.1f} | {quick:.1f} | {slow / quick:.2f} |")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import fuse, linear_cross_entropy
+from kernels import compile_loss, fuse, summed_loss, worth_compiling
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
                  reply, terse_prompt)
 from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
@@ -2055,8 +2055,9 @@ def update(model, optimizers, balancer, config, lr, loss):
     return norm, balancer.step() if math.isfinite(loss) and math.isfinite(norm) else {}
 
 
-def train_step(model, optimizers, balancer, batch, config, dtype, lr):
-    """One optimizer step over micro-batches -> {"loss", "norm", "load", "entropy", "bias", "skip"}."""
+def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss):
+    """One optimizer step over micro-batches -> {"loss", "norm", "load", "entropy", "bias", "skip"}.  `loss_of`:
+    kernels.summed_loss, or the same compiled."""
     inputs, targets, positions = batch
     device = model.norm.weight.device
     rows = max(1, config.micro_batch // inputs.shape[1])
@@ -2066,9 +2067,7 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr):
     parts = zip(*(share(part).split(rows) for part in batch)) if len(share(inputs)) else ()
     for x, y, p in parts:
         x, y, p = x.to(device), y.to(device), p.to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = model.hidden_states(x, position_ids=p)
-        loss = linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, y.flatten()) / count.to(device)
+        loss = loss_of(model, x, y, p, dtype) / count.to(device)
         loss.backward()
         total += loss.item()
     total, = summed(total)
@@ -2137,12 +2136,15 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     muon, adamw = map(Sharded, optimizers)
     balancer = PIDBalancer(model, config.balancer_lr)
     keeper.resume(loader=loader, balancer=balancer, muon=muon, adamw=adamw)
+    compiled, why = worth_compiling(model, stage.steps * config.tokens_per_step)
+    print(f"{name}: {why}")
+    loss_of = compile_loss() if compiled else summed_loss
     log = Log(config.out, name, state["step"])
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
         *batch, origins = loader.next()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = train_step(model, optimizers, balancer, batch, config, dtype, lr)
+        row = train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of)
         keeper.check(row, step, [f"{source} {number}" for source, number in origins])
         seconds = time.perf_counter() - begun
         speed = config.tokens_per_step / seconds

@@ -215,12 +215,107 @@ def test_autocast_keeps_its_dtypes():
             assert cosine > 0.9, (name, cosine)
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """The paths that torch.compile traces, run as they stand."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("reach", [packing(), None], ids=["packed", "whole rows"])
+def test_traced_cca(traced, dtype, bound, reach):
+    test_cca(dtype, bound, reach)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("only", [None, 2, 4], ids=["all", "one expert", "all skipped"])
+def test_traced_experts(traced, dtype, bound, only):
+    test_experts(dtype, bound, only)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_backward(dtype, bound, masked):
+    """Against scaled_dot_product_attention, its gradients included, with and without a mask."""
+    mask = zaya.CCA.attention_mask(packing(), 40) if masked else None
+    bias = kernels.attention_bias(mask if masked else torch.ones(1, 1, 40, 40).tril().bool(), dtype)
+    results = []
+    for function in (lambda *x: kernels.Attention.apply(*x, bias, not masked),
+                     lambda *x: F.scaled_dot_product_attention(*x, mask, is_causal=not masked, enable_gqa=True)):
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, heads, 40, 16).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+        out = function(*leaves)
+        out.backward(torch.randn(out.shape).to(dtype))
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype
+        close(got, want, bound)
+
+
+def counted(function, *arguments):
+    """-> its result, and how many graphs were compiled for it; a graph break is an error."""
+    counters = torch._dynamo.utils.counters
+    before = counters["stats"]["unique_graphs"]
+    result = function(*arguments)
+    assert not counters["graph_break"]
+    return result, counters["stats"]["unique_graphs"] - before
+
+
+@pytest.mark.parametrize("backend, layers", [("aot_eager", 2), ("inductor", 1)])
+def test_the_compiled_training_step(backend, layers):
+    """Forward, loss and backward as one graph each: the gradients of the plain model, and nothing compiled anew for
+    other values, another number of rows, or another model of this shape.  aot_eager traces the same graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    positions, shape, loss = packing(), dict(num_hidden_layers=layers), kernels.compile_loss(backend)
+    for seed, rows, graphs in ((0, 2, 1), (0, 3, 0), (1, 2, 0)):
+        plain = small(seed, **shape).train()
+        fast = kernels.fuse(copy.deepcopy(plain))
+        position_ids = positions[torch.arange(rows) % 2]
+        ids = torch.randint(0, 300, position_ids.shape)
+        targets = torch.where(position_ids >= 0, ids.roll(-1, 1), -100)
+        kernels.summed_loss(plain, ids, targets, position_ids).backward()
+        total, compiled = counted(loss, fast, ids, targets, position_ids)
+        total.backward()
+        assert compiled == graphs
+        close(total, kernels.summed_loss(plain, ids, targets, position_ids), 1e-5)
+        for p, q in zip(plain.parameters(), fast.parameters()):
+            close(q.grad, p.grad, 1e-4)
+        for a, b in zip(plain.layers, fast.layers):
+            assert torch.equal(a.gate.load, 2 * b.gate.load)   # the plain one ran forward twice
+
+
+@pytest.mark.parametrize("backend, layers", [("aot_eager", 2), ("inductor", 1)])
+def test_compiled_decoding(backend, layers):
+    """The same tokens, whatever the columns, the rows, the padding, the ends; one graph for all of it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    fused = kernels.fuse(small(num_hidden_layers=layers))
+    fast = kernels.compile_decoding(copy.deepcopy(fused), backend)
+    ids, mask = torch.randint(10, 300, (6, 12)), torch.ones(6, 12, dtype=torch.long)
+    mask[1, :5], mask[2, :11] = 0, 0
+    for rows, new, padding, eos, graphs in ((6, 30, mask, None, 1), (6, 70, mask, 40, 0), (5, 60, None, None, 0)):
+        given = [(ids[:rows], new, 1.0, 1.0, padding, torch.Generator().manual_seed(5), eos) for _ in range(2)]
+        wanted = fused.generate(*given[0])
+        got, compiled = counted(fast.generate, *given[1])
+        assert torch.equal(got, wanted) and compiled == graphs
+    routing, (some, more) = [[], []], ([zaya.Cache(layers) for _ in range(2)], [fused, fast])
+    with torch.no_grad():                                       # the experts taken are recorded too
+        for model, cache, chosen in zip(more, some, routing):
+            model.hidden_states(ids, cache=cache)
+            model.hidden_states(ids[:, :1], cache=cache, routing=chosen)
+    assert all(torch.equal(a, b) for a, b in zip(*routing)) and len(routing[0]) == layers
+    with pytest.raises(ValueError, match="sliding windows"):
+        kernels.compile_decoding(small(layer_types=["hybrid_sliding"] * 3, sliding_window=5))
+
+
 def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     """Small, and without transformers: errors as small as rounding, a time and a ratio for each path."""
     monkeypatch.setattr(kernels, "official", lambda config: None)
     monkeypatch.setattr(kernels, "medians", lambda *functions, rounds=9: [2.0 for f in functions if f() is not None])
-    full = kernels.benchmark
+    full, cost = kernels.benchmark, kernels.costs
     monkeypatch.setattr(kernels, "benchmark", lambda: full(2, 32))
+    monkeypatch.setattr(kernels, "costs", lambda: cost(2, 32))
     kernels.main(["--json"])
     said = json.loads(capsys.readouterr().out)
     assert len(said["paths"]) == 6 and said["matmul_gflops"] > 0
@@ -228,6 +323,33 @@ def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     kernels.main([])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 8 and all(line.count("|") == 8 for line in table)
+
+
+@pytest.mark.parametrize("preset, mha", [("zaya1-8b", 40 * 2 * 2048 * 4), ("small", 12 * 2 * 512 * 4)])
+def test_the_cache_is_an_eighth_of_multi_head_attentions(preset, mha):
+    """By the shape, and by the bytes that the tensors of a real cache grow by."""
+    config = zaya.ZayaConfig.preset(preset)
+    assert kernels.kv_bytes_of_mha(config) == mha
+    assert config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4 * 8 == mha
+    config = kernels.measured_shape()
+    assert kernels.kv_bytes(zaya.Zaya(config)) * 8 == kernels.kv_bytes_of_mha(config)
+
+
+def test_prefill_over_context(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "context_times", lambda full=kernels.context_times: full((64, 128), 256, 1))
+    monkeypatch.setattr(kernels, "benchmark", list)
+    monkeypatch.setattr(kernels, "costs", lambda: dict.fromkeys(
+        ("moe_ms", "dense_ms", "moe_over_dense", "kv_bytes", "kv_bytes_mha"), 0))
+    kernels.main(["--picture", str(tmp_path / "context.png")])
+    assert (tmp_path / "context.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_compiling_is_a_matter_of_the_stages_length():
+    model = small()
+    few, many = (kernels.worth_compiling(model, tokens) for tokens in (10_000, 10**12))
+    assert not few[0] and "not compiled" in few[1]
+    assert many[0] and "should save" in many[1]
+    assert not kernels.worth_compiling(model.to("meta"), 10**12)[0]
 
 
 def test_the_loss_needs_an_eighth_of_the_memory():
