@@ -1529,13 +1529,12 @@ def compile_decoding(model, backend="inductor"):
 
 def fuse(model):
     """Give a Zaya and its layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
-    model.__class__ = FusedZaya
+    if not isinstance(model, FusedZaya):                        # an Int8Zaya is one
+        model.__class__ = FusedZaya
     for layer in model.layers:
         layer.__class__, layer.self_attn.__class__ = FusedLayer, FusedCCA
-        if isinstance(layer.experts, zaya.Experts):
+        if isinstance(layer.experts, zaya.Experts):             # int8 ones have their own
             layer.experts.__class__ = FusedExperts
-    if type(model) is zaya.Zaya:
-        model.__class__ = FusedZaya
     return model
 
 
