@@ -709,7 +709,7 @@ def test_test_time_compute_by_hand(monkeypatch):
     """Three tokens of tail show the `ok`; a quarter of the singles are right, the rest agree on nothing found."""
     asked = train.Evaluation({"find": 3}, 5, rsa.Budget(8, 2, 1, 64, 3), most_rounds=2)
     parrot = Parrot()
-    monkeypatch.setattr(train, "Checkpoint", lambda *_: parrot)
+    monkeypatch.setattr(train, "Checkpoint", lambda *_, **__: parrot)
     row = train.evaluate_ttc(None, BYTES, "find", asked)
     assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.4
     assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
