@@ -28,7 +28,7 @@ def saved_bytes(tokens):
     """What one fused layer keeps for its backward pass under bf16 autocast, its weights' bf16 copies included."""
     shape = ZayaConfig.preset("zaya1-8b", num_hidden_layers=1, vocab_size=264, num_experts=2)
     with torch.device("meta"):
-        layer = Zaya(shape).layers[0]
+        layer = fuse(Zaya(shape)).layers[0]
     layer, kept = layer.to_empty(device="cpu"), {}
     for tensor in (*layer.parameters(), *layer.buffers()):
         torch.nn.init.zeros_(tensor)
@@ -40,9 +40,6 @@ def saved_bytes(tokens):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    class Holder:                                               # what fuse asks for: something with layers
-        layers = [layer]
-    fuse(Holder)
     position = torch.arange(tokens)[None]
     rope = layer.self_attn.rope_table(position, 1e4, CONFIG.head_dim // 2)
     x = torch.randn(1, tokens, CONFIG.hidden_size, requires_grad=True)
