@@ -348,7 +348,7 @@ def test_compiling_is_a_matter_of_the_stages_length():
     model = small()
     few, many = (kernels.worth_compiling(model, tokens) for tokens in (10_000, 10**12))
     assert not few[0] and "not compiled" in few[1]
-    assert many[0] and "should save" in many[1]
+    assert many[0] and "is compiled: that might save" in many[1]
     assert not kernels.worth_compiling(model.to("meta"), 10**12)[0]
 
 
