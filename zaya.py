@@ -441,7 +441,7 @@ class LayerCache:
             while capacity < 2 * (live + S):
                 capacity *= 2
             for name, new in (("k", k), ("v", v)):
-                grown = new.new_empty(*new.shape[:2], capacity, new.shape[3])
+                grown = new.new_zeros(*new.shape[:2], capacity, new.shape[3])     # zeros: may be read, masked
                 if live:
                     grown[:, :, :live] = getattr(self, name)[:, :, self.start:self.end]
                 setattr(self, name, grown)
