@@ -151,7 +151,7 @@ def test_evaluation_by_two_processes_is_that_of_one(after_sft, tmp_path):
     train.main([*POST, "--stages", "evaluate", "--out", str(single)])
     run_two(*POST, "--stages", "evaluate", "--out", double)
     ours, theirs = reports(double, single)
-    assert ours["ttc"] == theirs["ttc"] != [] and ours["ttc"][0]["pass@equal_tokens"] > 0
+    assert ours["ttc"] == theirs["ttc"] != [] and ours["ttc"][0]["generated_tokens"] > 100
 
 
 def test_batches_that_are_shared_out_are_all_sampled_once():
