@@ -1904,7 +1904,7 @@ class MultiHead(torch.nn.Module):
 
 
 @torch.no_grad()
-def context_times(lengths=(1024, 2048, 4096, 8192, 16384), size=256, rounds=3):
+def context_times(lengths=(1024, 2048, 4096, 8192, 16384), size=256, rounds=5):
     """Prefill of one attention layer, fp32: rows of {"tokens", "cca_ms", "mha_ms"}; CCA has half of the heads and an
     eighth of the keys and values, as in ZAYA1-8B."""
     cca, mha, rows = zaya.CCA(size, size // 64, size // 256, 32), MultiHead(size, 32), []
@@ -1929,7 +1929,7 @@ def draw_context(rows, path, size=256):
         axes.annotate(f"{row['mha_ms'] / row['cca_ms']:.1f}×", (row["tokens"], row["cca_ms"]), (0, -14),
                       textcoords="offset points", ha="center", fontsize=9, color="tab:blue")
     axes.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="prefill of one attention layer, ms",
-             title=f"What context costs: width {size}, fp32, {torch.get_num_threads()} CPU threads")
+             title=f"What context costs: width {size}, fp32, CPU, threads: {torch.get_num_threads()}")
     axes.set_xticks(tokens, [f"{n // 1024}K" for n in tokens])
     axes.minorticks_off()
     axes.margins(y=0.12)
