@@ -732,8 +732,8 @@ def parse_arguments(arguments):
     add("problem", nargs="?", help="the problem to solve")
     add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
     add("--checkpoint", metavar="FOLDER", help="a folder in the official layout, such as out/tiny/final or ZAYA1-8B")
-    add("--quantize", choices=["int8"], help="checkpoint: round its weights while loading: half the memory, and faster "
-        "on a CPU.  `python kernels.py --quantize FOLDER TARGET` does it once and for all")
+    add("--quantize", choices=["int8"], help="checkpoint: round its weights to 8 bits while loading; "
+        "`python kernels.py --quantize FOLDER TARGET` does it once and for all")
     add("--endpoint", metavar="URL", help="a chat-completions server, such as http://localhost:8000/v1")
     add("--model", metavar="NAME", help="the served model's name")
     add("--budget", metavar="NAMES", help=f"one or several of {', '.join(BUDGETS)} (default: tiny for a checkpoint of "

@@ -391,7 +391,7 @@ def test_a_refusal_stops_at_once_with_the_servers_words(server, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         rsa.main(["why?", *line(server, "--population", "40", "--trace", path)])
     words = stop.value.code
-    clients_end(server.others)                                        # what was under way may come in
+    clients_end(server.others)                                  # what was under way may come in
     assert str(status) in words and "is not welcome" in words and "'m'" in words and "\n" not in words
     assert 1 <= len(server.bodies) <= 12 and max(server.rollouts.values()) == 1     # 4 at once, none of them again
     said = capsys.readouterr()
