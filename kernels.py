@@ -23,6 +23,7 @@ import ctypes
 import functools
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -73,6 +74,9 @@ class ResidualNorm(torch.autograd.Function):
 
 def residual_norm(x, y, scaling, norm):
     """zaya.ResidualScaling, then zaya.RMSNorm:  x (…, E) fp32, y (…, E) any float -> the new x fp32, norm(x)."""
+    if traced(x):
+        x = scaling(x, y)
+        return x, norm(x)
     function = triton_residual_norm if on_gpu(x) else ResidualNorm.apply
     with torch.autocast(x.device.type, enabled=False):
         return function(x, y, scaling.residual_scale, scaling.residual_bias, scaling.hidden_states_scale,
@@ -87,6 +91,11 @@ def has_triton():
 def on_gpu(x):
     """Whether the Triton kernels below are to be used: CUDA and ROCm builds of PyTorch bring Triton."""
     return x.is_cuda and has_triton()
+
+
+def traced(x):
+    """Whether torch.compile is tracing a path for the CPU."""
+    return torch.compiler.is_compiling() and not on_gpu(x)
 
 
 # ---- 2. CCA: from the projections to attention ----------------------------------------------------------------------
@@ -273,7 +282,7 @@ class FusedCCA(zaya.CCA):
         q_size, k_size, *v_sizes = (m.weight.shape[0] for m in projections)
         together = F.linear(x, torch.cat([m.weight for m in projections]))
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
-        if torch.compiler.is_compiling() and not on_gpu(x):
+        if traced(x):
             return self.o_proj(traced_cca(self, packed, current, delayed, rope, reach, mask))
         if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
             depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
@@ -370,7 +379,7 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts with its loops over slices of two buffers instead of lists of new tensors."""
 
     def forward(self, x, choice, weight):
-        if torch.compiler.is_compiling() and not on_gpu(x):
+        if traced(x):
             return grouped_experts(x, self.gate_up_proj, self.down_proj, choice, weight)
         if one_row(x, self.down_proj):
             return self.one_token(x, choice.item(), weight)
@@ -800,6 +809,42 @@ def load(folder, int8=False, device="cpu"):
 # rows at once.  `compile_loss` is the entry; `fuse`d modules take these paths by themselves while they are traced.
 
 
+class Spread(torch.autograd.Function):
+    """A vector (E,) as (B, S, E).  Its gradient adds up 16 rows at a time, which are still in the cache; Inductor would
+    walk down all rows once for every 16 columns."""
+
+    @staticmethod
+    def forward(ctx, vector, B, S):
+        ctx.few = math.gcd(S, 16)
+        return vector.expand(B, S, -1)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g.unflatten(1, (-1, ctx.few)).sum(2).sum((0, 1)), None, None
+
+
+class FusedScaling(zaya.ResidualScaling):
+    """zaya.ResidualScaling with `Spread` vectors while it is traced."""
+
+    def forward(self, x, y):
+        if not traced(x):
+            return super().forward(x, y)
+        a_r, b_r, a_o, b_o = (Spread.apply(v, *x.shape[:2]) for v in (
+            self.residual_scale, self.residual_bias, self.hidden_states_scale, self.hidden_states_bias))
+        return torch.addcmul((x + b_r) * a_r, y.float() + b_o, a_o)
+
+
+class FusedNorm(zaya.RMSNorm):
+    """zaya.RMSNorm, likewise."""
+
+    def forward(self, x):
+        if not traced(x):
+            return super().forward(x)
+        x = x.float()
+        unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return (unit * Spread.apply(self.weight.float(), *x.shape[:2])).to(self.weight.dtype)
+
+
 class Reorder(torch.autograd.Function):
     """x[order] for a permutation whose inverse is `back`: the gradient is a gather too, not a scatter."""
 
@@ -921,13 +966,18 @@ class Attention(torch.autograd.Function):
         q, k, v, out, log_total, bias = ctx.saved_tensors
         (B, H, S, D), K = q.shape, k.shape[1]
         along = (g.float() * out.float()).sum(-1, keepdim=True)                     # (B, H, S, 1)
-        q, k, v, g = (t.reshape(B * K, -1, D) for t in (q, k, v, g))                # a group's queries are one block
-        scores, g_p = torch.bmm(q, k.mT).view(B, H, S, S), torch.bmm(g, v.mT).view(B, H, S, S)
-        p = torch.exp(scores.float() * D ** -0.5 + bias.float() - log_total[..., None])
-        g_scores = (p * (g_p.float() - along) * D ** -0.5).to(q.dtype).view(B * K, -1, S)
-        p = p.to(q.dtype).view(B * K, -1, S)
-        return (torch.bmm(g_scores, k).view(B, H, S, D), torch.bmm(g_scores.mT, q).view(B, K, S, D),
-                torch.bmm(p.mT, g).view(B, K, S, D), None, None)
+        k, v, parts, block = k.reshape(B * K, S, D), v.reshape(B * K, S, D), [], max(64, S // 4)
+        for start in range(0, S, block):                        # nobody looks ahead: fewer keys for early queries
+            rows, T = slice(start, start + block), min(S, start + block)
+            q_, g_ = (t[:, :, rows].reshape(B * K, -1, D) for t in (q, g))          # a group's queries are one block
+            scores, g_p = (torch.bmm(a, b[:, :T].mT).view(B, H, -1, T) for a, b in ((q_, k), (g_, v)))
+            p = torch.exp(scores.float() * D ** -0.5 + bias[:, :, rows, :T].float() - log_total[:, :, rows, None])
+            g_scores = (p * (g_p.float() - along[:, :, rows]) * D ** -0.5).to(q.dtype).view(B * K, -1, T)
+            p = p.to(q.dtype).view(B * K, -1, T)
+            parts.append((torch.bmm(g_scores, k[:, :T]).view(B, H, -1, D),
+                          *(F.pad(torch.bmm(a.mT, b), (0, 0, 0, S - T)) for a, b in ((g_scores, q_), (p, g_)))))
+        g_q, g_k, g_v = zip(*parts)
+        return torch.cat(g_q, 2), sum(g_k).view(B, K, S, D), sum(g_v).view(B, K, S, D), None, None
 
 
 def traced_cca(cca, packed, current, delayed, rope, reach, mask):
@@ -943,12 +993,15 @@ def traced_cca(cca, packed, current, delayed, rope, reach, mask):
     v = torch.cat([current, before(delayed)], -1).view(B, S, K, D)
     with torch.autocast(packed.device.type, enabled=False):
         w, b, weight, bias, temp = mixing_weights(cca)
-        p = packed.float()
-        u = (p * w[:, 1] + before(p) * w[:, 0]).to(dtype).view(B * S, H + K, D).transpose(0, 1)
-        now, last = (torch.bmm(u, weight[..., tap].to(dtype).mT).transpose(0, 1).reshape(B, S, H + K, D).float()
-                     for tap in (1, 0))
-        constant = bias.view(H + K, D) + (weight.sum(-1) @ b.view(H + K, D, 1))[..., 0]
-        mixed, (q_mean, k_mean) = now + before(last) + constant, cca.qk_mean(p)
+        p, C = packed.float(), (H + K) * D
+        constant = bias + (weight.sum(-1) @ b.view(H + K, D, 1)).flatten()
+        first, second, constant = (Spread.apply(t, B, S) for t in (w[:, 0], w[:, 1], constant))
+        u = (p * second + before(p) * first).to(dtype).view(B * S, C)
+        # Both taps of all heads as one product with zeros between the heads: small heads make small products slow.
+        heads = torch.eye(H + K, device=packed.device, dtype=dtype)[:, None, None, :, None]
+        dense = (weight.to(dtype).permute(0, 2, 3, 1)[:, :, :, None] * heads).reshape(C, 2 * C)     # (in, tap x out)
+        last, now = (u @ dense).view(B, S, 2 * C).float().chunk(2, -1)
+        mixed, (q_mean, k_mean) = (now + before(last) + constant).view(B, S, H + K, D), cca.qk_mean(p)
         cos, sin = wide_rope(*rope, D)
         channel, half = torch.arange(D, device=packed.device), rope[0].shape[-1]
         partner = torch.where(channel < 2 * half, (channel + half) % (2 * half), channel)
@@ -1533,8 +1586,11 @@ def fuse(model):
     """Give a Zaya and its layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
     if not isinstance(model, FusedZaya):                        # an Int8Zaya is one
         model.__class__ = FusedZaya
+    model.norm.__class__ = FusedNorm
     for layer in model.layers:
         layer.__class__, layer.self_attn.__class__ = FusedLayer, FusedCCA
+        layer.post_attention_residual_scale.__class__ = layer.post_mlp_residual_scale.__class__ = FusedScaling
+        layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = FusedNorm
         if isinstance(layer.experts, zaya.Experts):             # int8 ones have their own
             layer.experts.__class__ = FusedExperts
     return model

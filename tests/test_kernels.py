@@ -59,13 +59,13 @@ def compare(fast, plain, inputs, modules, bound):
 @pytest.mark.parametrize("dtype, bound", DTYPES)
 def test_residual_norm(dtype, bound):
     torch.manual_seed(0)
-    both = torch.nn.ModuleList([zaya.ResidualScaling(48), zaya.RMSNorm(48).to(dtype)])
+    both = torch.nn.ModuleList([kernels.FusedScaling(48), kernels.FusedNorm(48).to(dtype)])
     for parameter in both.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
 
     def plain(x, y):
-        x = both[0](x, y)
-        return x, both[1](x)
+        x = zaya.ResidualScaling.forward(both[0], x, y)
+        return x, zaya.RMSNorm.forward(both[1], x)
 
     compare(lambda x, y: kernels.residual_norm(x, y, *both), plain,
             (torch.randn(3, 5, 48), torch.randn(3, 5, 48).to(dtype)), both, bound)
@@ -218,7 +218,12 @@ def test_autocast_keeps_its_dtypes():
 @pytest.fixture
 def traced(monkeypatch):
     """The paths that torch.compile traces, run as they stand."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(kernels, "traced", lambda x: True)
+
+
+@pytest.mark.parametrize("dtype, bound", DTYPES)
+def test_traced_residual_norm(traced, dtype, bound):
+    test_residual_norm(dtype, bound)
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
