@@ -1,0 +1,201 @@
+"""The README's table of evidence: a row for each claim of the report, worked out from notebooks/results.
+
+    python notebooks/evidence.py            # prints the table; the scripts named in its rows make the results
+
+A verdict is a rule and no opinion: every effect of the row must have the claimed sign in all seeds and a 95 % interval
+over the seeds (Student's t) that leaves 0 out; some of them make it "partly", none "not at this scale".
+"""
+import glob
+import json
+import os
+import re
+
+import numpy as np
+
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}      # 97.5 % quantile, by seeds
+
+
+def seeds(name):
+    """What results/<name>/ has, one file a seed."""
+    paths = sorted(glob.glob(os.path.join(RESULTS, name, "seed-*.json")))
+    return [json.load(open(path)) for path in paths]            # noqa: SIM115, read at once
+
+
+def interval(differences):
+    """Mean and 95 % interval over seeds of paired differences.
+
+    >>> [round(float(x), 3) for x in interval([0.1, 0.2, 0.3])]
+    [0.2, -0.048, 0.448]
+    """
+    mean = np.mean(differences)
+    if len(differences) < 2:
+        return mean, -np.inf, np.inf
+    half = STUDENT[len(differences)] * np.std(differences, ddof=1) / len(differences) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def effect(what, differences, claimed, form="{:+.3f}"):
+    """One measured effect -> (its text, whether it is what is claimed: +1 more, -1 less, 0 no difference)."""
+    mean, low, high = (float(x) for x in interval(differences))
+    shown = f"{what} {form.format(mean)} [{form.format(low)}, {form.format(high)}]"
+    return shown, low * claimed > 0 and high * claimed > 0 if claimed else low <= 0 <= high
+
+
+def row(claim, published, effects, runs, seconds, notebook, also=""):
+    held = sum(good for _, good in effects)
+    verdict = "reproduced" if held == len(effects) else "partly" if held else "not at this scale"
+    minutes = f"{seconds / 60:.0f}" if seconds else "-"
+    measured = "; ".join(text for text, _ in effects) + (f"; {also}" if also else "")
+    return f"| {claim} | {published} | {measured} | {runs} | {minutes} | **{verdict}** | [{notebook}](notebooks/" \
+           f"{notebook}) |"
+
+
+def loss(arm):
+    return float(np.mean(list(arm["held out"].values())))
+
+
+def over_seeds(results, value, a, b):
+    return [value(r["arms"][a]) - value(r["arms"][b]) for r in results]
+
+
+def spent(results, arms="arms"):
+    return sum(arm.get("seconds", 0) for r in results for arm in r[arms].values())
+
+
+def cca_rows():
+    results, book = seeds("cca"), "02_cca.ipynb"
+    minutes, n = spent(results), len(results)
+    base = results[0]["arms"]
+    cache = base["MHA"]["kv_bytes"] / base["+ q-k-mean"]["kv_bytes"]
+    ladder = ["nothing", "one conv", "two convs", "+ value shift", "+ q-k-mean"]
+    parts = [effect(after, over_seeds(results, loss, after, before), -1) for before, after in zip(ladder, ladder[1:])]
+    return [row("CCGQA: a lower loss than MHA with an eighth of the cache", "2.286 and 2.297",
+                [effect("loss minus MHA's", over_seeds(results, loss, "+ q-k-mean", "MHA"), -1)], n, minutes, book,
+                f"the cache {cache:.1f} times smaller; minus MLA's "
+                f"{np.mean(over_seeds(results, loss, '+ q-k-mean', 'MLA')):+.3f}, GQA's "
+                f"{np.mean(over_seeds(results, loss, '+ q-k-mean', 'GQA')):+.3f}"),
+            row("Each part of CCA lowers the loss", "-0.016, -0.012, -0.004, -0.007", parts, n, None, book)]
+
+
+def router_rows():
+    results, book = seeds("router"), "03_router_and_balancing.ipynb"
+    n, steps = len(results), results[0]["steps"]
+
+    def reached(arm):
+        return arm["reached"]["0.99"] or steps                  # never: at least that many
+
+    shown = "; ".join(f"{name} {', '.join(str(r['arms'][name]['reached']['0.99'] or 'never') for r in results)}"
+                      for name in ("MLP + EDA", "linear"))
+    entropy = [r["arms"]["MLP + EDA"]["end"]["entropy"] for r in results]
+    return [row("Load entropy 0.99 several times sooner with an MLP router and EDA than with a linear one",
+                "several times", [effect("steps, minus linear's,", over_seeds(results, reached, "MLP + EDA", "linear"), -1,
+                                         "{:+.0f}")], n, spent(results), book, f"of {steps} steps: {shown}"),
+            row("The PID-like bias update balances without an auxiliary loss", "no loss for balance",
+                [effect("entropy, minus no balancing's,", over_seeds(results, lambda a: a["end"]["entropy"], "MLP + EDA",
+                                                                     "no balancing"), 1),
+                 effect("loss minus that with an auxiliary loss", over_seeds(results, loss, "MLP + EDA",
+                                                                             "auxiliary loss"), -1)],
+                n, None, book, f"entropy at the end {', '.join(f'{e:.3f}' for e in entropy)}"),
+            row("Top-1 is enough", "best at equal FLOPs",
+                [effect("loss, minus top-2's with experts half as wide,", over_seeds(results, loss, "MLP + EDA", "top-2"),
+                        -1)], n, None, book)]
+
+
+def residual_row():
+    results = seeds("residual_scaling")
+
+    def last(kind):
+        return [list(r["kinds"][kind]["norms"].values())[-1][-1] for r in results]
+
+    logs = np.log(last("residual scaling")) - np.log(last("plain residual"))
+    losses = [loss(r["kinds"]["residual scaling"]) - loss(r["kinds"]["plain residual"]) for r in results]
+    means = [np.mean(last(kind)) for kind in ("residual scaling", "plain residual")]
+    return row("Residual scaling controls the norm of the stream, at next to no cost", "4·L·D parameters",
+               [effect("log of the last layer's norm, minus plain's,", logs, -1), effect("loss minus plain's", losses, -1)],
+               len(results), spent(results, "kinds"), "04_residual_scaling.ipynb",
+               "norms {:.1f} and {:.1f}".format(*means))
+
+
+def trimming_row():
+    results = seeds("trimming")
+
+    def right(when):
+        return lambda arm: arm[when]["too long"]["right"]
+
+    others = ["cut the end", "cut the middle", "drop long"]
+    when = {"short": "after short context", "long": "and after a second, long phase"}
+    effects = [effect(f"{when[phase]}: minus {other}", over_seeds(results, right(phase), "AP trimming", other), 1)
+               for phase in when for other in others]
+    return row("Answer-preserving trimming learns from traces that do not fit", "no numbers", effects, len(results),
+               spent(results), "05_answer_preserving_trimming.ipynb")
+
+
+def rl_rows():
+    results, book = seeds("post_training"), "06_sft_and_rl.ipynb"
+    asked = list(results[0]["fixed difficulty"]["before"]["tasks"])
+
+    def mean(tasks):
+        return np.mean([tasks[task] for task in asked])
+
+    def after(stage):
+        return [mean(r["report"]["stages"][stage]["tasks"]) for r in results]
+
+    sft, rl, control = after("sft"), after("mathcode"), [mean(r["more sft"]["tasks"]) for r in results]
+    seconds = sum(sum(r["report"]["seconds"].values()) for r in results)
+    kl = [[np.mean([stage[key] for stage in r["replay"].values()]) for r in results] for key in ("kl", "kl_live")]
+    parts = seeds("rl_parts")
+    ways = [effect("pass@1 minus that without replay", over_seeds(parts, lambda a: a["pass@1"], x, y), 1)
+            for x, y in [("recipe", "no replay")]] if all("no replay" in r["arms"] for r in parts) else []
+    return [row("The RL stages lift what SFT reached", "AIME'26 68.3 to 89.1",
+                [effect("pass@1 on held-out problems, minus SFT's,", np.subtract(rl, sft), 1),
+                 effect("… minus that of as much more SFT", np.subtract(rl, control), 1)], len(results), seconds, book),
+            row("Router replay: the most important change for RL on a MoE", "no numbers",
+                [effect("sampler-trainer KL, minus that without,", np.subtract(*kl) * 1e3, -1, "{:+.2f}e-3"), *ways],
+                f"{len(results)}, {len(parts)}", spent(parts), book)]
+
+
+def mrsa_rows():
+    results, book = seeds("markovian_rsa"), "07_markovian_rsa.ipynb"
+
+    def gains(rows, key):
+        return [row["markovian_rsa"] - row[key] for row in rows]
+
+    kinds = {"single": "one sample", "maj@equal_tokens": "the vote of as many tokens", "full_rsa": "full RSA"}
+    shown = [(f"{rows[0]['task']} at {rows[0]['difficulty']}, {when}", rows) for when, key in
+             (("after sft", "sft"), ("finished", "ttc")) for rows in zip(*(r[key] for r in results))]
+    keep = [pair for pair in shown if pair[0].startswith(("find at 6", "synthesize at 2"))]
+    effects = [effect(f"{where}: minus {what}", gains(rows, key), 1, "{:+.2f}") for where, rows in keep
+               for key, what in kinds.items()]
+    control = [r for r in results if "no rows" in r]
+
+    def gained(r, name):
+        rows = [row["accuracy"] for row in r[name]["rows"] if row["subset"] == 4]
+        return np.mean([a[2] - a[0] for a in rows])
+
+    seconds = sum(r["own rows"]["seconds"] for r in results)
+    names = [name for name in ("no rows", "one candidate") if sum(name in r for r in results) > 1]
+    codesign = [effect(f"gain of two rounds, minus that of a model trained with {name.replace('no rows', 'no such rows')}",
+                       [gained(r, "own rows") - gained(r, name) for r in results if name in r], 1, "{:+.2f}")
+                for name in names]
+    return [row("Markovian RSA beats one sample, the vote and full RSA", "AIME'25 88.3 to 91.9", effects, len(results),
+                None, book),
+            row("… and only with a model trained for it", "Qwen3-4B gains much less", codesign, len(control),
+                seconds + sum(r[name]["seconds"] for r in results for name in names if name in r), book)]
+
+
+def cost_row():
+    with open(os.path.join(RESULTS, "kernels.md")) as file:
+        text = file.read()
+    moe, dense, times = re.search(r"top-1 of 8 experts takes (\d+) ms.*?size (\d+) ms: ([\d.]+) times", text).groups()
+    small, large = re.search(r"grows by (\d+) bytes a token; multi-head attention of this width: (\d+)", text).groups()
+    verdict = "reproduced" if float(times) <= 1.4 else "not at this scale"
+    return f"| A MoE step at the cost of a dense model of the active size; an eighth of the cache | 0.76B of 8.4B active | " \
+           f"{moe} ms and {dense} ms a step: {times} times (medians in one run; 1.4 at most is the bound); {small} and " \
+           f"{large} bytes a token | - | - | **{verdict}** | [08_kernels.ipynb](notebooks/08_kernels.ipynb) |"
+
+
+if __name__ == "__main__":
+    print("| claim | published | measured: mean over seeds [95 % interval] | seeds | minutes | verdict | notebook |")
+    print("|---" * 7 + "|")
+    print("\n".join([*cca_rows(), *router_rows(), residual_row(), trimming_row(), *rl_rows(), *mrsa_rows(), cost_row()]))
