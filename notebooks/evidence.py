@@ -116,8 +116,8 @@ def residual_row():
     means = [np.mean(last(kind)) for kind in ("residual scaling", "plain residual")]
     return row("Residual scaling controls the norm of the stream, at next to no cost", "4·L·D parameters",
                [effect("log of the last layer's norm, minus plain's,", logs, -1),
-                effect("loss minus plain's", losses, -1)], len(results), spent(results, "kinds"), "04_residual_scaling.ipynb",
-               "norms {:.1f} and {:.1f}".format(*means))
+                effect("loss minus plain's", losses, -1)], len(results), spent(results, "kinds"),
+               "04_residual_scaling.ipynb", "norms {:.1f} and {:.1f}".format(*means))
 
 
 def trimming_row():
@@ -185,8 +185,9 @@ def mrsa_rows():
     codesign = [effect(f"gain of two rounds, minus that with {name} in training",
                        [gained(r, "own rows") - gained(r, name) for r in results if name in r], 1, "{:+.2f}")
                 for name in names]
-    return [row("Markovian RSA beats one sample and the vote", "AIME'25 88.3 to 91.9", effects, len(results), None, book,
-                f"apart: in how many seeds the intervals over 100 problems are; minus full RSA, in this order: {full}"),
+    note = f"apart: in how many seeds the intervals over 100 problems are; minus full RSA, in this order: {full}"
+    return [row("Markovian RSA beats one sample and the vote", "AIME'25 88.3 to 91.9", effects, len(results), None,
+                book, note),
             row("… and only with a model trained for it", "Qwen3-4B gains much less", codesign, len(control),
                 seconds + sum(r[name]["seconds"] for r in results for name in names if name in r), book)]
 
@@ -198,8 +199,8 @@ def cost_row():
     small, large = re.search(r"grows by (\d+) bytes a token; .* of this width: (\d+)", text).groups()
     verdict = "reproduced" if float(times) <= 1.4 else "not at this scale"
     return "| A MoE costs what a dense model of its active size does; the cache is an eighth | 0.76B of 8.4B active " \
-           f"| {moe} ms and {dense} ms a step: {times} times (medians of one run, bound 1.4); {small} and {large} bytes " \
-           f"a token | - | - | **{verdict}** | [08_kernels.ipynb](notebooks/08_kernels.ipynb) |"
+           f"| {moe} ms and {dense} ms a step: {times} times (medians of one run, bound 1.4); {small} and {large} " \
+           f"bytes a token | - | - | **{verdict}** | [08_kernels.ipynb](notebooks/08_kernels.ipynb) |"
 
 
 if __name__ == "__main__":
