@@ -112,7 +112,7 @@ class Traces:
                 return sample
 
 
-# ---- training and held-out answers ------------------------------------------------------------------------------------
+# ---- training and held-out answers -----------------------------------------------------------------------------------
 
 
 def practise(model, plan, stage, fit, seed, data):
