@@ -117,7 +117,7 @@ class Traces:
 
 def practise(model, plan, stage, fit, seed, data):
     """One phase on the problems that `data` names -> what was seen: "loss" of each step, "tokens" without padding,
-    "samples", and "answers": how many of those have one."""
+    "samples", and "answers": how many of those have the whole answer, up to its end."""
     config = train.parse_arguments(["--preset", "smoke", "--seed", str(seed)])[0]
     loader = train.Loader([Traces(plan, fit, stage.context, data)], stage, plan.tokens_per_step, seed, TOKENIZER.pad)
     optimizers, balancer = train.make_optimizers(model, stage.lr, 0.1), PIDBalancer(model, config.balancer_lr)
@@ -129,7 +129,7 @@ def practise(model, plan, stage, fit, seed, data):
         seen["loss"].append(round(row["loss"], 4))
         seen["tokens"] += int((positions >= 0).sum())
         seen["samples"] += len(origins)
-        seen["answers"] += int((inputs == TOKENIZER.special["</think>"]).sum())
+        seen["answers"] += int((inputs == TOKENIZER.end).sum()) - len(origins)          # every question has an end, too
     return seen
 
 
