@@ -154,7 +154,8 @@ def score(model, plan):
                     problems=int(chosen.sum()))
 
     bins = np.digitize(lengths, BINS, right=True)
-    return {"all": means(fits | ~fits), "fits": means(fits), "longer": means(~fits),
+    return {"fits": means(fits), "longer": means(~fits),
+            "longer, by task": {name: means(~fits & [p.task == name for p in problems]) for name in plan.tasks},
             "by length": [means(bins == i)["right"] if (bins == i).any() else None for i in range(1, len(BINS))]}
 
 
