@@ -9,7 +9,6 @@ problems are answered after each.  All arms have the same first weights, rates, 
 positions a step.  05_answer_preserving_trimming.ipynb runs a smaller one live.
 """
 import dataclasses
-import glob
 import json
 import os
 import random
@@ -24,7 +23,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from rl_parts import SHAPE, TOKENIZER  # noqa: E402
+from rl_parts import SHAPE, TOKENIZER, load  # noqa: E402
 from zaya import PIDBalancer  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "trimming")
@@ -199,11 +198,7 @@ def measure(seed, plan):
 
 def read_results():
     """All seeds that all arms were trained for."""
-    results = []
-    for path in sorted(glob.glob(os.path.join(RESULTS, "seed-*.json"))):
-        with open(path) as file:
-            results.append(json.load(file))
-    return [result for result in results if set(result["arms"]) == set(ARMS)]
+    return [result for result in load("trimming") if set(result["arms"]) == set(ARMS)]
 
 
 COLUMNS = [(when, group) for when in ("after short", "after long") for group in ("fits", "longer")]
