@@ -9,7 +9,6 @@ A seed is one SFT on two tasks whose teacher searches, and from its end the same
 import copy
 import dataclasses
 import functools
-import glob
 import json
 import operator
 import os
@@ -26,6 +25,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from evidence import seeds  # noqa: E402
 from zaya import PIDBalancer, Tokenizer  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "rl_parts")
@@ -34,15 +34,6 @@ SHAPE = dict(hidden_size=64, moe_intermediate_size=64, num_attention_heads=4, he
 SFT = train.Stage(200, 128, 1e4, 1.0, 1e-2, 1e-3, difficulty=3, turns=1, mask_prompts=True)
 RL = train.RLStage(40, 96, 1e4, 3e-3, 1e-3, TASKS, groups=8, group_size=8)
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})                  # bytes: no merges to learn
-
-
-def load(name):
-    """What results/<name>/ has, one file a seed."""
-    results = []
-    for path in sorted(glob.glob(os.path.join(RESULTS, "..", name, "seed-*.json"))):
-        with open(path) as file:
-            results.append(json.load(file))
-    return results
 
 
 def settings(seed):
@@ -197,7 +188,7 @@ def measure(seed):
 
 def table():
     """All arms over the seeds that are there: means, and by seed the difference to the arm they are a change of."""
-    results = load("rl_parts")
+    results = seeds("rl_parts")
     there = [f"{r['seed']} ({len(r['arms'])} of {len(ARMS) + 1} arms)" for r in results]
     lines = ["seeds: " + (", ".join(there) or "none"),
              f"{'':18} pass@1  tokens  true sums  masked  KL a token, without replay  against     by seed"]

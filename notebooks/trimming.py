@@ -23,12 +23,12 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from rl_parts import SHAPE, TOKENIZER, load  # noqa: E402
+from evidence import interval, seeds  # noqa: E402
+from rl_parts import SHAPE, TOKENIZER  # noqa: E402
 from zaya import PIDBalancer  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "trimming")
 BINS = (16, 32, 48, 64, 80, 104)            # tokens of the teacher's conversation
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}      # 97.5 % quantile of t, by number of seeds
 
 
 @dataclasses.dataclass
@@ -198,7 +198,7 @@ def measure(seed, plan):
 
 def read_results():
     """All seeds that all arms were trained for."""
-    return [result for result in load("trimming") if set(result["arms"]) == set(ARMS)]
+    return [result for result in seeds("trimming") if set(result["arms"]) == set(ARMS)]
 
 
 COLUMNS = [(when, group) for when in ("after short", "after long") for group in ("fits", "longer")]
@@ -215,12 +215,9 @@ def difference(a, b):
     >>> difference(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.4, 0.4]))
     '+0.200 [-0.048, +0.448] (+0.100, +0.200, +0.300)'
     """
-    d = a - b
-    each = f" ({', '.join(f'{x:+.3f}' for x in d)})" if len(d) > 1 else ""
-    if len(d) not in STUDENT:
-        return f"{d.mean():+.3f}{each}"
-    half = STUDENT[len(d)] * d.std(ddof=1) / len(d) ** 0.5
-    return f"{d.mean():+.3f} [{d.mean() - half:+.3f}, {d.mean() + half:+.3f}]{each}"
+    mean, low, high = interval(a - b)
+    each = ", ".join(f"{x:+.3f}" for x in a - b)
+    return f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}] ({each})" if len(a) > 1 else "")
 
 
 def table(results, what="right"):
