@@ -275,16 +275,18 @@ def paired(results, kind, base):
 
 def table(results, kinds, bases, against):
     """Markdown: a row for each kind; its difference is to the kind in `bases` at the same place, if there is one."""
-    lines = [f"| | parameters (active) | MFLOP a token | KV bytes a token | held-out loss, seeds | mean | {against} "
-             "| published |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| | parameters (active) | MFLOP a token | KV bytes a token | held-out loss by seed | by source | mean "
+             f"| {against} | published |", "|---|---|---|---|---|---|---|---|---|"]
     for kind, base in zip(kinds, bases):
         run, losses = results[0][kind], [held_out(result[kind]) for result in results]
         mean, half = paired(results, kind, base) if base else (None, None)
         change = "" if mean is None else f"{mean:+.3f}" + (f" ± {half:.3f}" if half else "")
         told = f"{PUBLISHED[kind]:.3f}" + (f" ({PUBLISHED[kind] - PUBLISHED[base]:+.3f})" if base else "")
+        sources = ", ".join(f"{name} {np.mean([result[kind]['held out'][name] for result in results]):.3f}"
+                            for name in run["held out"])
         lines.append(f"| {kind} | {run['total']:,} ({run['active']:,}) | {run['flops'] / 1e6:.2f} "
-                     f"| {run['kv_bytes']:.0f} | {', '.join(f'{loss:.3f}' for loss in losses)} | {np.mean(losses):.3f} "
-                     f"| {change} | {told} |")
+                     f"| {run['kv_bytes']:.0f} | {', '.join(f'{loss:.3f}' for loss in losses)} | {sources} "
+                     f"| {np.mean(losses):.3f} | {change} | {told} |")
     return "\n".join(lines)
 
 
