@@ -21,6 +21,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "notebooks")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from evidence import interval  # noqa: E402
 from residual_scaling import prepare  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
@@ -37,7 +38,6 @@ SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_ke
 # The CCA paper's losses: the ladder in a MoE of 350M active parameters, the kinds in a dense 1B, 300B tokens.
 PUBLISHED = {"nothing": 2.280, "one conv": 2.264, "two convs": 2.252, "+ value shift": 2.248, "+ q-k-mean": 2.241,
              "MHA": 2.297, "GQA": 2.297, "MLA": 2.321, "CCGQA": 2.286}
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}       # Student's t by number of seeds
 
 
 def attend(q, k, v, mask, scale=None):
@@ -268,9 +268,8 @@ def read_results():
 
 def paired(results, kind, base):
     """The mean of kind - base over seeds, and half its 95 % interval (None: one seed has none)."""
-    difference = [held_out(result[kind]) - held_out(result[base]) for result in results]
-    half = T95[len(difference)] * np.std(difference, ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else None
-    return np.mean(difference), half
+    mean, low, _ = interval([held_out(result[kind]) - held_out(result[base]) for result in results])
+    return mean, mean - low if len(results) > 1 else None
 
 
 def table(results, kinds, bases, against):
