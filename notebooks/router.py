@@ -423,10 +423,11 @@ def table(results):
     for name in ARMS:
         rows = [result["arms"][name] for result in results]
         differ = [loss(row) - loss(result["arms"]["MLP + EDA"]) for row, result in zip(rows, results)]
+        against = paired(differ) if name != "MLP + EDA" else "–"
         steps = " | ".join(", ".join(str(row["reached"][str(level)] or "never") for row in rows) for level in LEVELS)
         load, entropy = (np.mean([row["end"][key] for row in rows]) for key in ("load", "entropy"))
         lines.append(f"| {name} | {steps} | {entropy:.3f} | {load:.2f} | "
-                     f"{np.mean([loss(row) for row in rows]):.3f} | {paired(differ)} | "
+                     f"{np.mean([loss(row) for row in rows]):.3f} | {against} | "
                      f"{np.mean([row['told'] for row in rows]):.3f} |")
     return "\n".join(lines)
 
