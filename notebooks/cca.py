@@ -8,7 +8,6 @@ batches at the same rates, and begin with the same numbers in every tensor of th
 attention has less in parameters, its experts get in width.  02_cca.ipynb runs a smaller ladder live.
 """
 import argparse
-import glob
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "notebooks")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from evidence import interval  # noqa: E402
+from evidence import interval, seeds  # noqa: E402
 from residual_scaling import prepare  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
@@ -259,11 +258,8 @@ def held_out(run):
 
 def read_results():
     """All seeds that every arm was trained for; CCGQA is the ladder's last rung."""
-    results = []
-    for path in sorted(glob.glob(os.path.join(RESULTS, "seed-*.json"))):
-        with open(path) as file:
-            results.append(json.load(file)["arms"])
-    return [{**arms, "CCGQA": arms["+ q-k-mean"]} for arms in results if set(arms) == set(ARMS)]
+    return [{**arms, "CCGQA": arms["+ q-k-mean"]} for arms in (result["arms"] for result in seeds("cca"))
+            if set(arms) == set(ARMS)]
 
 
 def paired(results, kind, base):

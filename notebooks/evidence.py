@@ -92,7 +92,7 @@ def router_rows():
         return over_seeds(results, value, "MLP + EDA", other)
 
     shown = "; ".join(f"{name} {', '.join(str(r['arms'][name]['reached']['0.99'] or 'never') for r in results)}"
-                      for name in ("MLP + EDA", "linear"))
+                      for name in ("MLP + EDA", "linear", "MLP, no EDA"))
     ends = ", ".join(f"{end(r['arms']['MLP + EDA']):.3f}" for r in results)
     return [row("An MLP router with EDA reaches a load entropy of 0.99 several times sooner than a linear one",
                 "several times", [effect("steps, minus linear's,", minus(reached, "linear"), -1, "{:+.0f}")],
@@ -106,7 +106,7 @@ def router_rows():
 
 
 def residual_row():
-    results = seeds("residual_scaling")
+    results = [r for r in seeds("residual_scaling") if len(r["kinds"]) == 2]
 
     def last(kind):
         return [list(r["kinds"][kind]["norms"].values())[-1][-1] for r in results]

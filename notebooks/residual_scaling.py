@@ -7,20 +7,20 @@ Both models have the width of preset tiny and 12 layers, the same first weights,
 that was stopped goes on with the model that is missing.  04_residual_scaling.ipynb runs a smaller one live.
 """
 import argparse
-import glob
 import json
 import os
 import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "notebooks")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
+from evidence import seeds  # noqa: E402
 from zaya import PIDBalancer, ResidualScaling, Zaya, ZayaConfig  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results", "residual_scaling")
@@ -126,11 +126,7 @@ def measure(seed, layers, steps):
 
 def read_results():
     """All seeds that both models were trained for."""
-    results = []
-    for path in sorted(glob.glob(os.path.join(RESULTS, "seed-*.json"))):
-        with open(path) as file:
-            results.append(json.load(file))
-    return [result for result in results if set(result["kinds"]) == set(KINDS)]
+    return [result for result in seeds("residual_scaling") if set(result["kinds"]) == set(KINDS)]
 
 
 def table(results):

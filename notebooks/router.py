@@ -13,7 +13,6 @@ import argparse
 import collections
 import dataclasses
 import functools
-import glob
 import json
 import os
 import sys
@@ -28,6 +27,7 @@ from tqdm import tqdm  # noqa: E402
 
 import residual_scaling  # noqa: E402
 import train  # noqa: E402
+from evidence import interval, seeds  # noqa: E402
 from kernels import FusedExperts, fuse, summed_loss  # noqa: E402
 from zaya import PIDBalancer, Router, Zaya  # noqa: E402
 
@@ -40,7 +40,6 @@ BLOCK, LAST = 5, 50                 # files keep curves as means of 5 steps; "at
 ALPHA = 0.01                        # Switch's weight of the auxiliary loss
 GAINS = dict(kp=0.02, ki=0.05, kd=0.005)        # chosen on the notebook's toy plant before any model was trained
 SETTLE, RESPOND = 60, 100           # forward passes before the data change, and after
-T = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262      # Student's, 97.5 %, for 2, 3, … seeds
 
 # ---- routers --------------------------------------------------------------------------------------------------------
 
@@ -394,11 +393,7 @@ def measure(seed, steps):
 
 def read_results():
     """All seeds whose arms are all there."""
-    results = []
-    for path in sorted(glob.glob(os.path.join(RESULTS, "seed-*.json"))):
-        with open(path) as file:
-            results.append(json.load(file))
-    return [result for result in results if set(result["arms"]) == set(ARMS)]
+    return [result for result in seeds("router") if set(result["arms"]) == set(ARMS)]
 
 
 def loss(row):
@@ -408,11 +403,8 @@ def loss(row):
 
 def paired(differences):
     """Mean difference with its 95 % interval over seeds (t distribution): '+0.012 [-0.003, +0.027]'."""
-    mean = np.mean(differences)
-    if len(differences) < 2:
-        return f"{mean:+.3f} (one seed)"
-    half = T[min(len(differences) - 2, len(T) - 1)] * np.std(differences, ddof=1) / len(differences) ** 0.5
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
+    mean, low, high = interval(differences)
+    return f"{mean:+.3f} " + (f"[{low:+.3f}, {high:+.3f}]" if len(differences) > 1 else "(one seed)")
 
 
 def table(results):
