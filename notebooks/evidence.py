@@ -38,7 +38,8 @@ def interval(differences):
 def effect(what, differences, claimed, form="{:+.3f}"):
     """One measured effect -> (its text, whether it is what is claimed: +1 more, -1 less, 0 no difference)."""
     mean, low, high = (float(x) for x in interval(differences))
-    shown = f"{what} {form.format(mean)} [{form.format(low)}, {form.format(high)}]"
+    shown = f"{what} {form.format(mean)} " + (f"[{form.format(low)}, {form.format(high)}]" if len(differences) > 1
+                                              else "(one seed)")
     return shown, low * claimed > 0 and high * claimed > 0 if claimed else low <= 0 <= high
 
 
@@ -99,8 +100,9 @@ def router_rows():
                 n, spent(results), book, f"of {steps} steps: {shown}"),
             row("The PID-like bias update balances without an auxiliary loss", "no auxiliary loss",
                 [effect("entropy, minus that without balancing,", minus(end, "no balancing"), 1),
-                 effect("loss, minus that with an auxiliary loss,", minus(loss, "auxiliary loss"), -1)],
-                n, None, book, f"entropy at the end {ends}"),
+                 effect("entropy, minus that with an auxiliary loss,", minus(end, "auxiliary loss"), 1)],
+                n, None, book, f"entropy at the end {ends}; loss, minus that with an auxiliary loss, "
+                f"{np.mean(minus(loss, 'auxiliary loss')):+.3f}"),
             row("Top-1 is enough", "best at equal FLOPs",
                 [effect("loss, minus top-2's with experts half as wide,", minus(loss, "top-2"), -1)], n, None, book)]
 
