@@ -240,15 +240,16 @@ def test_traced_experts(traced, dtype, bound, only):
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_backward(dtype, bound, masked):
+@pytest.mark.parametrize("S", [40, 150], ids=["one block", "three blocks"])
+def test_attention_backward(dtype, bound, masked, S):
     """Against scaled_dot_product_attention, its gradients included, with and without a mask."""
-    mask = zaya.CCA.attention_mask(packing(), 40) if masked else None
-    bias = kernels.attention_bias(mask if masked else torch.ones(1, 1, 40, 40).tril().bool(), dtype)
+    mask = zaya.CCA.attention_mask(torch.arange(S).remainder(37).expand(2, S), S) if masked else None
+    bias = kernels.attention_bias(mask if masked else torch.ones(1, 1, S, S).tril().bool(), dtype)
     results = []
     for function in (lambda *x: kernels.Attention.apply(*x, bias, not masked),
                      lambda *x: F.scaled_dot_product_attention(*x, mask, is_causal=not masked, enable_gqa=True)):
         torch.manual_seed(0)
-        leaves = [torch.randn(2, heads, 40, 16).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+        leaves = [torch.randn(2, heads, S, 16).to(dtype).requires_grad_() for heads in (4, 2, 2)]
         out = function(*leaves)
         out.backward(torch.randn(out.shape).to(dtype))
         results.append([out.detach(), *(x.grad for x in leaves)])
