@@ -151,14 +151,20 @@ def rl_rows():
     seconds = sum(sum(r["report"]["seconds"].values()) for r in results)
     kl = [[np.mean([stage[key] for stage in r["replay"].values()]) for r in results] for key in ("kl", "kl_live")]
     parts = seeds("rl_parts")
-    ways = [effect("pass@1 minus that without replay", over_seeds(parts, lambda a: a["pass@1"], x, y), 1)
-            for x, y in [("recipe", "no replay")]] if all("no replay" in r["arms"] for r in parts) else []
+
+    def better(arm, other):
+        return effect(f"pass@1, {arm} minus {other},", over_seeds(parts, lambda a: a["pass@1"], arm, other), 1)
+
     return [row("The RL stages lift what SFT reached", "AIME'26 68.3 to 89.1",
                 [effect("pass@1 on held-out problems, minus SFT's,", np.subtract(rl, sft), 1),
                  effect("… minus that of as much more SFT", np.subtract(rl, control), 1)], len(results), seconds, book),
             row("Router replay: the most important change for RL on a MoE", "no numbers",
-                [effect("sampler-trainer KL, minus that without,", np.subtract(*kl) * 1e3, -1, "{:+.2f}e-3"), *ways],
-                f"{len(results)}, {len(parts)}", spent(parts), book)]
+                [effect("sampler-trainer KL, minus that without,", np.subtract(*kl) * 1e3, -1, "{:+.2f}e-3"),
+                 better("recipe", "no replay"), better("stale", "stale, no replay")], len(results), spent(parts), book,
+                "stale: weights synced every 8 steps instead of 2"),
+            row("DPPO's mask instead of PPO's clip; MaxRL's advantage", "no numbers",
+                [better("recipe", "PPO clip"), better("stale", "stale, PPO clip"), better("recipe", "GRPO")],
+                len(parts), None, book)]
 
 
 def apart(rows, key):

@@ -1,6 +1,6 @@
 """Residual scaling against plain residuals: the loss, the norm of the stream over depth and training, what was learned.
 
-    python notebooks/residual_scaling.py --seed 1        # writes notebooks/results/residual_scaling/seed-1.json
+    python notebooks/residual_scaling.py --seed 0 1 2    # writes notebooks/results/residual_scaling/seed-N.json
     python notebooks/residual_scaling.py --table         # the table, over all seeds that are there
 
 Both models have the width of preset tiny and 12 layers, the same first weights, batches, rates and balancer.  A seed
@@ -132,7 +132,7 @@ def read_results():
 def table(results):
     """Markdown: mean, sd over seeds, each seed; the loss is the mean of the held-out sources."""
     def row(what, values, form="{:.3f}"):
-        spread = f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+        spread = f" ± {form.replace('+', '').format(np.std(values, ddof=1))}" if len(values) > 1 else ""
         return f"| {what} | {form.format(np.mean(values))}{spread} | {', '.join(map(form.format, values))} |"
 
     lines, losses = ["| after pretraining | mean (± sd over seeds) | each seed |", "|---|---|---|"], {}
