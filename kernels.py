@@ -997,7 +997,8 @@ def traced_cca(cca, packed, current, delayed, rope, reach, mask):
         constant = bias + (weight.sum(-1) @ b.view(H + K, D, 1)).flatten()
         first, second, constant = (Spread.apply(t, B, S) for t in (w[:, 0], w[:, 1], constant))
         u = (p * second + before(p) * first).to(dtype).view(B * S, C)
-        # Both taps of all heads as one product with zeros between the heads: small heads make small products slow.
+        # Both taps of all heads as one product with zeros between the heads: H + K times the operations, and still
+        # faster for heads of 32, whose own products are too small to be fast.
         heads = torch.eye(H + K, device=packed.device, dtype=dtype)[:, None, None, :, None]
         dense = (weight.to(dtype).permute(0, 2, 3, 1)[:, :, :, None] * heads).reshape(C, 2 * C)     # (in, tap x out)
         last, now = (u @ dense).view(B, S, 2 * C).float().chunk(2, -1)
