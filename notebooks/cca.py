@@ -7,8 +7,6 @@ Every arm is one module in the place of a layer's `self_attn`, with CCA's own si
 batches at the same rates, and begin with the same numbers in every tensor of the same name and shape.  What an arm's
 attention has less in parameters, its experts get in width.  02_cca.ipynb runs a smaller ladder live.
 """
-import argparse
-import json
 import os
 import sys
 import time
@@ -20,7 +18,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "notebooks")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from evidence import interval, seeds  # noqa: E402
+from evidence import command_line, interval, resume, seeds  # noqa: E402
 from residual_scaling import prepare  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
@@ -30,7 +28,6 @@ from tqdm import tqdm  # noqa: E402
 import train  # noqa: E402
 from zaya import CCA, Cache, PIDBalancer, RMSNorm, Zaya, ZayaConfig  # noqa: E402
 
-RESULTS = os.path.join(ROOT, "notebooks", "results", "cca")
 # The published ratios, as in `attention`: 8 heads of 24 for MHA, 4 query heads and 1 KV head for CCGQA.
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, head_dim=24,
              num_experts=4, moe_intermediate_size=128, router_hidden_size=32, initializer_range=192 ** -0.5)
@@ -233,15 +230,8 @@ def fit(kind, shared):
 
 
 def measure(seed, steps):
-    os.makedirs(RESULTS, exist_ok=True)
-    path = os.path.join(RESULTS, f"seed-{seed}.json")
-    result = {"command": f"python notebooks/cca.py --seed {seed} --steps {steps}", "arms": {}}
-    if os.path.exists(path):
-        with open(path) as file:
-            before = json.load(file)
-        if before["command"] != result["command"]:
-            raise SystemExit(f"{path} was made by  {before['command']}: delete it to measure anew")
-        result = before
+    command = f"python notebooks/cca.py --seed {seed} --steps {steps}"
+    path, result = resume("cca", seed, {"command": command, "arms": {}})
     *shared, shape = prepare("tiny", seed, SHAPE["num_hidden_layers"], steps)
     shape = ZayaConfig(**{**vars(shape), **SHAPE})
     for kind in [kind for kind in ARMS if kind not in result["arms"]]:
@@ -291,12 +281,4 @@ def tables(results):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, nargs="*", default=[], help="seeds to measure")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--table", action="store_true", help="print the tables over all seeds measured so far")
-    arguments = parser.parse_args()
-    for one in arguments.seed:
-        measure(one, arguments.steps)
-    if arguments.table:
-        print(tables(read_results()) if read_results() else "no seed was measured yet")
+    command_line(__doc__, measure, lambda: read_results() and tables(read_results()), steps=250)

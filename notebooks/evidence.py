@@ -7,6 +7,7 @@ A verdict is a rule and no opinion: every effect of the row must have the claime
 called the opposite.  Two rows have rules of their own: Markovian RSA's intervals over the problems must be apart in
 every seed, and the cost of the MoE, one run, at most 1.4 times the dense model's.
 """
+import argparse
 import glob
 import json
 import os
@@ -15,7 +16,8 @@ import re
 import numpy as np
 
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}      # 97.5 % quantile, by seeds
+# 97.5 % quantile of Student's t by the number of seeds; 2.306 from 9 on, a little too wide for more
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 def seeds(name):
@@ -30,6 +32,33 @@ def complete(name, key="arms"):
     return [r for r in results if len(r[key]) == max(len(r[key]) for r in results)]
 
 
+def resume(name, seed, fresh, key="command"):
+    """-> path, what it has: the file of a seed that was stopped, if it was made as `fresh` says, or else `fresh`."""
+    path = os.path.join(RESULTS, name, f"seed-{seed}.json")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if not os.path.exists(path):
+        return path, fresh
+    with open(path) as file:
+        older = json.load(file)
+    if older[key] != fresh[key]:
+        raise SystemExit(f"{path} was made by  {older['command']}, with other settings: delete it to measure anew")
+    return path, older
+
+
+def command_line(description, measure, tables, **numbers):
+    """--seed N …, --table, and a flag for each of `numbers`, which go to measure(seed, *numbers); tables() -> text."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, nargs="*", default=[], help="seeds to measure")
+    for name, number in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=number, help=f"instead of {number}")
+    parser.add_argument("--table", action="store_true", help="print the tables over all seeds measured so far")
+    given = parser.parse_args()
+    for seed in given.seed:
+        measure(seed, *(getattr(given, name) for name in numbers))
+    if given.table:
+        print(tables() or "no seed was measured yet")
+
+
 def interval(differences):
     """Mean and 95 % interval over seeds of paired differences.
 
@@ -39,7 +68,7 @@ def interval(differences):
     mean = np.mean(differences)
     if len(differences) < 2:
         return mean, -np.inf, np.inf
-    half = STUDENT[len(differences)] * np.std(differences, ddof=1) / len(differences) ** 0.5
+    half = STUDENT.get(len(differences), 2.306) * np.std(differences, ddof=1) / len(differences) ** 0.5
     return mean, mean - half, mean + half
 
 

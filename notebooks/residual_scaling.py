@@ -6,8 +6,6 @@
 Both models have the width of preset tiny and 12 layers, the same first weights, batches, rates and balancer.  A seed
 that was stopped goes on with the model that is missing.  04_residual_scaling.ipynb runs a smaller one live.
 """
-import argparse
-import json
 import os
 import sys
 import time
@@ -20,10 +18,9 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from evidence import seeds  # noqa: E402
+from evidence import command_line, resume, seeds  # noqa: E402
 from zaya import PIDBalancer, ResidualScaling, Zaya, ZayaConfig  # noqa: E402
 
-RESULTS = os.path.join(ROOT, "notebooks", "results", "residual_scaling")
 
 
 class PlainResidual(ResidualScaling):
@@ -106,15 +103,9 @@ def fit(kind, shared, watched=()):
 
 
 def measure(seed, layers, steps):
-    os.makedirs(RESULTS, exist_ok=True)
-    path = os.path.join(RESULTS, f"seed-{seed}.json")
     command = f"python notebooks/residual_scaling.py --seed {seed} --layers {layers} --steps {steps}"
-    result = {"command": command, "seed": seed, "layers": layers, "steps": steps, "kinds": {}}
-    if os.path.exists(path):
-        with open(path) as file:
-            result = json.load(file)
-        if result["command"] != command:
-            raise SystemExit(f"{path} was made by  {result['command']}: delete it to measure anew")
+    path, result = resume("residual_scaling", seed, {"command": command, "seed": seed, "layers": layers, "steps": steps,
+                                                     "kinds": {}})
     shared = prepare("tiny", seed, layers, steps)
     for kind in KINDS:
         if kind not in result["kinds"]:
@@ -148,13 +139,4 @@ def table(results):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, nargs="*", default=[], help="seeds to measure")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--table", action="store_true", help="print the table over all seeds measured so far")
-    arguments = parser.parse_args()
-    for one in arguments.seed:
-        measure(one, arguments.layers, arguments.steps)
-    if arguments.table:
-        print(table(read_results()) if read_results() else "no seed was measured yet")
+    command_line(__doc__, measure, lambda: read_results() and table(read_results()), layers=12, steps=500)

@@ -9,11 +9,9 @@ begins with the same weights, except where the experts are of another width.  Th
 trained model is frozen, the data change from one step to the next, and each controller works on the same loads.  A
 seed that was stopped goes on with what is missing.  03_router_and_balancing.ipynb runs a smaller one live.
 """
-import argparse
 import collections
 import dataclasses
 import functools
-import json
 import os
 import sys
 import time
@@ -27,11 +25,10 @@ from tqdm import tqdm  # noqa: E402
 
 import residual_scaling  # noqa: E402
 import train  # noqa: E402
-from evidence import interval, seeds  # noqa: E402
+from evidence import command_line, interval, resume, seeds  # noqa: E402
 from kernels import FusedExperts, fuse, summed_loss  # noqa: E402
 from zaya import PIDBalancer, Router, Zaya  # noqa: E402
 
-RESULTS = os.path.join(ROOT, "notebooks", "results", "router")
 LAYERS, WIDTH = 4, dict(hidden_size=64, num_attention_heads=2, moe_intermediate_size=64, router_hidden_size=16,
                         initializer_range=0.125)                # preset tiny at half the width: 8 experts, 512 tokens
 WINDOW, LEVELS = 10, (0.9, 0.95, 0.99)      # "reached": the mean entropy of the last 10 steps is at least this
@@ -366,15 +363,8 @@ def condensed(row):
 
 
 def measure(seed, steps):
-    os.makedirs(RESULTS, exist_ok=True)
-    path = os.path.join(RESULTS, f"seed-{seed}.json")
-    command = f"python notebooks/router.py --seed {seed} --steps {steps}"
-    result = {"command": command, "seed": seed, "steps": steps, "arms": {}}
-    if os.path.exists(path):
-        with open(path) as file:
-            result = json.load(file)
-        if result["command"] != command:
-            raise SystemExit(f"{path} was made by  {result['command']}: delete it to measure anew")
+    path, result = resume("router", seed, {"command": f"python notebooks/router.py --seed {seed} --steps {steps}",
+                                           "seed": seed, "steps": steps, "arms": {}})
     shared = prepare(seed, steps)
     for name in ARMS:
         if name in result["arms"]:
@@ -447,14 +437,10 @@ def ratio(results, slow="linear", fast="MLP + EDA", level=EVEN):
     return ", ".join(shown)
 
 
+def tables():
+    found = read_results()
+    return "\n\n".join([table(found), response_table(found)]) if found else ""
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, nargs="*", default=[], help="seeds to measure")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--table", action="store_true", help="print the tables over all seeds measured so far")
-    arguments = parser.parse_args()
-    for one in arguments.seed:
-        measure(one, arguments.steps)
-    if arguments.table:
-        found = read_results()
-        print("\n\n".join([table(found), response_table(found)]) if found else "no seed was measured yet")
+    command_line(__doc__, measure, tables, steps=300)

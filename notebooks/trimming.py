@@ -23,11 +23,10 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from evidence import interval, seeds  # noqa: E402
+from evidence import interval, resume, seeds  # noqa: E402
 from rl_parts import SHAPE, TOKENIZER  # noqa: E402
 from zaya import PIDBalancer  # noqa: E402
 
-RESULTS = os.path.join(ROOT, "notebooks", "results", "trimming")
 BINS = (16, 32, 48, 64, 80, 104)            # tokens of the teacher's conversation
 
 
@@ -172,16 +171,9 @@ def fit(arm, plan, seed):
 
 def measure(seed, plan):
     """All arms of one seed; those that the file has are not run again."""
-    os.makedirs(RESULTS, exist_ok=True)
-    path = os.path.join(RESULTS, f"seed-{seed}.json")
-    result = {"command": f"python notebooks/trimming.py {seed}", "plan": json.loads(json.dumps(
-        dataclasses.asdict(plan))), "seed": seed, "arms": {}}
-    if os.path.exists(path):
-        with open(path) as file:
-            older = json.load(file)
-        if older["plan"] != result["plan"]:
-            raise SystemExit(f"{path} was made with another plan: delete it to measure anew")
-        result = older
+    asked = json.loads(json.dumps(dataclasses.asdict(plan)))   # as a file gives it back
+    path, result = resume("trimming", seed, {"command": f"python notebooks/trimming.py {seed}", "plan": asked,
+                                             "seed": seed, "arms": {}}, "plan")
     for arm in ARMS:
         if arm in result["arms"]:
             continue
