@@ -23,7 +23,7 @@ SHORT = ["--preset", "smoke", "--stages", "pretrain,midtrain", "--steps", "pretr
 
 def command(*arguments, **options):
     return dict(args=[sys.executable, os.path.join(ROOT, "train.py"), *map(str, arguments)], text=True, cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}, **options)
+                env={**os.environ, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}, **options)
 
 
 def run(*arguments, code=0):

@@ -30,7 +30,7 @@ COMPARED = ["step", "loss", "norm", "entropy", "bias", "reward", "length", "no_e
 def torchrun(*arguments, processes=2):
     return dict(args=[sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                       os.path.join(ROOT, "train.py"), *map(str, arguments)], text=True, cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"},
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

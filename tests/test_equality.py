@@ -4,6 +4,7 @@ Every parameter and balancing bias is random (see conftest.randomise), so that n
 bias of 0.  The official model is saved and ours is loaded from the file: the layout is tested along with the numbers.
 """
 import copy
+import inspect
 import os
 
 import pytest
@@ -18,8 +19,10 @@ official_zaya = pytest.importorskip("transformers.models.zaya")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-TOLERANCE = 1e-4                            # on logits of size 2
+TOLERANCE = 1e-4                            # on logits of size 2: rounding moves them by about 1e-6
 LENGTH = 24
+FORWARD = inspect.signature(official_zaya.ZayaForCausalLM.forward).parameters
+CACHE_NAME = "cache" if "cache" in FORWARD else "past_key_values"       # renamed in transformers 5.24
 
 BASE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, num_experts=4, moe_intermediate_size=24, router_hidden_size=12, eos_token_id=95,
@@ -92,7 +95,7 @@ def official_in_chunks(model, ids, sizes, mask=None):
     for part in torch.arange(ids.shape[1]).split(sizes):
         extra = {} if mask is None else dict(attention_mask=mask[:, :part[-1] + 1],
                                              position_ids=positions(mask)[:, part])
-        logits.append(model(ids[:, part], past_key_values=cache, use_cache=True, **extra).logits)
+        logits.append(model(ids[:, part], **{CACHE_NAME: cache}, use_cache=True, **extra).logits)
     return torch.cat(logits, 1)
 
 
@@ -183,7 +186,7 @@ def test_round_trip_official_ours_official(pair, tmp_path, max_shard_bytes):
     for name, tensor in without_last_biases(before).items():
         assert torch.equal(tensor, without_last_biases(after)[name]), name
     restore_last_biases(back, ours)
-    close(back(tokens()).logits, official(tokens()).logits, 0)
+    close(back(tokens()).logits, official(tokens()).logits)     # mapped weights lie elsewhere: sums in another order
     for name in CONFIG_FIELDS:
         assert getattr(back.config, name) == getattr(official.config, name), name
 

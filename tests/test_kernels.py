@@ -420,24 +420,29 @@ def test_wide_linear(rows, compiler):
                          ids=["two KV heads", "one", "own head", "windows"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_step_of_one_row(dtype, bound, changes, padding, compiler):
-    """Token by token after a prompt, each layer with the choice of the plain model, which bf16 could flip."""
+    """Token by token after a prompt; the plain model replays the choices, each of which its own router must find the
+    best but for rounding, which breaks ties in bf16."""
     plain = small(**changes).to(dtype).eval()
     fast = kernels.fuse(copy.deepcopy(plain))
+    behind = []
+
+    def compare(gate, given, out):
+        live, own, _ = zaya.Router.forward(gate, *given[:2])
+        biases = gate.balancing_biases
+        behind.append((live + biases[own] - out[0] - biases[out[1]]).abs().max())
+
+    for layer in plain.layers:
+        layer.gate.register_forward_hook(compare)
     ids, caches = torch.randint(10, 300, (1, 12)), [zaya.Cache(3), zaya.Cache(3)]
     mask = torch.ones_like(ids)
     mask[:, :padding] = 0
     for part in (slice(0, 5), *(slice(i, i + 1) for i in range(5, 12))):
-        hidden, chosen = [], []
-        for model, cache in zip((plain, fast), caches):
-            routing = []
-            hidden.append(model.hidden_states(ids[:, part], mask[:, part] if padding else None, cache=cache,
-                                              routing=routing))
-            chosen.append(torch.stack(routing))
-        close(fast.logits(hidden[0]), plain.logits(hidden[0]), 1e-5)
-        if not torch.equal(*chosen):                            # a tie that rounding broke: the caches differ from here
-            assert dtype == torch.bfloat16 and part.start > 5
-            break
-        close(hidden[1], hidden[0], bound)
+        routing = []                                            # filled by the fast model, replayed by the plain one
+        got, wanted = (model.hidden_states(ids[:, part], mask[:, part] if padding else None, cache=cache,
+                                           routing=routing) for model, cache in zip((fast, plain), caches))
+        close(fast.logits(wanted), plain.logits(wanted), 1e-5)
+        close(got, wanted, bound)
+    assert len(behind) == 8 * 3 and max(behind) < bound
 
 
 @torch.no_grad()
@@ -458,7 +463,9 @@ def test_int8(changes, compiler, tmp_path):
     kernels.main(["--quantize", str(tmp_path / "plain"), str(tmp_path / "shards")])
     for folder, int8 in (("saved", False), ("shards", False), ("plain", True)):
         model = kernels.load(str(tmp_path / folder), int8)
-        assert type(model) is kernels.Int8Zaya and torch.equal(model(ids), wanted)
+        assert type(model) is kernels.Int8Zaya and model.state_dict().keys() == rounded.state_dict().keys()
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), rounded.state_dict().values()))
+        close(model(ids), wanted, 1e-3)                         # mapped weights: other last bits, which int16 may widen
     size = sum(t.nbytes for t in rounded.state_dict().values()) / sum(t.nbytes for t in plain.state_dict().values())
     assert size < 0.45                                          # of fp32, with a tenth of it not rounded
     assert kernels.gb_per_token(rounded) < kernels.gb_per_token(plain)

@@ -580,7 +580,7 @@ def test_prompts_do_not_teach_when_they_are_masked():
     last_of_row = positions == -1                               # nothing reads padding, so nothing changes
     other[last_of_row] = 7
     again = F.cross_entropy(model(other, position_ids=positions).flatten(0, 1), targets.flatten())
-    assert abs(loss.item() - again.item()) < 1e-6
+    assert abs(loss.item() - again.item()) < 1e-5               # padding changes how many rows an expert gets at once
     assert 0.3 < (targets >= 0).float().mean() < 0.9
 
 

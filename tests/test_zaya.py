@@ -274,7 +274,9 @@ def test_skip_expert_can_be_switched_off(tmp_path):
     assert torch.stack(routing).max() == 3
     off.save_pretrained(tmp_path)
     back = Zaya.from_pretrained(tmp_path)
-    assert back.config == off.config and torch.equal(back(ids), off(ids))
+    assert back.config == off.config
+    same(back, off)
+    close(back(ids), off(ids))
 
 
 def test_router_replay(model):
@@ -667,7 +669,8 @@ def test_save_and_load(tmp_path, max_shard_bytes, tied):
     same(model, back)
     assert not back.training and all(parameter.requires_grad for parameter in back.parameters())
     assert all((layer.gate.load == 0).all() and len(layer.gate.load) == 5 for layer in back.layers)
-    assert torch.equal(back(ids), model.eval()(ids)) and back.config == model.config
+    close(back(ids), model.eval()(ids))                         # mapped weights lie elsewhere: sums in another order
+    assert back.config == model.config
     assert back.embed_tokens.weight.device.type == "cpu" and not any("load" in name for name in back.state_dict())
     files = {name: safetensors.torch.load_file(tmp_path / name) for name in weight_files(tmp_path)}
     names = [name for file in files.values() for name in file]
