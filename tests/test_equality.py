@@ -28,8 +28,8 @@ BASE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_he
             head_dim=8, num_experts=4, moe_intermediate_size=24, router_hidden_size=12, eos_token_id=95,
             max_position_embeddings=512)
 FULL, SLIDING = "hybrid", "hybrid_sliding"
-CASES = {                                   # changes to BASE, seed of the weights
-    "one_kv_head": (dict(num_key_value_heads=1, num_hidden_layers=2), 5),
+CASES = {                                   # changes to BASE, seed of the weights: one without near ties of experts
+    "one_kv_head": (dict(num_key_value_heads=1, num_hidden_layers=2), 3),
     "two_kv_heads": (dict(rms_norm_eps=0.1), 1),
     "sliding": (dict(num_hidden_layers=4, layer_types=[SLIDING, FULL, SLIDING, FULL], sliding_window=5,
                      rope_parameters={FULL: {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
@@ -198,6 +198,8 @@ CONFIG_FIELDS = [name for name in ZayaConfig().to_dict() if name not in ("archit
 def test_round_trip_ours_official_ours(tmp_path):
     """From a model born here, with its own initialisation."""
     first = Zaya(ZayaConfig(**BASE)).eval()
+    for number, layer in enumerate(first.layers):               # a fresh router is all but indifferent: without these
+        layer.gate.balancing_biases[number] = 0.1               # rounding would decide some token's expert
     first.save_pretrained(tmp_path / "a")
     official = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path / "a")
     official.save_pretrained(tmp_path / "b")

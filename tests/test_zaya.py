@@ -76,7 +76,7 @@ def test_causal(model, t):
     changed = ids.clone()
     changed[:, t] = ids[:, t] % 95 + 1
     a, b = model(ids), model(changed)
-    close(a[:, :t], b[:, :t], 4e-6)
+    close(a[:, :t], b[:, :t], 1e-5)                             # experts with other rows: sums in another order
     assert ((a - b)[:, t].abs().amax(-1) > 1e-2).all(), "the changed token does matter"
 
 
@@ -143,7 +143,7 @@ def test_sliding_window_forgets(window, kernels):
     changed = ids.clone()
     changed[:, 3] = ids[:, 3] % 95 + 1
     difference = (sliding(ids) - sliding(changed)).abs().amax((0, 2))
-    assert (difference[3 + reach + 1:] < 4e-6).all() and difference[3 + reach] > 1e-4
+    assert (difference[3 + reach + 1:] < 1e-5).all() and difference[3 + reach] > 1e-4       # rounding, not reading
     assert (full(ids) - full(changed)).abs().amax((0, 2))[3 + reach + 1:].min() > 1e-4
 
 
