@@ -324,6 +324,17 @@ def stopped(*arguments):
     return end.value.code
 
 
+TWO_STEPS = ["--preset", "smoke", "--stages", "pretrain", "--tasks", "add", "--steps", "2", "--eval-problems", "0"]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run of two steps."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    train.main([*TWO_STEPS, "--out", str(out)])
+    return out
+
+
 @pytest.mark.parametrize("name, content", [
     ("report.json", b'{"preset": "smo'), ("report.json", b"{}"), ("report.json", b"[1]"), ("report.json", b"\xff\xfe{"),
     ("report.json", b"[" * 200_000), ("report.json", b'{"preset": "smoke", "seed": 0, "seconds": {"pretrain": 1.0}, '
@@ -332,9 +343,9 @@ def stopped(*arguments):
     ("pretrain/trainer.pt", {"model": 1}), ("pretrain/trainer.pt", None), ("pretrain/trainer.pt", 0.5),
     ("pretrain/config.json", b'{"hidden'), ("pretrain/tokenizer.json", b"{}"), ("pretrain/model.safetensors", b"cut"),
 ])
-def test_damaged_files_are_named(smoke, tmp_path, name, content):
+def test_damaged_files_are_named(two_steps, tmp_path, name, content):
     """Cut, foreign, empty, no UTF-8 (a share: only a part of the file is left; None: it is gone)."""
-    shutil.copytree(smoke[0], tmp_path / "out")
+    shutil.copytree(two_steps, tmp_path / "out")
     path = tmp_path / "out" / name
     whole = path.read_bytes()
     path.unlink()
@@ -342,7 +353,7 @@ def test_damaged_files_are_named(smoke, tmp_path, name, content):
         torch.save(content, path)
     elif content is not None:
         path.write_bytes(content if isinstance(content, bytes) else whole[:int(len(whole) * content)])
-    said = stopped("--preset", "smoke", "--stages", "pretrain", "--out", tmp_path / "out")
+    said = stopped(*TWO_STEPS, "--out", tmp_path / "out")
     assert os.path.basename(name) in said or f"{path.parent} is damaged" in said, said
 
 
