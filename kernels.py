@@ -18,6 +18,7 @@ Featuring: eager functions that need no compiler and work for any shape.  Does N
 """
 import argparse
 import collections
+import contextlib
 import copy
 import ctypes
 import functools
@@ -28,6 +29,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -548,7 +550,7 @@ def c_code():
     """-> the compiled C_SOURCE; None without a C compiler that knows OpenMP: then everything goes through PyTorch."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "products")
-        with open(path + ".c", "w") as file:
+        with open(path + ".c", "w", encoding="utf-8") as file:
             file.write(C_SOURCE)
         sums = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]    # in any order: without, no vectors
         wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []
@@ -766,40 +768,62 @@ def quantize(model):
     return quantized.requires_grad_(False).eval()
 
 
+class Damaged(OSError, ValueError):
+    """A file that does not hold what its name says; the message names it."""
+
+
+def read_json(path):
+    """The object in a JSON file -> dict.  Raises Damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:               # no UTF-8, no JSON, brackets without end
+        raise Damaged(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
 def quantize_checkpoint(source, target):
     """The int8 form of a folder in the official layout, shard by shard; everything else of it is copied."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
-    os.makedirs(target, exist_ok=True)
     places, names = {}, sorted(os.listdir(source))
     if "config.json" not in names:
         raise FileNotFoundError(f"{source!r} has no config.json: no checkpoint in the official layout")
+    if read_json(os.path.join(source, "config.json")).get("dtype") == "int8":
+        raise FileExistsError(f"{source!r} is an int8 form already")
+    os.makedirs(target, exist_ok=True)
+    if os.path.samefile(source, target):
+        raise FileExistsError(f"the int8 form of {source!r} would overwrite it: name another folder")
     for name in tqdm([name for name in names if name.endswith(".safetensors")], desc="int8", disable=None):
         tensors = {}
-        with safe_open(os.path.join(source, name), "pt") as file:
+        try:
+            opened = safe_open(os.path.join(source, name), "pt")
+        except SafetensorError as error:
+            raise Damaged(f"{os.path.join(source, name)} is damaged: {error}") from None
+        with opened as file:
             for key in file.keys():
                 tensors |= Int8Zaya.tensors(key, file.get_tensor(key))
         save_file(tensors, os.path.join(target, name), metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, name)
     for name in names:
         if name.endswith((".json", ".jinja")):
-            with open(os.path.join(source, name)) as file:
+            with open(os.path.join(source, name), encoding="utf-8") as file:
                 text = file.read()
             if name == "config.json":
                 text = json.dumps({**json.loads(text), "dtype": "int8"}, indent=2)
             elif name == "model.safetensors.index.json":
                 text = json.dumps({"metadata": {}, "weight_map": places})
-            with open(os.path.join(target, name), "w") as file:
+            with open(os.path.join(target, name), "w", encoding="utf-8") as file:
                 file.write(text)
 
 
 def load(folder, int8=False, device="cpu"):
     """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former."""
     path = os.path.join(folder, "config.json")
-    if os.path.exists(path):
-        with open(path) as file:
-            if json.load(file).get("dtype") == "int8":
-                return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
+    if os.path.exists(path) and read_json(path).get("dtype") == "int8":
+        return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
     model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
     return quantize(model) if int8 else model
 
@@ -1808,14 +1832,14 @@ def make_random_checkpoint(folder, config=None):
         places |= dict.fromkeys(tensors, file)
     for name, text in (("model.safetensors.index.json", {"metadata": {}, "weight_map": places}),
                        ("config.json", {**config.to_dict(), "dtype": "bfloat16"})):
-        with open(os.path.join(folder, name), "w") as file:
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(text, file)
 
 
 def memory_gb():
     """{"anonymous", "mapped"} GB of this process that are in memory now; NaN where there is no /proc."""
     try:
-        with open("/proc/self/status") as file:
+        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
             kb = dict(line.split(":", 1) for line in file)
         return {name: int(kb[key].split()[0]) / 1e6 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
     except (OSError, KeyError):
@@ -1853,7 +1877,10 @@ def decoding(folder, count=32):
         quantize_checkpoint(folder, folder + "-int8")
     rows, prompt, reference = [], torch.arange(1, 9)[None], None
     for name in (folder, folder + "-int8"):
-        model = load(name)
+        try:
+            model = load(name)
+        except ValueError as error:                             # of a damaged checkpoint, and of nothing later
+            raise Damaged(f"{name}: {error}") from None
         for tensor in model.state_dict().values():                                  # map every page once
             tensor.view(-1)[::1024].sum(dtype=torch.float32)
         decode(model, prompt, 4)
@@ -1992,7 +2019,26 @@ def draw_context(rows, path, size=256):
     axes.margins(y=0.12)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path + ".tmp", format="png", dpi=150)
+    os.replace(path + ".tmp", path)
+
+
+@contextlib.contextmanager
+def plain_errors():
+    """Around a program's main: what the system refuses, and a damaged file, end it with one sentence.
+
+    A character that stdout's encoding lacks is printed as "?".
+    """
+    from safetensors import SafetensorError
+    if hasattr(sys.stdout, "reconfigure"):                      # not where a notebook or a test took its place
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        yield
+        sys.stdout.flush()
+    except (OSError, SafetensorError) as error:
+        place = getattr(error, "filename", None)
+        said = str(error) if place is None else f"{place}: {error.strerror}"
+        raise SystemExit(f"{said}; put that right and give the same command again") from None
 
 
 def main(arguments=None):
@@ -2005,6 +2051,8 @@ def main(arguments=None):
                         "FOLDER and of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
     parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: write FOLDER's int8 form")
     given = parser.parse_args(arguments)
+    if given.picture and (os.path.isdir(given.picture) or not os.path.isdir(os.path.dirname(given.picture) or ".")):
+        parser.error(f"--picture {given.picture}: that is a folder, or in none")        # minutes before it is drawn
     if given.quantize:
         return quantize_checkpoint(*given.quantize)
     if given.full_size:
@@ -2055,4 +2103,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors():
+        main()

@@ -22,11 +22,13 @@ import csv
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -47,7 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import compile_loss, fuse, summed_loss, worth_compiling
+from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, worth_compiling
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
                  reply, terse_prompt)
 from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
@@ -153,9 +155,10 @@ PRESETS = {
 }
 
 
-def option(default, help, group, type=None):
+def option(default, help, group, type=None, least=None, most=2**31 - 1):
+    """A setting with its place in -h; a number has a `least` and a `most`, and nan lies between none."""
     factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata=dict(help=help, group=group, type=type))
+    return field(**factory, metadata=dict(help=help, group=group, type=type, least=least, most=most))
 
 
 @dataclass
@@ -165,27 +168,31 @@ class TrainConfig:
     stages: str = option(",".join([*STAGES, "evaluate"]), "which stages, in this order; evaluate measures test-time "
                          "compute", "run")
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", "run", str)
-    seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run")
+    seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run", least=0,
+                       most=2**63 - 1)
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")
     dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "run")
     data: list = option([], "your own .txt and .jsonl files, instead of the text that Python brings", "data")
     tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
     tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data", str)
     skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", "data")
-    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", int)
-    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", int)
-    lr: dict = option(None, "peak learning rate, likewise per stage (0.2 x lr is an update's RMS)", "training", float)
-    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", int)
-    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", int)
-    groups: int = option(None, "prompts in one step of reinforcement learning", "training", int)
-    group_size: int = option(None, "rollouts of one prompt", "training", int)
-    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training")
-    grad_clip: float = option(1.0, "largest gradient norm", "training")
-    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", float)
-    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", "bookkeeping")
-    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", "bookkeeping")
-    eval_problems: int = option(None, "held-out problems per task", "bookkeeping", int)
-    eval_samples: int = option(None, "sampled answers per held-out problem", "bookkeeping", int)
+    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", int, least=1)
+    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", int, least=2)
+    lr: dict = option(None, "peak learning rate, likewise per stage (0.2 x lr is an update's RMS)", "training", float,
+                      least=0, most=10)
+    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", int, least=1)
+    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", int, least=1)
+    groups: int = option(None, "prompts in one step of reinforcement learning", "training", int, least=1)
+    group_size: int = option(None, "rollouts of one prompt", "training", int, least=2)
+    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training", least=0, most=10)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", "training", least=0,
+                              most=1e9)
+    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", float, least=0,
+                                most=1)
+    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", "bookkeeping", least=1)
+    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", "bookkeeping", least=1)
+    eval_problems: int = option(None, "held-out problems per task", "bookkeeping", int, least=0)
+    eval_samples: int = option(None, "sampled answers per held-out problem", "bookkeeping", int, least=0)
 
 
 SHAPE_FLAGS = ["hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size", "vocab_size"]
@@ -270,14 +277,12 @@ def resolve(config):
         setattr(config, name, {stage: given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
                                for stage in STAGES})
     config.micro_batch = config.micro_batch or max(16384, *config.context.values())
-    least = dict(tokens_per_step=1, micro_batch=1, groups=1, group_size=2, log_every=1, save_every=1, seed=0,
-                 eval_problems=0, eval_samples=0)
-    values = [(name, getattr(config, name), limit) for name, limit in least.items()]
-    values += [(name, value, 1 if name == "steps" else 2) for name in ("steps", "context")
-               for value in getattr(config, name).values()]
-    for name, value, limit in values:
-        if value < limit:
-            raise SystemExit(f"--{name.replace('_', '-')} {value} must be at least {limit}")
+    for setting in dataclasses.fields(TrainConfig):
+        value, least, most = getattr(config, setting.name), setting.metadata["least"], setting.metadata["most"]
+        for number in () if least is None else value.values() if isinstance(value, dict) else [value]:
+            if not least <= number <= most:
+                raise SystemExit(f"--{setting.name.replace('_', '-')} {number} must be at least {least} and at most "
+                                 f"{most}")
     for name in (name for name in STAGES if name in config.stages.split(",")):
         context = config.context[name]
         supervised = not isinstance(preset["stages"][name], RLStage)
@@ -1345,8 +1350,7 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
         np.array(offsets, np.int64).tofile(stem + ".offsets")
         write_json(stem + ".json", verdicts)                    # last: it says that the others are whole
     meet()
-    with open(stem + ".json") as file:
-        verdicts = json.load(file)
+    verdicts = read_json(stem + ".json")
     if chat:
         print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
     if os.path.getsize(stem + ".tokens") == 0:
@@ -1489,11 +1493,19 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix moves by 0.2 sqrt(max(m, n)) lr U V^T, an AdamW update's usual size.
 
     TR section III ("AdamW-RMS matching": one learning rate serves both optimizers).  Parameters are matrices (m, n) or
-    stacks of experts (X, m, n); those of one shape are orthogonalised in one batch.  `momentum` 0 is the RL stages'.
+    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  Those of one shape are
+    orthogonalised in one batch.  `momentum` 0 is the RL stages'.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    def add_param_group(self, group):
+        super().add_param_group(group)
+        for parameter in self.param_groups[-1]["params"]:
+            if parameter.ndim not in (2, 3):
+                raise ValueError(f"Muon takes matrices (m, n) and stacks of them (X, m, n), and a parameter has the "
+                                 f"shape {tuple(parameter.shape)}: give it to AdamW")
 
     @torch.no_grad()
     def step(self):
@@ -1698,7 +1710,7 @@ def process_group():
     signal.set_wakeup_fd(writer)
     threading.Thread(target=wait_for_sigterm, daemon=True).start()
     if rank:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -1721,8 +1733,38 @@ def process_group():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def alone_in(out):
+    """Keep other runs out of a folder until this one ends: two would delete each other's checkpoints and log.
+
+    The system holds the lock, and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
+    """
+    if not first():                                             # the first process holds it for all
+        yield
+        return
+    with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
+                                 "--out") from None
+            print(f"{out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None and error.strerror:       # a write that failed does not say where
+                error.filename = f"{out} or what is printed"
+            raise
+
+
 def write_json(path, content):
-    with open(path + ".tmp", "w") as file:
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
     os.replace(path + ".tmp", path)
 
@@ -1735,7 +1777,13 @@ def save_checkpoint(folder, model, tokenizer, state=None):
     model.save_pretrained(folder + ".new")
     tokenizer.save_pretrained(folder + ".new")
     if state is not None:
-        torch.save(state, os.path.join(folder + ".new", "trainer.pt"))
+        try:
+            with open(os.path.join(folder + ".new", "trainer.pt"), "wb") as file:
+                torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):          # what the system said is under what torch says
+                raise error.__context__ from None
+            raise
     if os.path.exists(folder):
         shutil.rmtree(folder + ".old", ignore_errors=True)
         os.rename(folder, folder + ".old")
@@ -1747,7 +1795,7 @@ def save_checkpoint(folder, model, tokenizer, state=None):
 def load_checkpoint(folder, device):
     """-> model, tokenizer, trainer state (None if it has none); None for a folder that is not there.
 
-    Puts right what a kill between the renames of `save_checkpoint` left behind.
+    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises Damaged.
     """
     if first():
         if not os.path.exists(folder) and os.path.exists(folder + ".old"):
@@ -1757,13 +1805,22 @@ def load_checkpoint(folder, device):
     meet()
     if not os.path.exists(folder):
         return None
-    model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
+    try:
+        model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
+    except ValueError as error:
+        raise Damaged(f"{folder} is damaged: {error}") from None
     for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
         parameter.data = parameter.data.clone()                 # else a resumed run may round differently
-    path = os.path.join(folder, "trainer.pt")
+    path, state = os.path.join(folder, "trainer.pt"), None
     where = device if place()[1] == 1 else "cpu"                # each process needs a part of it only
-    state = torch.load(path, map_location=where, weights_only=True) if os.path.exists(path) else None
-    return model, Tokenizer.from_pretrained(folder), state
+    if os.path.exists(path):
+        try:
+            state = torch.load(path, map_location=where, weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise Damaged(f"{path} is damaged: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
+        if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
+            raise Damaged(f"{path} was not written by a run of this program")
+    return model, tokenizer, state
 
 
 class Log:
@@ -1774,18 +1831,18 @@ class Log:
 
     def __init__(self, out, stage, step):
         if not first():
-            self.file = open(os.devnull, "w")
+            self.file = open(os.devnull, "w", encoding="utf-8")
             self.writer = csv.DictWriter(self.file, self.COLUMNS)
             return
         path = os.path.join(out, "log.csv")
         rows = [row for row in read_log(out) if STAGES.index(row["stage"]) < STAGES.index(stage)
                 or (row["stage"] == stage and int(row["step"]) <= step)]
-        with open(path + ".tmp", "w", newline="") as file:
+        with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self.COLUMNS)
             writer.writeheader()
             writer.writerows(rows)
         os.replace(path + ".tmp", path)
-        self.file = open(path, "a", newline="")
+        self.file = open(path, "a", encoding="utf-8", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
     def add(self, **row):
@@ -1794,12 +1851,23 @@ class Log:
 
 
 def read_log(out):
-    """log.csv as dictionaries; a last row that a kill cut in half is left out."""
+    """log.csv as dictionaries; a last row that a kill cut in half is left out.  Raises Damaged."""
     path = os.path.join(out, "log.csv")
     if not os.path.exists(path):
         return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and row["stage"] in STAGES]
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row.values()]
+        if not {"stage", "step"} <= {*(reader.fieldnames or Log.COLUMNS)} <= {*Log.COLUMNS}:
+            raise ValueError("it has other columns")
+        for row in rows:
+            STAGES.index(row["stage"])
+            for key in row.keys() - {"stage", "difficulty"}:
+                float(row[key] or 0)
+    except (ValueError, TypeError, csv.Error) as error:
+        raise Damaged(f"{path} is damaged: {error}") from None
+    return rows
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -2009,6 +2077,8 @@ def choose_device(config):
         because = f"a {'ROCm' if torch.version.hip else 'CUDA'} GPU is there" if device == "cuda" else "no GPU is there"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
     ranks = place()[1]
     if ranks > 1 and device == "mps":
         raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
@@ -2028,14 +2098,15 @@ def choose_device(config):
 
 def descend(model, optimizers, clip, lr, loss=0.0):
     """Sum the gradients over the processes, clip, step all optimizers, clear the gradients -> the gradient's norm.
-    Does not step if the loss or the gradient is not finite."""
+    Does not clip if `clip` is 0, nor step if the loss or the gradient is not finite."""
     many = place()[1] > 1
     if many:
         sum_gradients(optimizers)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if many:
         norm = torch.tensor(summed(norm.item() ** 2)[0] ** 0.5)
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
     norm = norm.item()
     if math.isfinite(loss) and math.isfinite(norm):
         for optimizer in optimizers:
@@ -2300,7 +2371,7 @@ class Group:
     version: int = 0                        # of the sampler's weights
     tokens: list = field(default_factory=list)              # of each rollout
     logps: list = field(default_factory=list)               # (length,) fp32 each: the sampler's log probabilities
-    choices: list = field(default_factory=list)             # (L, prompt + length - 1) uint8 each: the experts taken
+    choices: list = field(default_factory=list)             # (L, prompt + length - 1) each: the experts taken
     texts: list = field(default_factory=list)
     ended: list = field(default_factory=list)               # whether the end token came in time
     rewards: list = field(default_factory=list)
@@ -2322,13 +2393,14 @@ def roll_out(model, prompts, group_size, context, end, generator, among=None):
     model.eval()
     cache, routing = Cache(layers), []
     hidden = model.hidden_states(ids, mask, cache=cache, routing=routing)[:, -1]
-    before = torch.stack(routing).to(torch.uint8).cpu()                         # (L, P, width)
+    kind = torch.uint8 if model.config.router_classes <= 256 else torch.int32   # small: many tokens are kept
+    before = torch.stack(routing).to(kind).cpu()                                # (L, P, width)
     rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
     cache.select(rows)
     hidden, total = hidden[rows], len(rows)
     tokens = torch.zeros(total, context, dtype=torch.long, device=device)
     logps = torch.zeros(total, context, device=device)
-    choices = torch.zeros(layers, total, context, dtype=torch.uint8, device=device)
+    choices = torch.zeros(layers, total, context, dtype=kind, device=device)
     length = torch.full((total,), context, device=device)
     numbers, count = among or (range(len(prompts)), len(prompts))
     places = torch.tensor([p * group_size + i for p in numbers for i in range(group_size)])
@@ -2350,7 +2422,7 @@ def roll_out(model, prompts, group_size, context, end, generator, among=None):
             break
         routing = []
         hidden = model.hidden_states(token[:, None], cache=cache, routing=routing)[:, -1]
-        choices[:, here, step] = torch.stack(routing)[:, :, 0].to(torch.uint8)
+        choices[:, here, step] = torch.stack(routing)[:, :, 0].to(kind)
     result, tokens, logps, choices = [], tokens.cpu(), logps.cpu(), choices.cpu()
     for p, prompt in enumerate(prompts):
         group = []
@@ -2781,6 +2853,8 @@ def settings(config):
 
 def check_same_run(folder, name, state, model, config, changes):
     """A run goes on only with the settings and the shape it began with; which one differs is said."""
+    if state is None:
+        raise SystemExit(f"{folder} has no trainer.pt to go on from: put it back, or delete {folder}")
     pairs = [(setting, state["settings"].get(setting), now) for setting, now in settings(config).items()]
     pairs += [(setting, getattr(model.config, setting), now) for setting, now in changes.items()]
     for setting, then, now in pairs:
@@ -2881,7 +2955,7 @@ def write_report(out, report):
                   *([name, source, *("-" if loss[key] is None else f"{loss[key]:.3f}"
                                      for key in ("before", "after", "late_before", "late_after"))]
                     for name, result in zip(stages, results) for source, loss in result["loss"].items()))
-    with open(os.path.join(out, "report.md.tmp"), "w") as file:
+    with open(os.path.join(out, "report.md.tmp"), "w", encoding="utf-8", errors="replace") as file:
         file.write("\n".join(text))
     os.replace(os.path.join(out, "report.md.tmp"), os.path.join(out, "report.md"))
     draw_report(out, report, stages)
@@ -3022,27 +3096,38 @@ def run_evaluation(config, report, tasks, device):
               "{full_rsa:.3f} | ".format(**row) + f"{time.perf_counter() - begun:.0f} s")
 
 
-def main(arguments=None):
-    config, changes = parse_arguments(arguments)
-    for path in config.data:
-        if not os.path.isfile(path):
-            raise SystemExit(f"--data {path}: no such file")
-        if not path.endswith((".txt", ".jsonl")):
-            raise SystemExit(f"--data {path}: .txt and .jsonl files are read; rename or convert it")
-    begun = time.perf_counter()
-    device, dtype, why = choose_device(config)
-    os.makedirs(config.out, exist_ok=True)
-    print(why)
-    print("settings: " + ", ".join(f"{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config)))
-    report_path = os.path.join(config.out, "report.json")
+# What a run without problems would report, and the kinds of what is in a report.
+NO_RESULT = {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": 0, "tasks": {}, "tasks_ci95": {},
+             "greedy_tasks": {}, "chance": {}}
+
+
+def alike(content, sample):
+    """Whether a dictionary read from a file has everything that `sample` has, of the same kinds."""
+    return isinstance(content, dict) and all(isinstance(content.get(key), (int, float) if type(value) is float else
+                                                        type(value)) for key, value in sample.items())
+
+
+def read_report(config):
+    """report.json of this run so far.  Raises Damaged if there is one that no run of this program wrote."""
     report = {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
-    if os.path.exists(report_path):
-        with open(report_path) as file:
-            older = json.load(file)
-        if config.stages == "evaluate" and (older["preset"], older["seed"]) != (config.preset, config.seed):
-            raise SystemExit(f"{config.out} was made with --preset {older['preset']} --seed {older['seed']}: say so "
-                             "again")
-        report = {**older, "preset": config.preset, "seed": config.seed}
+    path = os.path.join(config.out, "report.json")
+    if not os.path.exists(path):
+        return report
+    older = read_json(path)
+    if not (alike(older, report) and alike(older["params"], {"total": 0, "active": 0})
+            and older["stages"].keys() <= older["seconds"].keys() & {*STAGES}
+            and all(alike(result, {**NO_RESULT, "loss": {}}) for result in older["stages"].values())
+            and all(alike(row, {"task": "", "difficulty": 0, "rounds": {}}) for row in older["ttc"])):
+        raise Damaged(f"{path} is no report of this program, or a part of one (without it finished stages are measured "
+                      "again)")
+    if config.stages == "evaluate" and (older["preset"], older["seed"]) != (config.preset, config.seed):
+        raise SystemExit(f"{config.out} was made with --preset {older['preset']} --seed {older['seed']}: say so again")
+    return {**older, "preset": config.preset, "seed": config.seed}
+
+
+def run_stages(config, changes, device, dtype):
+    """All that was asked for, one stage after the other, with a report after each."""
+    begun, report = time.perf_counter(), read_report(config)
     (there, wanted), tasks, model = stages_to_run(config), task_names(config.tasks), None
     evaluated = [name for name in PRESETS[config.preset]["evaluate"].tasks
                  if name in tasks and "evaluate" in config.stages.split(",")]
@@ -3087,8 +3172,7 @@ def main(arguments=None):
             state = run(name, config, stage, model, tokenizer, state, device, dtype)
         result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) \
             if tasks and config.eval_problems and config.eval_samples else \
-            {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": 0, "tasks": {}, "tasks_ci95": {},
-             "greedy_tasks": {}, "chance": {}}
+            dict(NO_RESULT)
         result |= {key: state[key] for key in ("start", "end", "judged") if key in state}
         result["loss"] = {source: {"before": state["before"][source]["loss"], "after": after["loss"],
                                    "late_before": state["before"][source]["late"], "late_after": after["late"]}
@@ -3105,7 +3189,7 @@ def main(arguments=None):
         run_evaluation(config, report, evaluated, device)
     if not first():
         return
-    with open(os.path.join(config.out, "report.md")) as file:
+    with open(os.path.join(config.out, "report.md"), encoding="utf-8") as file:
         print("\n" + file.read())
     files = [name for name in ("report.md", "report.png", "loss.png", "rewards.png", "log.csv")
              if os.path.exists(os.path.join(config.out, name))]
@@ -3113,8 +3197,26 @@ def main(arguments=None):
           + ", ".join(files))
 
 
+def main(arguments=None):
+    config, changes = parse_arguments(arguments)
+    for path in config.data:
+        if not os.path.isfile(path):
+            raise SystemExit(f"--data {path}: no such file")
+        if not path.endswith((".txt", ".jsonl")):
+            raise SystemExit(f"--data {path}: .txt and .jsonl files are read; rename or convert it")
+    device, dtype, why = choose_device(config)
+    try:
+        os.makedirs(config.out, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out {config.out} cannot be a folder: {error.strerror}") from None
+    print(why)
+    print("settings: " + ", ".join(f"{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config)))
+    with alone_in(config.out):
+        run_stages(config, changes, device, dtype)
+
+
 if __name__ == "__main__":
-    with process_group():
+    with process_group(), plain_errors():
         try:
             main()
         except KeyboardInterrupt:

@@ -680,7 +680,7 @@ class Zaya(nn.Module):
             os.replace(path + ".tmp", path)
         for name, text in texts.items():
             path = os.path.join(directory, name)
-            with open(path + ".tmp", "w") as file:
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
                 json.dump(text, file, indent=2)
             os.replace(path + ".tmp", path)
         for name in os.listdir(directory):                      # an earlier save's shards, a killed one's leavings
@@ -700,7 +700,7 @@ class Zaya(nn.Module):
         path = os.path.join(directory, "config.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} is no checkpoint in the official layout")
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             config = ZayaConfig.from_dict(json.load(file))
         with torch.device("meta"):
             model = cls(config)
@@ -722,7 +722,7 @@ class Zaya(nn.Module):
         names = sorted(os.listdir(directory))
         index = os.path.join(directory, "model.safetensors.index.json")
         if os.path.exists(index):                               # only what the index names: a folder may hold more
-            with open(index) as file:
+            with open(index, encoding="utf-8") as file:
                 names = sorted(set(json.load(file)["weight_map"].values()))
         files = [name for name in names if name.endswith(".safetensors")]
         for name in files:

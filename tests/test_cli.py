@@ -1,5 +1,6 @@
 """train.py as its users run it: real command lines in real processes, killed, resumed, given bad input."""
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import kernels
 import train
 from zaya import Tokenizer, Zaya
 
@@ -246,7 +248,11 @@ def test_a_run_on_changed_data_does_not_go_on(tmp_path):
     (["--tasks", "addd"], "did you mean add?"),
     (["--tasks", "none", "--data", "README.md"], ".txt and .jsonl"),
     (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--lr", "nan"], "--lr nan must be at least 0"),
+    (["--grad-clip", "-1"], "--grad-clip -1.0 must be at least 0"),
+    (["--seed", "99999999999999999999"], "at most 9223372036854775807"),
     (["--device", "cuda"], "sees no GPU"),
+    (["--device", "mps"], "sees no Apple GPU"),
     (["--device", "gpu"], "there are auto, cpu, cuda and mps"),
     (["--save-every", "0"], "--save-every 0 must be at least 1"),
     (["--context", "0"], "--context 0 must be at least 2"),
@@ -258,12 +264,118 @@ def test_a_run_on_changed_data_does_not_go_on(tmp_path):
     (["--tokenizer", "no-such-encoding"], "no-such-encoding"),
 ])
 def test_mistakes_get_one_clear_sentence(tmp_path, arguments, says):
-    if "cuda" in arguments and torch.cuda.is_available():
+    if {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(arguments[1]):
         pytest.skip("a GPU is there")
     if arguments[0] != "--preset":
         arguments = ["--preset", "smoke", *arguments]
     said = run(*arguments, "--out", tmp_path / "out", code=2 if {"--sedd", "--steps"} & {*arguments} else 1)
     assert says in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "-0.001", "1e300", str(2**64)])
+@pytest.mark.parametrize("setting", [f for f in dataclasses.fields(train.TrainConfig) if f.type in (int, float, dict)],
+                         ids=lambda setting: setting.name)
+def test_every_number_has_bounds(setting, value):
+    flag = "--" + setting.name.replace("_", "-")
+    with pytest.raises(SystemExit) as refused:
+        train.parse_arguments([f"{flag}={value}"])
+    if refused.value.code != 2:                                 # 2: argparse has said that it is no whole number
+        assert flag in refused.value.code and "must be at least" in refused.value.code
+    if setting.type is dict:
+        with pytest.raises(SystemExit):
+            train.parse_arguments([f"{flag}=pretrain=3,midtrain={value}"])
+
+
+def test_a_terminal_without_utf8_stops_no_run(tmp_path):
+    """Neither the bytes of an untrained model nor a file's name that is none in this locale."""
+    plain = dict(LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    data = tmp_path / "caf\u00e9.txt"
+    data.write_text("Whan that Aprill with his shoures soote \u2026 1387\n" * 400, encoding="utf-8")
+    options = command(*SHORT, "--stages", "pretrain", "--data", data, "--tasks", "add", "--vocab-size", "280",
+                      "--eval-problems", "0", "--out", tmp_path / "out")
+    for arguments in (["-h"], options["args"][2:]):
+        done = subprocess.run(options["args"][:2] + arguments, capture_output=True, cwd=ROOT, timeout=300,
+                              env={**options["env"], **plain})
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert b"?" in done.stdout and done.stdout.isascii()
+    assert "txt | " in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    out = tmp_path / "out"
+    with subprocess.Popen(**command(*SHORT, "--out", out), stdout=subprocess.PIPE) as first:
+        for line in first.stdout:
+            if "pretrain 5/10" in line:
+                break
+        first.send_signal(signal.SIGSTOP)
+        rows, files = log_rows(out), sorted(out.rglob("*"))
+        said = run(*SHORT, "--out", out, code=1)
+        assert f"{out} is taken: another run" in said and "Traceback" not in said
+        assert log_rows(out) == rows and sorted(out.rglob("*")) == files
+        first.send_signal(signal.SIGKILL)
+    assert "pretrain: going on after step 4" in run(*SHORT, "--out", out, "--stages", "pretrain")
+
+
+def stopped(*arguments):
+    """What ends train.py with these arguments: a sentence."""
+    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+        train.main([str(argument) for argument in arguments])
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code, end.value.code
+    return end.value.code
+
+
+TWO_STEPS = ["--preset", "smoke", "--stages", "pretrain", "--tasks", "add", "--steps", "2", "--eval-problems", "0"]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run of two steps."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    train.main([*TWO_STEPS, "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("name, content", [
+    ("report.json", b'{"preset": "smo'), ("report.json", b"{}"), ("report.json", b"[1]"), ("report.json", b"\xff\xfe{"),
+    ("report.json", b"[" * 200_000), ("report.json", b'{"preset": "smoke", "seed": 0, "seconds": {"pretrain": 1.0}, '
+                                      b'"params": {"total": 1, "active": 1}, "stages": {"pretrain": {}}, "ttc": []}'),
+    ("pretrain/trainer.pt", b"PK\x03\x04"), ("pretrain/trainer.pt", b""), ("pretrain/trainer.pt", b"hello, world"),
+    ("pretrain/trainer.pt", {"model": 1}), ("pretrain/trainer.pt", None), ("pretrain/trainer.pt", 0.5),
+    ("pretrain/config.json", b'{"hidden'), ("pretrain/tokenizer.json", b"{}"), ("pretrain/model.safetensors", b"cut"),
+])
+def test_damaged_files_are_named(two_steps, tmp_path, name, content):
+    """Cut, foreign, empty, no UTF-8 (a share: only a part of the file is left; None: it is gone)."""
+    shutil.copytree(two_steps, tmp_path / "out")
+    path = tmp_path / "out" / name
+    whole = path.read_bytes()
+    path.unlink()
+    if isinstance(content, dict):
+        torch.save(content, path)
+    elif content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else whole[:int(len(whole) * content)])
+    said = stopped(*TWO_STEPS, "--out", tmp_path / "out")
+    assert os.path.basename(name) in said or f"{path.parent} is damaged" in said, said
+
+
+@pytest.mark.parametrize("taken", ["", "pretrain", "data", "log.csv/", "report.json/", "report.md.tmp/", ".lock/"])
+def test_what_the_file_system_refuses_is_said(tmp_path, taken):
+    """A file where a folder should be, and the other way round."""
+    out, text = tmp_path / "out", tmp_path / "words.txt"
+    text.write_text("Whan that Aprill with his shoures soote 1387\n" * 400)
+    (out / taken).parent.mkdir(parents=True, exist_ok=True)
+    (out / taken).mkdir(parents=True) if taken.endswith("/") else (out / taken).write_text("here")
+    said = stopped("--preset", "smoke", "--stages", "pretrain", "--tasks", "none", "--steps", "1", "--vocab-size",
+                   "280", "--data", text, "--out", out)
+    assert str(out / taken) in said and "\n" not in said
+
+
+def test_a_full_disk_ends_a_run_with_a_sentence(tmp_path):
+    resource = pytest.importorskip("resource")
+    options = command(*SHORT, "--stages", "pretrain", "--out", tmp_path / "out")
+    done = subprocess.run(**options, capture_output=True, timeout=300,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "File too large" in done.stderr and "give the same command again" in done.stderr
 
 
 def test_help_is_short_and_complete():

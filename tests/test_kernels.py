@@ -471,6 +471,32 @@ def test_int8(changes, compiler, tmp_path):
     assert kernels.gb_per_token(rounded) < kernels.gb_per_token(plain)
 
 
+def stopped(*arguments):
+    """What ends kernels.py with these arguments: a sentence."""
+    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+        kernels.main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_mistakes_get_one_clear_sentence(tmp_path, capsys, monkeypatch):
+    """The path is named, nothing is measured first, and no checkpoint is written over."""
+    small().save_pretrained(str(tmp_path / "plain"))
+    plain, weights = tmp_path / "plain", (tmp_path / "plain" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(kernels, "machine_limits", lambda: pytest.fail("measured"))
+    for picture in (tmp_path, tmp_path / "nowhere" / "context.png"):
+        assert stopped("--picture", picture) == 2 and str(picture) in capsys.readouterr().err
+    assert f"{tmp_path / 'none'}: No such file" in stopped("--quantize", tmp_path / "none", tmp_path / "int8")
+    assert "would overwrite it" in stopped("--quantize", plain, plain)
+    kernels.main(["--quantize", str(plain), str(tmp_path / "int8")])
+    assert "int8 form already" in stopped("--quantize", tmp_path / "int8", tmp_path / "again")
+    (plain / "model.safetensors").write_bytes(weights[:100])
+    assert "model.safetensors is damaged" in stopped("--quantize", plain, tmp_path / "cut")
+    assert "model.safetensors is damaged" in stopped("--full-size", plain)
+    for content in (b'{"hidden', b"[]", b"\xff\xfe{"):
+        (plain / "config.json").write_bytes(content)
+        assert "config.json is damaged" in stopped("--quantize", plain, tmp_path / "cut")
+
+
 def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
     """A random one is made where there is none; its shapes and file layout are the official ones."""
     monkeypatch.setattr(kernels, "mv_bandwidth", lambda: 10.0)

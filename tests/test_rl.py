@@ -291,6 +291,17 @@ def test_the_samplers_own_weights_give_a_ratio_of_one():
         assert logp.shape == sampled.shape and ((logp - sampled).exp() - 1).abs().max() < 1e-5
 
 
+def test_the_replay_knows_more_than_256_experts():
+    torch.manual_seed(0)
+    model = Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size, num_experts=300)).eval()
+    for layer in model.layers:                                  # the last experts are the chosen ones
+        layer.gate.balancing_biases[:-1] = torch.linspace(0, 1, 300)
+    (tokens, logps, choices), = roll(model, [PROMPTS[0]], 1, context=6)[0]
+    logp, choice = plain_forward(model, PROMPTS[0], tokens, choices)
+    assert choices.min() > 255 and torch.equal(plain_forward(model, PROMPTS[0], tokens)[1], choices.long())
+    assert torch.allclose(logps, logp, atol=2e-5) and torch.equal(choice, choices.long())
+
+
 def test_other_weights_take_the_replayed_experts():
     model = sharp_model()
     rolled = roll(model)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import rsa
 import train
 import zaya
+from kernels import Damaged
 from train import TASKS, Loader, Muon, Stage, TaskSource, TextSource, trim
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
@@ -518,6 +519,25 @@ def test_muon_moves_each_matrix_as_if_alone():
         assert torch.allclose(together[i].data.reshape_as(flat), flat, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (4, 4, 3, 3), (2, 2, 2, 4, 4)])
+def test_muon_refuses_what_is_no_matrix(shape):
+    """Biases of one length would be orthogonalised together, and a convolution's kernels taken for matrices."""
+    matrix, other = torch.nn.Parameter(torch.zeros(4, 4)), torch.nn.Parameter(torch.zeros(shape))
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        Muon([matrix, other])
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        Muon([matrix]).add_param_group({"params": [other]})
+
+
+@pytest.mark.parametrize("clip, moves", [(0, [3, 4]), (10, [3, 4]), (1, [0.6, 0.8])])
+def test_gradients_are_clipped_unless_the_bound_is_zero(clip, moves):
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer.weight.data.zero_()
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert train.descend(layer, [torch.optim.SGD(layer.parameters(), 1.0)], clip, 1.0) == pytest.approx(5)
+    assert (-layer.weight.data[0]).tolist() == pytest.approx(moves)
+
+
 def test_muon_updates_are_as_large_as_adamw_ones():
     """AdamW-RMS matching: the same learning rate moves a weight by about 0.2 lr, whatever the matrix's shape."""
     for shape in ((256, 64), (64, 256), (4, 64, 64)):
@@ -613,15 +633,40 @@ def test_training_learns_and_balances():
 
 def test_a_checkpoint_survives_a_kill_between_its_renames(tmp_path):
     folder, model = str(tmp_path / "stage"), tiny_model()
-    train.save_checkpoint(folder, model, BYTES, {"step": 3})
+    saved = {"step": 3, "seconds": 1.0, "settings": {}, "parts": {}}
+    train.save_checkpoint(folder, model, BYTES, saved)
     (tmp_path / "stage").rename(tmp_path / "stage.old")         # killed after the first rename
     (tmp_path / "stage.new").mkdir()
     loaded, tokenizer, state = train.load_checkpoint(folder, "cpu")
-    assert state == {"step": 3} and tokenizer.vocab_size == BYTES.vocab_size
+    assert state == saved and tokenizer.vocab_size == BYTES.vocab_size
     assert [p.name for p in tmp_path.iterdir()] == ["stage"]
     for a, b in zip(model.state_dict().values(), loaded.state_dict().values()):
         assert torch.equal(a, b)
     assert train.load_checkpoint(str(tmp_path / "nothing"), "cpu") is None
+
+
+def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
+    """torch.save hides what the system says; the message has it."""
+    resource = pytest.importorskip("resource")
+    folder, model, (soft, hard) = str(tmp_path / "stage"), tiny_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    state = {"step": 3, "seconds": 1.0, "settings": {}, "parts": {}}
+    train.save_checkpoint(folder, model, BYTES, state)
+    size = (tmp_path / "stage" / "model.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            train.save_checkpoint(folder, model, BYTES, {**state, "step": 4, "parts": torch.zeros(size)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert train.load_checkpoint(folder, "cpu")[2] == state
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"stage,step,loss\npretrain,x,1\n", b"stage,step\npretrain,1,9\n",
+                                     b"stage,step,loss\npretrain,1,\xff\n", b"stage,step\nnowhere,1\n", b"\x00\x01\n"])
+def test_a_damaged_log_is_named(tmp_path, content):
+    (tmp_path / "log.csv").write_bytes(content)
+    with pytest.raises(Damaged, match="log.csv is damaged"):
+        train.Log(str(tmp_path), "pretrain", 2)
 
 
 def test_the_log_forgets_what_will_be_trained_again(tmp_path):
