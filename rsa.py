@@ -16,8 +16,10 @@ Read in this order: tails and prompts, markovian_rsa, answers, the two sources, 
 import argparse
 import collections
 import contextlib
+import functools
 import itertools
 import json
+import math
 import os
 import queue
 import random
@@ -176,13 +178,15 @@ BUDGETS = {"tiny": Budget(16, 4, 2, 160, 24), "light": Budget(8, 4, 1, 40960, 40
 
 
 def last_boxed(text):
-    r"""What the last complete \boxed{…} holds, with its braces balanced; None without one.
+    r"""What the last complete \boxed{…} (or \fbox{…}) holds, with its braces balanced; None without one.
 
-    >>> last_boxed(r"so \boxed{1}, no, \boxed{\frac{1}{2}}")
+    >>> last_boxed(r"so \boxed{1}, no, \boxed {\frac{1}{2}}")
     '\\frac{1}{2}'
     """
     opened, last = [], (-1, None)                               # in one pass: text may be \boxed{ a thousand times
-    for match in re.finditer(r"\\boxed\{|[{}]", text):
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{|(?<!\\)\\[{}]|[{}]", text):
+        if match[0] in (r"\{", r"\}"):                          # these are printed, as a set's, and group nothing
+            continue
         if match[0] != "}":
             opened.append(match)
         elif opened and (start := opened.pop())[0] != "{":
@@ -191,8 +195,9 @@ def last_boxed(text):
 
 
 def final_answer(text):
-    r"""A reply's answer: its last \boxed{…}, else <answer>…</answer>, else what follows ####, else the one short line
-    that stands after its reasoning.  None if there is none: the reasoning has not ended, or the reply names no answer.
+    r"""A reply's answer: its last \boxed{…}, else <answer>…</answer>, else what follows #### in the last line, else the
+    one short line that stands after its reasoning or below a last heading `#### Answer`.  None if there is none: the
+    reasoning has not ended, or the reply names no answer.
 
     >>> final_answer("<think>7*6</think>It is \\boxed{42}."), final_answer("<think>7+5=12</think>12")
     ('42', '12')
@@ -206,41 +211,116 @@ def final_answer(text):
     if answer is None and (tagged := re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", reply, re.DOTALL)):
         answer = tagged[-1]
     if answer is None and "####" in reply:
-        answer = reply.rpartition("####")[2]
+        # GSM8K ends on this mark; above other lines it is a heading of Markdown and marks no answer.
+        heading, _, below = reply.rpartition("####")[2].partition("\n")
+        heading = re.sub(r"(?i)^\W{0,9}(the )?(final )?answer( is)?\b[:*\s]*", "", heading)
+        if not below:
+            answer = heading
+        elif not heading:
+            reply = below.strip()
     if answer is None and "\n" not in reply and len(reply) <= 100:
         answer = reply
     return (answer or "").strip() or None
 
 
-def normal_form(answer):
-    r"""An answer as it is compared: a number as a fraction, all else without case, spaces and LaTeX's dressing.
+# What LaTeX has several spellings for, in this order; a group of one item loses its braces.
+SPELLINGS = [("[−–]", "-"), ("×", r"\\times "), (r"°|\\degree", r"^\\circ "), (r"\\[dtc]frac", r"\\frac"),
+             (r"[$~]|\\[$,!;: ()\[\]]|\\(left|right|big|displaystyle|q?quad)(?![a-zA-Z])", " "),
+             (r"(?<![\^_])\\(?:text|mbox|math(?=rm|bf|it))[a-z]*\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}", r" \1 "),
+             (r"\\(frac|sqrt)\s*([0-9])", r"\\\1 \2 "), (r"(\\frac\s*([0-9] |\{[^{}]*\}))\s*([0-9])", r"\1 \3 "),
+             (r"\^\s*([0-9]{2,})", r"^{\1}"), (r"\{\s*(\w|\\[a-zA-Z]+)\s*\}", r" \1 ")]
+TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\.?[0-9]+(?:\.[0-9]+)*(?:[eE][+-]?[0-9]+(?!\w))?|[^\W\d_]+|\S", re.DOTALL)
+N = r"(?:[0-9]{1,300}(?:\.[0-9]{1,300})?|\.[0-9]{1,300})(?:e[-+]?[0-9]{1,3})?"         # never 1e999999999
+NUMBER = re.compile(rf"([-+] )?(?:([0-9]{{1,300}}) )?({N})(?: / ({N}))?(?: (?:\\times|\\cdot|\*) 10 \^ "
+                    r"((?:- )?[0-9]{1,3}))?(?: \\?%| \^ \\circ)?")
+MARKS = {",", ";", "=", "<", ">", "(", ")", "[", "]", r"\{", r"\}"}
 
-    >>> normal_form("1,234.50") == normal_form(r"$\frac{2469}{2}$"), normal_form(r"\text{Even }."), normal_form("073")
-    (True, 'even', Fraction(73, 1))
+
+def number(text):
+    r"""The value of tokens that are a decimal, a fraction, a mixed number or a \times 10^k; None of any others."""
+    text = re.sub(rf"\{{ ((?:- )?{N}) \}}", r"\1", text)
+    found = NUMBER.fullmatch(re.sub(rf"\\frac ((?:- )?{N}) ({N})", r"\1 / \2", text))
+    if not found:
+        return None
+    sign, whole, top, bottom, power = found.groups()
+    top, bottom = Fraction(top), Fraction(bottom or 1)
+    if not bottom or (whole and not (0 < top < bottom and top.denominator == bottom.denominator == 1)):
+        return None                                             # 1 10 is two numbers
+    value = (int(whole or 0) + top / bottom) * Fraction(10) ** int((power or "0").replace(" ", ""))
+    return -value if sign == "- " else value
+
+
+@functools.lru_cache(256)
+def normal_form(answer):
+    r"""An answer as it is compared: Fraction, or tokens with each number that stands alone between commas, brackets and
+    relations as a Fraction.  White space separates; case, $, %, degrees and LaTeX's dressing do not count.  1,234 is a
+    number, but in brackets a comma separates and only 1{,}234 is one.
+
+    >>> normal_form("1,234.50") == normal_form(r"$\frac{2469}{2}$"), normal_form(r"\text{Even }."), normal_form("1 1/2")
+    (True, 'even', Fraction(3, 2))
+    >>> normal_form(r"\left(1,234, \tfrac12\right)"), normal_form("1 10")
+    (('(', Fraction(1, 1), ',', Fraction(234, 1), ',', Fraction(1, 2), ')'), '1 10')
     """
-    text = re.sub(r"\\(left|right|displaystyle|quad|[!,;: ])|[\s$]|\^\\circ|\^\{\\circ\}|\\?%", "", answer)
-    text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([^{}]*)\}", r"\1", text).rstrip(".")
-    number = re.sub(r"\\[dt]?frac\{([0-9.]+)\}\{([0-9.]+)\}", r"\1/\2", text)
-    if re.fullmatch(r"[-+]?[0-9]{1,3}(,[0-9]{3})+(\.[0-9]+)?", number):
-        number = number.replace(",", "")
-    if re.fullmatch(r"[-+]?[0-9]{1,300}(\.[0-9]{1,300}|/0{0,9}[1-9][0-9]{0,300})?", number):   # never 1e999999999
-        return Fraction(number)
-    return text.lower()
+    if len(answer) > 1000:                                      # no answer but a loop: word for word, and cheap
+        return tuple(answer.split())
+    joint = r"(?:\{,\}|,\\!|\\,)" if re.search(r"(?<!\\)[(\[]|\\\{", answer) else r"(?:\{,\}|,\\!|\\,|,)"
+    text = re.sub(rf"(?<![0-9.,])[1-9][0-9]{{0,2}}(?:{joint}[0-9]{{3}})+(?!,?[0-9])",
+                  lambda match: re.sub("[^0-9]", "", match[0]), answer)
+    for pattern, plain in SPELLINGS:
+        text = re.sub(pattern, plain, text)
+    tokens = [token if token[0] == "\\" else token.lower() for token in TOKEN.findall(text)]
+    if tokens[-1:] == ["."] != tokens[-2:-1]:
+        tokens.pop()
+    runs, form = [" ".join(run) for _, run in itertools.groupby(tokens, MARKS.__contains__)], []
+    for before, run, after in zip(["", *runs], runs, [*runs[1:], ""]):
+        factor = before.endswith((")", "]", "}")) or after.startswith(("(", "[", r"\{"))    # (x)+2 is not (x) times 2
+        value = None if factor else number(run)
+        form.append(run if value is None else value)
+    return form[0] if len(form) == 1 else tuple(form)
+
+
+@functools.lru_cache(4096)
+def verified(a, b):
+    """Whether math-verify finds two LaTeX answers equal, both ways round, within seconds; False without the package."""
+    try:
+        from math_verify import LatexExtractionConfig, parse, verify
+        config = [LatexExtractionConfig(boxed_match_priority=-1)]
+        a = parse(f"${a}$", config, "no_fallback", parsing_timeout=2)
+        b = parse(f"${b}$", config, "no_fallback", parsing_timeout=2)
+        return verify(a, b, 12, timeout_seconds=2) and verify(b, a, 12, timeout_seconds=2)      # 12 decimals
+    except Exception:                                           # sympy raises many
+        return False
 
 
 def same(answer, truth):
-    return answer is not None and normal_form(answer) == normal_form(truth)
+    """Whether two answers have one normal form, or are LaTeX that the package math-verify (optional: pip install
+    math-verify) finds equal; it is asked in the main thread alone, where its limits of time work.
+    """
+    if answer is None or truth is None:
+        return False
+    a, b = normal_form(answer), normal_form(truth)
+    if a == b or len(answer) + len(truth) > 400 or not re.search(r"[\\^]", f"{a} {b}"):
+        return a == b
+    # It takes words for products of letters, and 2\frac{1}{3} for one.
+    misread = re.search(r"\\(text|math|mbox|operator)|[0-9}]\s*\\[dtc]?frac|[0-9](\s|\\.)+[0-9]", f"{answer}|{truth}")
+    return not misread and threading.current_thread() is threading.main_thread() and verified(answer, truth)
 
 
 def majority(answers):
-    """The most frequent answer and its votes; the first one of several.  Those that are None have no vote.
+    """The most frequent answer and its votes, by `same`; the first one of several.  Those that are None have no vote.
 
     >>> majority(["7", None, "07", "8", None, None]), majority([None])
     (('7', 2), (None, 0))
     """
-    given = [answer for answer in answers if answer is not None]
-    votes = collections.Counter(map(normal_form, given))
-    return max(((a, votes[normal_form(a)]) for a in given), key=lambda pair: pair[1], default=(None, 0))
+    groups = []
+    for answer in answers:
+        group = next((group for group in groups if same(group[0], answer)), None)
+        if group:
+            group.append(answer)
+        elif answer is not None:
+            groups.append([answer])
+    most = max(groups, key=len, default=[None])
+    return most[0], len(most) if groups else 0
 
 
 def interval(rates):
@@ -624,8 +704,21 @@ def open_trace(path, settings, resume):
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
+def read_truth(answer):
+    """A text, a finite number or a list of one of them -> str; of a worked answer (… #### 72) what counts."""
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    infinite = isinstance(answer, float) and not math.isfinite(answer)
+    if infinite or isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise ValueError("the answer must be a text, a finite number or a list of one of them")
+    text = final_answer(str(answer)) or str(answer)
+    if normal_form(text) == ():
+        raise ValueError("the answer is empty")
+    return text
+
+
 def read_problems(path):
-    """A .jsonl of {"problem", "answer"} -> list of (problem, answer); of a worked answer (… #### 72) what counts."""
+    """A .jsonl of {"problem": text, "answer": text or number} -> list of (problem, answer), both str."""
     rows = []
     try:
         file = open(path, "rb")
@@ -637,10 +730,12 @@ def read_problems(path):
                 continue
             try:
                 row = json.loads(line)
-                rows.append((str(row["problem"]), final_answer(str(row["answer"])) or str(row["answer"])))
-            except (ValueError, KeyError, TypeError) as error:
-                raise SystemExit(f'{path}, line {number}: not {{"problem": …, "answer": …}} '
-                                 f"({type(error).__name__}: {error})") from None
+                if not isinstance(row["problem"], str) or not row["problem"].strip():
+                    raise ValueError("the problem must be a text")
+                rows.append((row["problem"], read_truth(row["answer"])))
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                why = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                raise SystemExit(f'{path}, line {number}: not {{"problem": …, "answer": …}} ({why})') from None
     if not rows:
         raise SystemExit(f"{path} holds no problems")
     return rows
@@ -730,7 +825,8 @@ def parse_arguments(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("problem", nargs="?", help="the problem to solve")
-    add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
+    add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all; with "
+        "the package math-verify installed, it compares LaTeX answers that are no plain numbers")
     add("--checkpoint", metavar="FOLDER", help="a folder in the official layout, such as out/tiny/final or ZAYA1-8B")
     add("--quantize", choices=["int8"], help="checkpoint: round its weights to 8 bits while loading; "
         "`python kernels.py --quantize FOLDER TARGET` does it once and for all")

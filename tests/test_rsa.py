@@ -1,4 +1,5 @@
 """rsa.py: the rounds and the answers on examples worked out by hand, a run that is killed, and a tiny random Zaya."""
+import concurrent.futures
 import contextlib
 import doctest
 import json
@@ -232,7 +233,9 @@ def hangs_are_errors(seconds=60):
     (r"\boxed{1} then \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{1} and \boxed{2", "1"),
     (r"\boxed{}", ""), (r"\boxed{a \boxed{b} c}", "b"), (r"\boxed{a {b} {c {d}}} }}", "a {b} {c {d}}"),
     (r"} \boxed{x}", "x"), (r"\boxed{ \boxed{3} {", "3"), (r"\boxed{{}", None), ("boxed{1}", None), ("", None),
-    (r"\boxed{1}\boxed{ {", "1")])
+    (r"\boxed{1}\boxed{ {", "1"), (r"\boxed {42}", "42"), ("\\boxed\n{ 42 }", " 42 "), (r"\fbox{7}", "7"),
+    (r"\boxed{\{1,2\}}", r"\{1,2\}"), (r"\boxed{\left\{x\right.}", r"\left\{x\right."), (r"\\boxed{5}", "5"),
+    (r"\boxed{\begin{array}{c}1\\{2}\end{array}}", r"\begin{array}{c}1\\{2}\end{array}")])
 def test_the_last_complete_box_counts(text, inside):
     assert last_boxed(text) == inside
 
@@ -244,7 +247,12 @@ def test_the_last_complete_box_counts(text, inside):
     ("<think></think>" + "9" * 101, None), ("long\ntext\n#### 1,000\n", "1,000"), ("a #### 1 #### 2", "2"),
     ("x\n<answer> 3 </answer>\n<answer>4\n</answer>", "4"), ("<answer>1</answer> \\boxed{2} #### 3", "2"),
     ("<answer>1</answer> #### 3", "1"), ("\\boxed{ }", None), ("x\n<answer>5", None), ("x\n####", None),
-    ("reasoning without an opening tag</think>8", "8")])
+    ("reasoning without an opening tag</think>8", "8"),
+    ("#### Step 1\nWe add.\n#### Step 2\nSo it is clear.", None), ("#### Step 1\nWe add.\n#### 72\n", "72"),
+    ("#### Step 1\nWe add.\n#### Answer\n\n42", "42"), ("Sure.\r\n#### **Final Answer:**\r\n42\r\n", "42"),
+    ("#### Step 1\nWe add.\n#### **Answer:** 42", "42"), ("#### The answer is 42", "42"), ("a\n#### Answer", None),
+    ("#### Answer\nWe think\nof many lines", None), ("#### Step 2\nSo \\boxed{5}\n#### Check\nit is", "5"),
+    ("#### 72\nThat is 72 in all,\nI think.", None), ("#### Answers vary\n42", None)])
 def test_final_answers_by_hand(text, answer):
     assert final_answer(text) == answer
 
@@ -252,8 +260,16 @@ def test_final_answers_by_hand(text, answer):
 @pytest.mark.parametrize("spellings", [
     ["7", "07", "7.0", "+7", "$7$", " 7 . ", "7\\%", "7^\\circ", r"\text{7}", "14/2", r"\frac{14}{2}", r"\dfrac{7}{1}"],
     ["1234567", "1,234,567", "$1,234,567.00$", r"1{,}234{,}567".replace("{,}", "\\,")], ["-1/2", "-0.5", "-2/4"],
-    ["Even", "even", r"\text{Even}", "\\mathrm{even}.", "e v e n"], [r"\left(1,2\right)", "(1, 2)", "(1,2)"],
-    [r"\sqrt{2}", r"\sqrt{ 2 }"], ["12,34", "12, 34"]])
+    ["Even", "even", r"\text{Even}", "\\mathrm{even}.", r"\text{Even.}"], ["12,34", "12, 34"],
+    [r"\left(1,2\right)", "(1, 2)", "(1,2)", r"(1.0,\frac42)", r"\left( 1 ,{2} \right)."],
+    [r"\sqrt{2}", r"\sqrt{ 2 }", r"\sqrt2"],
+    ["18", r"\$18", "$18", r"$\$18.00$", "18%", "18°", r"18^{\circ}", r"18\degree"], ["-5", "−5", "–5", "- 5", r"-\$5"],
+    ["1/2", r"\frac12", r"\dfrac12", r"\tfrac{1}{2}", r"\frac1{2}", r"\frac{1}2", ".5", "0.50", r"5\times10^{-1}"],
+    ["3/2", "1 1/2", r"1\frac{1}{2}", r"1\frac12", r"1\,\tfrac{1}{2}", "1.5", r"\frac{3}{2}", r"0.15 \cdot 10^1"],
+    ["1234", "1,234", "1{,}234", r"1,\!234", r"1\,234", "1.234e3", "1.234×10^3"], ["(1,234)", "(1, 234)"],
+    ["5 cm", r"5\text{ cm}", r"5\,\mathrm{cm}", "5cm"], ["New York", r"\text{New  York}", r"\text{new} \text{york}"],
+    ["x = 1/2", r"x=\frac12", "x=.5"], ["x^2", "x^{2}"], ["2^10", "2^{10}"], ["(-1, 0.5]", r"\left(-1,\frac12\right]"],
+    [r"\frac{\sqrt{3}}{2}", r"\dfrac{\sqrt3}2", r"\frac{ \sqrt{3} }{ 2 }"], ["A", "a", r"\textbf{A}"]])
 def test_spellings_of_one_answer_are_the_same(spellings):
     assert len(set(map(normal_form, spellings))) == 1
     assert all(same(a, b) for a in spellings for b in spellings)
@@ -261,7 +277,14 @@ def test_spellings_of_one_answer_are_the_same(spellings):
 
 
 def test_different_answers_are_different():
-    answers = ["7", "-7", "0.7", "1/7", "7/0", "(7)", "seven", "7e3", "1e999999999", "12,34", "1234", "7.7.7", "", "."]
+    answers = ["7", "-7", "0.7", "1/7", "7/0", "(7)", "seven", "7e3", "1e999999999", "12,34", "1234", "7.7.7", "",
+               ".", "1 10", "11 0", "110", "1 2 3", "123", "1 23", "12 34", "1 234", "1. 5", "1.5", "15", "1 15",
+               r"2\frac{1}{3}", "21/3 x", "2/3", "5.5", r"1\frac{3}{2}", "1/2/3", "--2", "2", "5-3", "0,125", "125",
+               "0.333...", "0.333", "10,100,1000", "(1,234)", "(1{,}234)", "[1,234]", r"\{1,234\}", "(1,23)", "x=5",
+               "y=5", "5", "5 m", "5 cm", "50 cm", "x+2", "x2", "(x)+2", "(x)2", "x^{2}3", "x^23", r"\sqrt{23}",
+               r"\sqrt23", r"\binom{n}{k+1}", r"\binom{n}{k}+1", r"\sqrt[3]{x+1}", r"\sqrt[3]{x}+1", "2^x+1",
+               "2^{x+1}", r"2^\text{x+1}", "a part", "apart", r"\Delta", r"\delta", "10^{10^{10}}", "10^10^9",
+               "1e301 x", "½", "٣", "3"]
     forms = [normal_form(answer) for answer in answers]
     assert len(set(forms)) == len(answers) - 1 and normal_form("") == normal_form(".")
     assert normal_form("0.1") == Fraction(1, 10) and not same(None, "7") and not same("8", "7")
@@ -271,34 +294,161 @@ def test_different_answers_are_different():
 def test_none_never_wins_a_vote():
     assert majority([None] * 9 + ["3"]) == ("3", 1) and majority([None, None]) == majority([]) == (None, 0)
     assert majority(["a", "b", "b", "a"]) == ("a", 2)           # the first of several
-    assert majority([None, "8", "0.50", "1/2", "8", r"\frac12", ".5", r"\frac{1}{2}"]) == ("0.50", 3)
+    assert majority([None, "8", "0.50", "1/2", "8", r"\frac12", ".5", r"\frac{1}{2}"]) == ("0.50", 5)
 
 
-PIECES = ["\\boxed{", "}", "{", "<answer>", "</answer>", "####", "<think>", "</think>", "\\frac{", "\\text{", "1", "0",
-          "/", ",", ".", "-", "e999999999", "9" * 5000, "0" * 5000, "$", "\\", " ", "\n", "^\\circ", "%", "٣", "\ud800"]
+NUMBERS = st.builds(Fraction, st.one_of(st.integers(-30, 30), st.integers(-10 ** 7, 10 ** 7)),
+                    st.one_of(st.just(1), st.integers(1, 12), st.sampled_from([100, 1000, 625])))
+
+
+def bare_spellings(value):
+    """An absolute value in digits: as decimal, with exponents, groups of thousands, fractions and mixed numbers."""
+    n, d = value.numerator, value.denominator
+    yield from (f"{n}/{d}", f"{7 * n} / {7 * d}", rf"\frac{{{n}}}{{{d}}}", rf"\dfrac{{ {3 * n} }}{{ {3 * d} }}")
+    if n < 10 and d < 10:
+        yield from (rf"\frac{n}{d}", rf"\tfrac {n} {d}", rf"\frac{{{n}}}{d}", rf"\frac{n}{{{d}}}")
+    if 1 < d < n:
+        yield from (f"{n // d} {n % d}/{d}", rf"{n // d}\frac{{{n % d}}}{{{d}}}", rf"{n // d} \dfrac{{{n % d}}}{{{d}}}")
+    if 10 ** 9 % d == 0:
+        whole, part = divmod(n * 10 ** 9 // d, 10 ** 9)
+        digits = f"{part:09}".rstrip("0")
+        yield from (f"{whole}.{digits}0", f"{whole:,}.{digits}00", f"{n * 10 ** 9 // d}e-9",
+                    rf"{n * 10 ** 9 // d} \times 10^{{-9}}", rf"{whole:,}.{digits}0".replace(",", "{,}"))
+        yield f".{digits}0" if whole == 0 else f"00{whole}.{digits}0"
+    if d == 1:
+        yield from (f"{n}", f"{n:,}", f"{n:,}".replace(",", r"\,"), f"{n:,}".replace(",", r",\!"), f"{n}.", f"{{{n}}}")
+
+
+@st.composite
+def spelled(draw, value, commas=True):
+    """A value in full dress; commas=False: as a member of a tuple, where a comma separates."""
+    given = [bare for bare in bare_spellings(abs(value)) if commas or not re.search(r"(?<!\{),|\.$", bare)]
+    sign = draw(st.sampled_from(["-", "− ", "–"] if value < 0 else ["", "", "+"]))
+    text = sign + draw(st.sampled_from(["", r"\$", "$"])) + draw(st.sampled_from(given))
+    if text.endswith("."):
+        return text
+    text += draw(st.sampled_from(["", "", "%", r"\%", "°", r"^\circ", r"^{\circ}"]))
+    forms = ["?", " ? ", "$?$", r"\displaystyle ?", r"\text{?}"] + [r"?.", r"\(?\)"] * commas
+    return draw(st.sampled_from(forms)).replace("?", text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), NUMBERS, NUMBERS)
+def test_a_value_agrees_with_its_spellings_and_with_no_other_value(data, value, other):
+    a, b, c = (data.draw(spelled(number)) for number in (value, value, other))
+    assert normal_form(a) == value and same(a, b) and same(b, a)
+    assert same(a, c) == same(c, a) == (value == other)
+    assert majority([None, c, a, b]) == ((c, 3) if value == other else (a, 2))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.lists(NUMBERS, min_size=1, max_size=4), st.lists(NUMBERS, min_size=1, max_size=4))
+def test_tuples_agree_member_by_member(data, ours, others):
+    def written(members):
+        between = data.draw(st.sampled_from([",", ", ", " , "]))
+        return "(" + between.join(data.draw(spelled(number, commas=False)) for number in members) + ")"
+    a, b, c = written(ours), written(ours), written(others)
+    assert same(a, b) and same(a, rf"\left{a[:-1]}\right)") and same(a, c) == same(c, a) == (ours == others)
+    assert not same(a, a[1:-1]) and not same(a, f"[{a[1:]}")
+
+
+WORDS = st.lists(st.one_of(st.integers(0, 120).map(str), st.sampled_from(["x", "xy", "y"])), min_size=1, max_size=4)
+
+
+@given(WORDS, WORDS)
+def test_white_space_separates(ours, others):
+    assert same("  ".join(ours), "\n".join(ours)) and same(" ".join(ours), " ".join(others)) == (ours == others)
+
+
+PIECES = ["\\boxed{", "\\boxed {", "}", "{", "<answer>", "</answer>", "####", "<think>", "</think>", "\\frac{",
+          "\\frac", "\\text{", "\\sqrt", "^", "_", "{,}", "\\left(", ")", "[", "=", "1", "0", "12", "1,234", "/", ",",
+          ".", "-", "%", "e999999999", "10^", "10^{10^{10}}", "9" * 5000, "0" * 5000, "$", "\\", " ", "\n", "^\\circ",
+          "٣", "²", "\ud800"]
+ANY_TEXT = st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=12).map("".join)))
+@given(ANY_TEXT)
 def test_any_text_has_an_answer_or_none(text):
     answer, boxed = final_answer(text), last_boxed(text)
     assert answer is None or (answer == answer.strip() != "" and answer in text)
-    assert boxed is None or f"\\boxed{{{boxed}}}" in text and boxed.count("{") == boxed.count("}")
-    form = normal_form(text)
-    assert isinstance(form, (str, Fraction)) and form == normal_form(f" {text}") and same(text, text)
+    assert boxed is None or re.search(r"\\(boxed|fbox)\s*\{" + re.escape(boxed) + r"\}", text)
+    braces = re.findall(r"(?<!\\)\\[{}]|([{}])", boxed or "")
+    assert braces.count("{") == braces.count("}")
+    assert normal_form(text) == normal_form(f" {text}") and hash(normal_form(text)) is not None and same(text, text)
     assert majority([None, text, None]) == (text, 1)
     assert cut_tail(text, 3, BYTES) is not None and count_tokens(text, BYTES) >= 0
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed{}", "{", "<answer>", "</answer>", "\\frac{1}{", "\\text{",
-                                   "1,111", "0", "9", "1/", "####", "</think>", "<think>", ".", "$"])
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.none(), ANY_TEXT, NUMBERS.map(str)), max_size=6))
+def test_votes_are_for_answers_that_are_the_same(answers):
+    winner, votes = majority(answers)
+    counts = [sum(same(a, b) for b in answers) for a in answers if a is not None]
+    assert all(same(a, b) == same(b, a) for a in answers for b in answers)
+    assert votes == max(counts, default=0) == sum(same(winner, a) for a in answers)
+
+
+LATEX = [(r"\sqrt{49}", "7"), (r"\frac{\sqrt{3}}{2}", r"\sqrt{3}/2"), ("x^2+1", "1+x^2"), (r"4\sqrt{2}", "32^{1/2}"),
+         (r"\{1,2\}", r"\{2,1\}")]
+NOT_LATEX = [("1 10", "110"), (r"1\ 10", "110"), (r"2\frac{1}{3}\pi", r"\frac{2\pi}{3}"), (r"\text{no}", r"\text{on}"),
+             (r"\frac12", "2/3"), ("no", "on"), (r"5\text{ m}", "5"),
+             (r"(1,\frac12)", "(1,2/3)")]
+
+
+def test_math_verify_is_asked_about_latex_alone_and_may_fail(monkeypatch):
+    """A stand-in for the package, which answers yes to everything, or raises: who asks it, and when."""
+    asked = []
+
+    def parse(text, *_, **__):
+        asked.append(text)
+        return text
+    fake = SimpleNamespace(LatexExtractionConfig=lambda **_: None, parse=parse, verify=lambda *_, **__: True)
+    monkeypatch.setitem(sys.modules, "math_verify", fake)
+    rsa.verified.cache_clear()
+    try:
+        assert all(same(a, b) for a, b in LATEX) and asked.count(r"$\sqrt{49}$") == 1
+        assert majority([r"\sqrt{49}", "8", "7", "7.0"]) == (r"\sqrt{49}", 4)         # it says yes to 8, too
+        before = list(asked)
+        assert not any(same(a, b) or same(b, a) for a, b in NOT_LATEX) and same(r"\sqrt{2}", r"\sqrt 2")
+        assert not same(r"\pi" + " x" * 300, r"\pi") and not same(None, r"\pi") and asked == before
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # its limits of time are signals
+            assert not pool.submit(same, r"\sqrt{50}", "7").result() and asked == before
+        fake.verify = lambda *_, **__: 1 / 0
+        assert not same(r"\sqrt{51}", "7") and len(asked) > len(before)
+        fake.verify = lambda a, b, *_, **__: a < b              # one way round only
+        assert not same(r"\sqrt{52}", "7") and not same("7", r"\sqrt{52}")
+        monkeypatch.setitem(sys.modules, "math_verify", None)   # not installed
+        assert not same(r"\sqrt{53}", "7")
+    finally:
+        rsa.verified.cache_clear()
+
+
+def test_math_verify_itself():
+    pytest.importorskip("math_verify")
+    rsa.verified.cache_clear()
+    assert all(same(a, b) and same(b, a) for a, b in LATEX) and not any(same(a, b) for a, b in NOT_LATEX)
+    assert majority(["8", r"\frac{14}{\sqrt{4}}", "8", r"\sqrt{49}", "7"]) == (r"\frac{14}{\sqrt{4}}", 3)
+    hardest = ["10^{10^{10}}", "9^{9^{9^9}}", r"\binom{10^9}{500000000}", r"10^{9}!", r"\frac{1}{0}", r"\frac{"]
+    for hard in [*hardest, "{" * 99]:
+        assert not same(hard, r"\sqrt{2}")
+    assert not same(r"\sqrt{2}", "1.414214") and not same(r"\frac{\pi}{2}", r"\pi")
+
+
+@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed ", "\\boxed{}", "{", "}", "<answer>", "</answer>", "\\frac{1}{",
+                                   "\\frac", "\\text{", "1,111", "1{,}111", "0", "9", "1/", "####", "</think>",
+                                   "<think>", ".", "$", "\\", "^", "1e9", "10^", " ", "^{a", "(", "\\{", "-", "1 "])
 def test_what_a_model_repeats_for_ever_is_read_at_once(piece):
-    for text in (piece * 60000, "1/" + piece * 60000 + "1", "\\frac{1}{" + piece * 60000 + "1}"):
+    short = piece * (900 // len(piece))                         # of the length of what is read as LaTeX
+    short = piece * (900 // len(piece))                         # what is longer is not read as LaTeX
+    for text in (piece * 60000, "1/" + piece * 60000 + "1", "\\frac{1}{" + piece * 60000 + "1}",
+                 piece * 60000 + "}" * 60000, short, short + "}" * 90, short + "x"):
         with hangs_are_errors():
             final_answer(text)
             final_answer(text + "\n")
             normal_form(text)
-            same(text, text)
+            same(text, text + "x")
+            majority([text + str(i) for i in range(8)])
 
 
 def test_intervals():
@@ -480,7 +630,18 @@ def test_problems_are_read_and_mistakes_located(tmp_path):
     assert read_problems(str(path)) == [("1+1", "2"), ("é", "x")]
     path.write_text(json.dumps({"problem": "q", "answer": "3 * 4 = 12\n12 + 60\n#### 72"}))
     assert read_problems(str(path)) == [("q", "72")]
-    for bad in (b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b"3", b'{"problem": "\xff"}'):
+    path.write_text("\n".join(f'{{"problem": "q", "answer": {truth}}}' for truth in (
+        "42", "-3", "0.1", "1e22", '["42"]', "[7]", "[2.5]", '"a, b"', '["#### 5"]', "0", '"0"', '"\\\\text{no}"')))
+    answers = [answer for _, answer in read_problems(str(path))]
+    assert answers == ["42", "-3", "0.1", "1e+22", "42", "7", "2.5", "a, b", "5", "0", "0", r"\text{no}"]
+    assert normal_form(answers[2]) == Fraction(1, 10) and normal_form(answers[3]) == 10 ** 22
+    refused = [f'{{"problem": "q", "answer": {truth}}}'.encode() for truth in (
+        "null", '""', '" "', '"$"', "{}", '{"value": 42}', "[]", "[1, 2]", '["1", "2"]', "[null]", "[[1]]", '[""]',
+        "true", "[false]", "NaN", "Infinity", "-Infinity", "1e999", "[" * 100000 + "]" * 100000)]
+    refused += [f'{{"problem": {problem}, "answer": 42}}'.encode() for problem in (
+        "null", '""', '" \\n"', "7", "[]", '["q"]', "{}", "true", '[{"role": "user", "content": "6*7?"}]')]
+    refused += [b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b"3", b'{"problem": "\xff"}']
+    for bad in refused:
         path.write_bytes(b'{"problem": "1+1", "answer": 2}\n' + bad + b"\n")
         with pytest.raises(SystemExit, match=re.escape(str(path)) + ", line 2: not"):
             read_problems(str(path))
