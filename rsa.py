@@ -29,6 +29,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
+from types import SimpleNamespace
 
 # Threads that wait asleep: on a busy machine spinning ones are many times slower, on an idle one they gain nothing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,41 +37,50 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # ---- tails and prompts ----------------------------------------------------------------------------------------------
 
 
+class Words:
+    """What stands in for a tokenizer: text -> units, which joined are the text again, character by character.
+
+    A unit is a word, or 16 characters of a longer one, with up to 16 of white space before and after it.  Scripts
+    without spaces between words (Chinese, Japanese, Thai, …), Hangul and emoji have a unit a character.
+    """
+    ALONE = "\u0e00-\u109f\u1780-\u17ff\u2e80-\U0010ffff"
+    encode = re.compile(rf"\s{{0,16}}(?:[{ALONE}]|[^\s{ALONE}]{{1,16}})\s{{0,16}}|\s{{1,16}}").findall
+    decode = "".join
+
+
 def cut_tail(text, tail, tokenizer=None):
     """The last `tail` tokens of a reply's reasoning: of what stands before </think>, or of everything without it.
 
     text str, tail int (tokens) -> str.  tokenizer: anything with encode(str) -> list and decode(list) -> str; None
-    counts words.
+    counts Words.  A reply whose reasoning is blank hands on what follows it.
 
-    >>> cut_tail("<think>one two three</think>3", 2), cut_tail("not finished yet", 2)
-    ('two three', 'finished yet')
+    >>> cut_tail("<think>one two three</think>3", 2), cut_tail("not finished yet", 2), cut_tail("<think></think>3", 2)
+    ('two three', 'finished yet', '3')
     """
-    reasoning = text.partition("</think>")[0].removeprefix("<think>")
-    if tokenizer is None:
-        return " ".join(reasoning.split()[-tail:] if tail else [])
-    ids = tokenizer.encode(reasoning)
+    tokenizer = tokenizer or Words
+    opened = re.match(r"(?:\s*</?think>)*", text).end()
+    ids = tokenizer.encode(text[opened:].partition("</think>")[0])
     return tokenizer.decode(ids[max(0, len(ids) - tail):])
 
 
 def count_tokens(text, tokenizer=None):
-    """How many tokens a text has; each <think> tag is one."""
-    if tokenizer is None:
-        return len(text.split())
+    """How many tokens (None: Words) a text has; each <think> tag is one."""
     parts = re.split("</?think>", text)
-    return len(parts) - 1 + sum(len(tokenizer.encode(part)) for part in parts)
+    return len(parts) - 1 + sum(len((tokenizer or Words).encode(part)) for part in parts)
 
 
 def terse_prompt(problem, tails):
-    """The aggregation prompt that small models learn: candidates first, the problem last.
+    """The aggregation prompt that small models learn: candidates first, the problem last, and alone without any.
 
-    >>> terse_prompt("47+85", ["5+0=12", "7+5+0=12"])
-    '|5+0=12|7+5+0=12|47+85'
+    >>> terse_prompt("47+85", ["5+0=12", "7+5+0=12"]), terse_prompt("47+85", [])
+    ('|5+0=12|7+5+0=12|47+85', '47+85')
     """
-    return "".join(f"|{tail}" for tail in tails) + f"|{problem}"
+    return "".join(f"|{tail}" for tail in tails) + f"|{problem}" if tails else problem
 
 
 def report_prompt(problem, tails):
-    r"""The report's order: the problem, the candidates, and the request for one improved solution.
+    r"""The report's order: the problem, the candidates, and the request for one improved solution.  Without candidates
+    it asks for the answer in the same form, so that the rounds can be compared.
 
     >>> print(report_prompt("What is 47+85?", ["so 12 and carry 1"]))
     What is 47+85?
@@ -79,10 +89,13 @@ def report_prompt(problem, tails):
     so 12 and carry 1
     <BLANKLINE>
     Write one improved solution, and put its final answer in \boxed{}.
+    >>> report_prompt("What is 47+85?", []).splitlines()[-1]
+    'Write a solution, and put its final answer in \\boxed{}.'
     """
     candidates = "".join(f"Candidate solution {i} (may contain mistakes):\n{tail}\n\n"
                          for i, tail in enumerate(tails, 1))
-    return f"{problem}\n\n{candidates}Write one improved solution, and put its final answer in \\boxed{{}}."
+    wanted = "one improved solution" if tails else "a solution"
+    return f"{problem}\n\n{candidates}Write {wanted}, and put its final answer in \\boxed{{}}."
 
 
 PROMPTS = {"terse": terse_prompt, "report": report_prompt}
@@ -104,6 +117,7 @@ class Result:
     rounds: list = field(default_factory=list)
     generated_tokens: int = 0
     longest_prompt: int = 0                                     # tokens
+    empty_tails: int = 0                                        # replies that had nothing to hand on
 
     @property
     def candidates(self):
@@ -115,7 +129,7 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
                   build_prompt=terse_prompt):
     """Parallel traces that hand on bounded tails: N candidates, T rounds of aggregation over C of them.
 
-        t = 0:        y_i ~ generate(q),                         i = 1 … N, at most beta tokens each
+        t = 0:        y_i ~ generate(build_prompt(q, {})),       i = 1 … N, at most beta tokens each
         t = 1 … T:    S_i: C of the last round's N tails, uniformly without replacement
                       y_i ~ generate(build_prompt(q, S_i))       the whole population is replaced
         tail(y):      the last tau tokens of y's reasoning
@@ -124,10 +138,10 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
     C tau tokens of tails, whatever T is.  rounds=0: parallel sampling; subset=1: Delethink; tail=budget: full RSA.
 
     problem str, or a list of them, which share each call of generate; generate(prompts: list of str, max_new_tokens:
-    int, seed: int) -> list of str, None where a rollout failed: it is left out of the subsets; tokenizer: anything with
-    encode and decode, None counts words -> Result, or a list of them.  ValueError if an argument makes no sense, or if
-    generate returns another number of texts than it was asked for.  TR section V; deterministic for a seed if generate
-    is.
+    int, seed: int) -> list of str, None where a rollout failed; tokenizer: anything with encode and decode, None counts
+    Words -> Result, or a list of them.  Subsets leave out what failed and blank tails; a problem with no tail left is
+    asked as in round 0.  ValueError if an argument makes no sense, or if generate returns another number of texts than
+    it was asked for; RuntimeError if a round fails as a whole.  TR section V; deterministic for a seed if generate is.
     """
     if not (population >= 1 and 1 <= subset <= population and rounds >= 0 and budget >= 1 and 0 <= tail <= budget):
         raise ValueError(f"markovian_rsa needs 1 <= subset <= population, rounds >= 0 and 0 <= tail <= budget; got "
@@ -137,12 +151,13 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
     for t in range(rounds + 1):
         prompts = []
         for q, result, rng in zip(problems, results, rngs):
-            tails = [c.tail for c in result.candidates if c.text is not None] if t else []
-            prompts += [build_prompt(q, rng.sample(tails, min(subset, len(tails)))) if tails else q
-                        for _ in range(population)]
+            tails = [c.tail for c in result.candidates if c.tail and c.tail.strip()] if t else []
+            prompts += [build_prompt(q, rng.sample(tails, min(subset, len(tails)))) for _ in range(population)]
         texts = generate(prompts, budget, random.Random(f"{seed} round {t}").getrandbits(31))
         if len(texts) != len(prompts):
             raise ValueError(f"generate returned {len(texts)} texts for {len(prompts)} prompts")
+        if prompts and all(y is None for y in texts):
+            raise RuntimeError(f"all {len(prompts)} candidates of a round failed: nothing to aggregate")
         for i, result in enumerate(results):
             part = slice(i * population, (i + 1) * population)
             result.rounds.append([Candidate(p, y, None if y is None else cut_tail(y, tail, tokenizer))
@@ -150,8 +165,7 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
             result.generated_tokens += sum(count_tokens(y, tokenizer) for y in texts[part] if y is not None)
             longest = max(count_tokens(p, tokenizer) for p in set(prompts[part]))
             result.longest_prompt = max(result.longest_prompt, longest)
-            if all(y is None for y in texts[part]):
-                raise RuntimeError(f"all {population} candidates of a round failed: nothing to aggregate")
+            result.empty_tails += sum(c.tail is not None and not c.tail.strip() for c in result.candidates)
     return results[0] if isinstance(problem, str) else results
 
 
@@ -351,14 +365,14 @@ def left_padded(rows, pad, device):
             torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device))
 
 
-def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0):
+def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0):
     """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included.
 
     tokenizer: zaya.Tokenizer or ChatTokenizer.
     """
     import torch
     inputs, mask = left_padded([prompt_ids(tokenizer, p) for p in prompts], tokenizer.pad, model.norm.weight.device)
-    out = model.generate(inputs, max_new_tokens, temperature, attention_mask=mask, eos_token_id=tokenizer.end,
+    out = model.generate(inputs, max_new_tokens, temperature, top_p, attention_mask=mask, eos_token_id=tokenizer.end,
                          generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
     ends = {tokenizer.end} if isinstance(tokenizer.end, int) else set(tokenizer.end)
     opened = getattr(tokenizer, "opened", "")                   # a tag that the chat template has written already
@@ -470,9 +484,9 @@ class Checkpoint(Source):
     together, as few as keep the keys and values below `cache_bytes`; equal prompts are prefilled once.
     share(range of the batches' starts) -> those that this process samples; the others' texts stay None."""
 
-    def __init__(self, model, tokenizer, temperature=1.0, rows=256, cache_bytes=2**31, share=iter):
-        self.model, self.tokenizer, self.temperature, self.rows = model.eval(), tokenizer, temperature, rows
-        self.cache_bytes, self.share = cache_bytes, share
+    def __init__(self, model, tokenizer, temperature=1.0, rows=256, cache_bytes=2**31, share=iter, top_p=1.0):
+        self.model, self.tokenizer, self.rows = model.eval(), tokenizer, rows
+        self.temperature, self.top_p, self.cache_bytes, self.share = temperature, top_p, cache_bytes, share
 
     @classmethod
     def from_pretrained(cls, folder, int8=False):
@@ -499,7 +513,7 @@ class Checkpoint(Source):
             if set(part) <= set(known):
                 continue
             texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
-                          self.temperature)
+                          self.temperature, self.top_p)
             for i, text in zip(part, texts):                    # a row's sample depends on its place in the batch
                 if i not in known:
                     yield i, text, count_tokens(text, self.tokenizer), None
@@ -508,23 +522,40 @@ class Checkpoint(Source):
 # ---- source 2: a served model ---------------------------------------------------------------------------------------
 
 
+def sendable(text):
+    """`text` with a ? for what UTF-8 has no bytes for, such as half an emoji."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def joined(content):
+    """A message's content, text or a list of parts -> text.  TypeError if it is neither."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict):
+        return joined(content.get("text") or content.get("thinking") or "")
+    return "".join(map(joined, content))
+
+
 class Endpoint(Source):
     """A server that speaks OpenAI's chat-completions protocol: vLLM, SGLang, transformers serve, a hosted model.
 
     Up to `concurrency` requests at once.  The client library retries 408, 409, 429, 5xx, timeouts and dropped
     connections with back-off; answers that are no chat completion are asked for again here.  A rollout that fails
-    `retries` times is reported, not replaced.  What the server refuses for good (a wrong key, model or request) stops
-    the run with the server's words.  The key is read from the environment, and blotted out of all that is printed.
+    `retries` times, or whose request the server refuses (a prompt too long), is reported in the server's words, not
+    replaced.  A wrong key, model or address (401, 403, 404, or no server there) stops the run.
+    `request`: other names for the fields max_tokens, seed, temperature and top_p; "" leaves one out.  The key is read
+    from the environment, and blotted out of all that is printed.
     """
 
     def __init__(self, url, model, key_variable="OPENAI_API_KEY", concurrency=16, timeout=1800.0, retries=5,
-                 temperature=1.0, top_p=1.0):
+                 temperature=1.0, top_p=1.0, request=None):
         try:
             import openai
         except ImportError:
             raise SystemExit("--endpoint needs the openai client: pip install openai") from None
-        self.openai, self.model, self.retries = openai, model, retries
+        self.openai, self.model, self.retries, self.request = openai, model, retries, request or {}
         self.concurrency, self.sampling = concurrency, dict(temperature=temperature, top_p=top_p)
+        self.place, self.answered = re.sub("//[^/]*@", "//", url), False
         self.key = os.environ.get(key_variable, "").strip() or "none"
         try:
             self.client = openai.OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
@@ -533,51 +564,74 @@ class Endpoint(Source):
 
     def hide(self, text):
         """`text` without the key, on one line."""
-        return " ".join((str(text).replace(self.key, "***") if self.key != "none" else str(text)).split())
+        return " ".join((str(text).replace(self.key, "***") if self.key != "none" else str(text)).split())[:500]
 
     def ask(self, prompt, max_new_tokens, seed):
-        """-> text, tokens, None; or None, 0, what went wrong."""
-        error = ""
+        """-> text, tokens, None; or None, 0, what went wrong in the server's words."""
+        values = dict(max_tokens=max_new_tokens, seed=seed, **self.sampling)
+        fields = {self.request.get(name, name): value for name, value in values.items() if self.request.get(name, name)}
         for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(8.0, 0.25 * 2 ** min(attempt, 9)) * (0.5 + random.random() / 2))
+            body, tried = "", False
             try:
-                answer = self.client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": prompt}], max_tokens=max_new_tokens,
-                    seed=seed, **self.sampling)
-                return *self.read(answer), None
-            except self.openai.APIStatusError as refusal:
-                words = self.hide(f"{refusal.status_code} {refusal.response.text}")[:500]
-                if refusal.status_code in (408, 409, 429) or refusal.status_code >= 500:
-                    return None, 0, words
-                raise SystemExit(f"the server refuses model {self.model!r} or this request: {words}") from None
-            except self.openai.APIConnectionError as broken:            # timeouts too; the client has tried again
-                return None, 0, self.hide(f"{broken} {broken.__cause__ or ''}")
-            except (self.openai.APIError, ValueError, AttributeError, IndexError, TypeError) as garbled:
-                error = self.hide(f"no chat completion came back ({type(garbled).__name__}: {garbled})")
-                time.sleep(min(8.0, 0.5 * 2 ** attempt) * (0.5 + random.random() / 2))
-        return None, 0, error
+                body = self.client.chat.completions.with_raw_response.create(
+                    model=self.model, messages=[{"role": "user", "content": sendable(prompt)}],
+                    extra_body=fields).http_response.text
+                self.answered = True
+                answer = json.loads(body)
+                if (status := self.refusal(answer)) is None:
+                    return *self.read(answer), None
+            except self.openai.APIStatusError as refused:
+                status, body, tried, self.answered = refused.status_code, refused.response.text, True, True
+            except self.openai.APIConnectionError as broken:    # timeouts too; the client has tried again
+                words = self.hide(f"{broken} {broken.__cause__ or ''}")
+                if type(broken.__cause__).__name__ == "ConnectError" and not self.answered:
+                    raise SystemExit(f"no server answers at --endpoint {self.place}: {words}") from None
+                return None, 0, words
+            except (self.openai.APIError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+                status, body = 0, f"no chat completion came back: {body or error}"
+            words = self.hide(f"{status or ''} {body}")
+            if status in (401, 403, 404):
+                right = status != 404 or self.place.rstrip("/").endswith("/v1")
+                raise SystemExit(f"the server refuses model {self.model!r} or this request: {words}" + (
+                    "" if right else f" (most servers' address ends in /v1, but --endpoint is {self.place})"))
+            if tried or 400 <= status < 500 and status not in (408, 409, 429):
+                break
+        return None, 0, words
+
+    @staticmethod
+    def refusal(answer):
+        """The status in an error that a server or a proxy wraps in a 200, 0 if it names none; None without an error."""
+        if not (error := answer.get("error") or answer["choices"][0].get("error")):
+            return None
+        code = str(error.get("code")) if isinstance(error, dict) else ""
+        return int(code) if code.isdigit() else 0
 
     @staticmethod
     def read(answer):
-        """A chat completion -> its text with the reasoning in <think> tags, and the tokens it took.
+        """A chat completion, as JSON -> its text with the reasoning in <think> tags, and the tokens it took.
 
-        Servers with a reasoning parser put the reasoning into a field of its own, the others leave its tags in.
+        Servers with a reasoning parser put the reasoning into a field of its own, or into parts of the content; the
+        others leave its tags in.
         """
-        choice = answer.choices[0]
-        content = choice.message.content or ""
-        if not isinstance(content, str):
-            raise TypeError(f"content is no text: {content!r}"[:200])
-        reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
+        choice = answer["choices"][0]
+        message, cut = choice["message"], choice.get("finish_reason") == "length"
+        parts = message.get("content")
+        parts = parts if isinstance(parts, list) else [parts or ""]
+        thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
+        content = joined([part for part in parts if part not in thoughts])
+        reasoning = joined(message.get("reasoning_content") or message.get("reasoning") or thoughts)
         if reasoning:
-            ended = content or choice.finish_reason != "length"
-            content = f"<think>{reasoning}" + (f"</think>{content}" if ended else "")
+            content = f"<think>{reasoning}" + (f"</think>{content}" if content or not cut else "")
         elif content.lstrip().startswith("<think>"):
             content = content.lstrip()
-        elif content and choice.finish_reason == "length" and "</think>" not in content:
+        elif content and cut and "</think>" not in content:
             content = "<think>" + content                       # cut off: whatever it was, it had not ended
         elif "</think>" in content and "<think>" not in content:        # the chat template had opened it
             content = "<think>" + content
-        tokens = getattr(answer.usage, "completion_tokens", 0)
-        return content.encode("utf-8", "replace").decode(), tokens if isinstance(tokens, int) else 0
+        tokens = (answer.get("usage") or {}).get("completion_tokens")
+        return sendable(content), tokens if isinstance(tokens, int) else 0
 
     def stream(self, prompts, max_new_tokens, seed, known=()):
         todo, done, stopped = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
@@ -653,9 +707,9 @@ class Run:
                     row |= dict(tail=cut_tail(text, self.budget.tail, self.tokenizer), answer=final_answer(text),
                                 tokens=tokens)
                 if self.trace is not None:
-                    self.trace.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    self.trace.flush()
+                    write_row(self.trace, row)
                 self.bar.update()
+        self.report(texts)
         self.tokens.append(spent)
         self.round += 1
         if self.round > self.budget.rounds:
@@ -663,42 +717,61 @@ class Run:
         return texts
 
 
+    def report(self, texts):
+        """Say of a round what its scores would hide: many replies without an answer, and problems without replies."""
+        replies, population = [text for text in texts if text is not None], self.budget.population
+        silent, notes = sum(final_answer(text) is None for text in replies), []
+        if replies and silent >= len(replies) / 4:
+            notes.append(f"{silent} of {len(replies)} replies name no answer and count as wrong: cut off by "
+                         "--max-tokens, or not in the form that was asked for")
+        for problem in range(len(texts) // population if replies else 0):
+            if texts[problem * population:][:population] == [None] * population:
+                notes.append(f"all candidates of problem {problem} failed and count as wrong")
+        for note in notes:
+            self.bar.write(f"{self.name}, round {self.round}: {note}", file=sys.stderr)
+
+
+def write_row(file, row):
+    """Append a JSON line to a trace, at once.  SystemExit if the disk is full."""
+    try:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+    except OSError as error:
+        raise SystemExit(f"--trace {file.name}: {error.strerror}") from None
+
+
 def open_trace(path, settings, resume):
     """-> the file to append to, and the rows it already has.  Its first line holds the settings they were made with."""
     if path is None:
         return None, []
-    rows = []
-    if os.path.exists(path) and os.path.getsize(path):
+    # What UTF-8 cannot hold (half an emoji) is written as \ud83d, which is just how JSON spells it.
+    trace, rows = open(path, "a", encoding="utf-8", errors="backslashreplace"), []
+    if os.path.getsize(path):
         if not resume:
             raise SystemExit(f"--trace {path} exists: add --resume to go on with it, or name another file")
-        try:
-            with open(path, "rb") as file:
-                lines = file.read().split(b"\n")
-        except OSError as error:
-            raise SystemExit(f"--trace {path}: {error.strerror}") from None
+        with open(path, "rb") as file:
+            lines = file.read().split(b"\n")
         for number, line in enumerate(lines[:-1], 1):
             try:
                 rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise SystemExit(f"{path}, line {number}: no JSON object ({error}): no trace of rsa.py") from None
         if not rows or rows[0].get("settings") != settings:
-            old = rows[0].get("settings", {}) if rows else {}
-            other = [key for key in settings if old.get(key) != settings[key]]
+            old = rows[0].get("settings") if rows else None
+            other = [key for key in settings if isinstance(old, dict) and old.get(key) != settings[key]]
             raise SystemExit(f"--trace {path} was made with other settings ({', '.join(other) or 'none are there'}): "
                              "name another file, or repeat the command that made it")
         for number, row in enumerate(rows[1:], 2):
-            if not {"run", "problem", "round", "index", "prompt", "text"} <= row.keys():
+            kinds = dict(run=str, problem=int, round=int, index=int, prompt=str)
+            if row.get("text") is not None:
+                kinds |= dict(text=str, tokens=int)
+            if not all(type(row.get(name)) is kind for name, kind in kinds.items()):
                 raise SystemExit(f"{path}, line {number}: not a rollout of rsa.py")
         if lines[-1]:                                           # killed while writing: that rollout was not finished
             os.truncate(path, os.path.getsize(path) - len(lines[-1]))
-    try:
-        file = open(path, "a", encoding="utf-8")
-    except OSError as error:
-        raise SystemExit(f"--trace {path}: {error.strerror}") from None
     if not rows:
-        file.write(json.dumps({"settings": settings}, ensure_ascii=False) + "\n")
-        file.flush()
-    return file, rows[1:]
+        write_row(trace, {"settings": settings})
+    return trace, rows[1:]
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
@@ -820,6 +893,22 @@ def draw_run(path, runs, answers=None):
     plt.close(figure)
 
 
+FIELDS = ("max_tokens", "seed", "temperature", "top_p")         # of a request, which some servers call otherwise
+
+
+def request_names(text):
+    """max_tokens=max_completion_tokens,seed= -> each field's name in a request, "" to leave it out."""
+    names = dict(zip(FIELDS, FIELDS))
+    for pair in text.split(","):
+        name, equals, other = pair.partition("=")
+        names[name] = ""
+        if not equals or name not in FIELDS or other and other in ("model", "messages", *names.values()):
+            raise argparse.ArgumentTypeError(f"{pair!r} is not NAME=OTHER or NAME= with a NAME of {', '.join(FIELDS)}, "
+                                             "or OTHER is in use")
+        names[name] = other
+    return names
+
+
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(prog="python rsa.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -843,16 +932,24 @@ def parse_arguments(arguments):
         "or a hub name; without it words are counted")
     add("--seed", type=int, default=0, metavar="N", help="(default 0)")
     add("--temperature", type=float, default=1.0, metavar="X", help="(default 1)")
+    add("--top-p", type=float, metavar="X", help="(default: 0.95 for an official folder and for a served model with "
+        "ZAYA1-8B in its name, as its card asks, else 1)")
     add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default 16)")
     add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of one request (default 1800)")
     add("--retries", type=int, default=5, metavar="N", help="tries after a failed request (default 5)")
+    add("--request", type=request_names, metavar="NAMES", help="endpoint: other names, or none to leave one out, for "
+        f"{', '.join(FIELDS)}; OpenAI's reasoning models: max_tokens=max_completion_tokens,temperature=,top_p=")
     add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key "
         "(default OPENAI_API_KEY)")
     add("--trace", metavar="FILE", help="write every prompt, text, tail and answer there, a JSON line each")
     add("--resume", action="store_true", help="go on with an existing --trace: nothing finished is asked again, "
         "but for what depends on a rollout that had failed")
     add("--picture", metavar="FILE", help="draw answers and tokens by round, as PNG")
-    given = parser.parse_args(arguments)
+    given, others = parser.parse_known_args(arguments)
+    if given.problem is None and len(others) == 1 and not re.match("-[A-Za-z-][\\w-]*(=|$)", others[0]):
+        given.problem, others = others[0], []                   # such as -3+5
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)} (a problem like that: last, after --)")
     if (given.problem is None) == (given.problems is None):
         parser.error("give one problem, or --problems FILE")
     if (given.checkpoint is None) == (given.endpoint is None):
@@ -863,9 +960,10 @@ def parse_arguments(arguments):
         parser.error("--quantize is for --checkpoint FOLDER; what a server computes with is its own affair")
     if given.resume and not given.trace:
         parser.error("--resume goes on with a --trace FILE; name it")
-    for name, least in (("concurrency", 1), ("retries", 0), ("timeout", 0), ("temperature", 0)):
-        if getattr(given, name) < least:
-            parser.error(f"--{name} must be at least {least}")
+    for name, least, most in (("concurrency", 1, 4096), ("retries", 0, 100), ("timeout", 0.001, 1e6),
+                              ("temperature", 0, 100), ("top_p", 1e-6, 1)):
+        if (value := getattr(given, name)) is not None and not least <= value <= most:      # nan, too
+            parser.error(f"--{name.replace('_', '-')} must be at least {least} and at most {most:g}, not {value}")
     return given
 
 
@@ -899,49 +997,66 @@ def load_tokenizer(name):
         raise SystemExit("--tokenizer needs transformers: pip install transformers") from None
     try:
         loaded = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"--tokenizer {name}: {str(error).splitlines()[0]}") from None
+    except Exception as error:                                  # a damaged file has no exception of its own
+        raise SystemExit(f"--tokenizer {name}: {sentence(error)}") from None
+    return SimpleNamespace(encode=lambda text: loaded.encode(text, add_special_tokens=False), decode=loaded.decode)
 
-    class Plain:
-        def encode(self, text):
-            return loaded.encode(text, add_special_tokens=False)
 
-        def decode(self, ids):
-            return loaded.decode(ids)
-    return Plain()
+def sentence(error):
+    """An exception in one line: what went wrong, and with which file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    name = "" if isinstance(error, (OSError, ValueError, ImportError)) else type(error).__name__
+    return " ".join(f"{name} {error}".split())[:500] or type(error).__name__
 
 
 def main(arguments=None):
-    given = parse_arguments(arguments)
+    """The command line.  What a file or the disk refuses, and Ctrl-C, end it in one sentence."""
+    if hasattr(sys.stdout, "reconfigure"):                      # a code page that lacks a character must not end a run
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        run_command(parse_arguments(arguments))
+        sys.stdout.flush()
+    except OSError as error:
+        raise SystemExit(sentence(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped; with --trace FILE, the same command and --resume goes on from there") from None
+
+
+def run_command(given):
+    if given.picture and os.path.exists(given.picture) and not os.path.isfile(given.picture):
+        raise SystemExit(f"--picture {given.picture}: that is no file to draw into")
+    if given.picture and not os.path.isdir(os.path.dirname(given.picture) or "."):
+        raise SystemExit(f"--picture {given.picture}: there is no such folder")
     budgets = budgets_asked(given)
     rows = read_problems(given.problems) if given.problems else [(given.problem, None)]
-    problems, answers = [q for q, _ in rows], [a for _, a in rows] if given.problems else None
+    problems, answers = [sendable(q) for q, _ in rows], [a for _, a in rows] if given.problems else None
+    official = not is_ours(given.checkpoint) if given.checkpoint else "zaya1-8b" in given.model.lower()
+    top_p = given.top_p or (0.95 if official else 1.0)
     if given.checkpoint:
         try:
             source = Checkpoint.from_pretrained(given.checkpoint, given.quantize == "int8")
-        except (FileNotFoundError, ValueError, ImportError) as error:
-            raise SystemExit(f"--checkpoint {given.checkpoint}: {error}") from None
-        source.temperature, tokenizer = given.temperature, source.tokenizer
+        except Exception as error:                              # a damaged file has no exception of its own
+            raise SystemExit(f"--checkpoint {given.checkpoint}: {sentence(error)}") from None
+        source.temperature, source.top_p, tokenizer = given.temperature, top_p, source.tokenizer
+        place = f"{given.checkpoint} {given.quantize or ''}".strip()
     else:
         source = Endpoint(given.endpoint, given.model, given.key_variable, given.concurrency, given.timeout,
-                          given.retries, given.temperature)
-        tokenizer = load_tokenizer(given.tokenizer)
+                          given.retries, given.temperature, top_p, given.request)
+        place, tokenizer = f"{given.model} at {source.place}", load_tokenizer(given.tokenizer)
         if tokenizer is None:
             print("tails and prompts are counted in words; --tokenizer NAME counts tokens")
-    style = given.prompt or ("terse" if given.checkpoint and is_ours(given.checkpoint) else "report")
-    place = f"{given.checkpoint} {given.quantize or ''}".strip() if given.checkpoint else \
-        f"{given.model} at {re.sub('//.*@', '//', given.endpoint)}"
+    style = given.prompt or ("terse" if given.checkpoint and not official else "report")
     settings = dict(source=place, budgets={name: str(budget) for name, budget in budgets.items()}, prompt=style,
-                    seed=given.seed, temperature=given.temperature, tokenizer=given.tokenizer, problems=problems)
-    if given.picture and not os.path.isdir(os.path.dirname(given.picture) or "."):
-        raise SystemExit(f"--picture {given.picture}: there is no such folder")
+                    seed=given.seed, temperature=given.temperature, top_p=top_p, request=given.request,
+                    tokenizer=given.tokenizer, problems=problems)
     trace, known = open_trace(given.trace, settings, given.resume)
     unit, runs = "tokens" if tokenizer else "words", []
     for name, budget in budgets.items():
         run = Run(source, name, budget, tokenizer, len(problems), trace, known)
         print(f"{name}: {budget}, {len(problems)} problem{'s' * (len(problems) > 1)}: {run.total:,} rollouts, at most "
               f"{run.total * budget.budget:,} tokens; prompts of at most the problem and "
-              f"{budget.subset * budget.tail:,} {unit} of tails")
+              f"{budget.subset * budget.tail:,} {unit} of tails; temperature {given.temperature:g}, top-p {top_p:g}")
         begun = time.perf_counter()
         try:
             results = markovian_rsa(problems, run, budget.population, budget.subset, budget.rounds, budget.budget,
@@ -954,6 +1069,7 @@ def main(arguments=None):
         runs.append((run, results))
         print(f"{name}: {sum(run.tokens):,} tokens generated, longest prompt "
               f"{max(r.longest_prompt for r in results):,} {unit}, {len(run.failed)} failed, "
+              f"{sum(r.empty_tails for r in results)} without a tail, "
               f"{time.perf_counter() - begun:.0f} s")
         if not answers:
             show_rounds(run, results[0])
@@ -965,7 +1081,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\nstopped; with --trace FILE, the same command and --resume goes on from there") from None
+    main()

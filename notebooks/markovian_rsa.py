@@ -35,7 +35,7 @@ POPULATIONS, ROUNDS, TAILS = (4, 8, 16, 32), 6, (8, 16, 24, 48)
 
 def problem_first(problem, tails):
     """terse_prompt in the report's order."""
-    return f"{problem}|" + "".join(f"{tail}|" for tail in tails)
+    return f"{problem}|" + "".join(f"{tail}|" for tail in tails) if tails else problem
 
 
 CONTROLS = {"no rows": (dict(aggregation=0.0), rsa.terse_prompt),

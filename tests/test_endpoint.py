@@ -28,6 +28,7 @@ openai = pytest.importorskip("openai")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 KEY = "sk-very-secret-0123456789"
+ROUND_0 = rsa.report_prompt("why?", [])
 COLOURS = ["red", "green", "blue", "black", "white", "brown", "grey", "pink"]
 
 
@@ -101,7 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server = self.server
         raw = self.rfile.read(int(self.headers["Content-Length"]))
         body = json.loads(raw)
-        rollout = body["messages"][0]["content"], body["seed"]
+        rollout = body["messages"][0]["content"], body.get("seed")
         with server.lock:
             attempt = server.rollouts[rollout]
             server.rollouts[rollout] += 1
@@ -254,6 +255,11 @@ def test_texts_come_as_they_are_finished_with_their_place(server):
     (completion(None, reasoning_content="4"), "<think>4</think>", None),            # ended, and says nothing
     (completion(None), "", None), (completion("", "length"), "", None),
     (completion("half \ud83d"), "half ?", "half ?"),                                # no text of UTF-8: no trace of it
+    (completion([{"type": "text", "text": "It is"}, {"type": "text", "text": " 4"}]), "It is 4", "It is 4"),
+    (completion(["It is", " 4"]), "It is 4", "It is 4"), (completion([]), "", None),
+    (completion([{"type": "thinking", "thinking": [{"type": "text", "text": "so"}]}, {"type": "text", "text": "4"}]),
+     "<think>so</think>4", "4"), (completion("4", reasoning_content=["s", "o"]), "<think>so</think>4", "4"),
+    (completion([{"type": "text", "text": "<think>so</th"}, {"text": "ink>4"}]), "<think>so</think>4", "4"),
 ], ids=lambda value: None)
 def test_reasoning_wherever_the_server_puts_it(server, tmp_path, message, text, answer):
     server.fresh(reply=lambda body: message)
@@ -269,7 +275,7 @@ def test_servers_that_do_not_count_tokens(server, tmp_path, usage):
         answer["usage"] = usage
         return answer
     rows = solve(server.fresh(reply=uncounted), tmp_path / "trace")
-    assert len(rows) == 15 and all(row["tokens"] == len(row["text"].split()) > 0 for row in rows)
+    assert len(rows) == 15 and all(row["tokens"] == 5 for row in rows)              # two tags, two words, the answer
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
@@ -277,7 +283,8 @@ def test_servers_that_do_not_count_tokens(server, tmp_path, usage):
 SHAPES = {"no choices": {}, "empty choices": {"choices": []}, "null choices": {"choices": None}, "list": [1],
           "null": None, "text": "busy", "no message": {"choices": [{"index": 0}]},
           "error in a 200": {"error": {"message": "overloaded"}}, "number": completion(5),
-          "parts": completion([{"type": "text", "text": "4"}])}
+          "503 in a 200": {"error": {"message": "overloaded", "code": 503}}, "parts of numbers": completion([5]),
+          "error in a choice": {"choices": [{"error": {"code": 502, "message": "upstream"}, "message": None}]}}
 FAULTS = {"429": 429, "429 with Retry-After": "429 later", "408": 408, "500": 500, "503": 503, "cut": "cut",
           "hang up": "hang up", "not JSON": b'{"choices": [{"mess', "empty": b"", "html": "html",
           "not UTF-8": b'{"choices": "\xff\xfe"}', **{name: {"json": shape} for name, shape in SHAPES.items()}}
@@ -340,11 +347,11 @@ def test_a_rollout_that_always_fails_is_reported_and_left_out(server, tmp_path, 
     said = capsys.readouterr()
     broken, = [row for row in rows if row["text"] is None]
     assert set(broken) == {"run", "problem", "round", "index", "prompt", "text", "error"} and broken["round"] == 0
-    assert broken["prompt"] == "why?" and len(broken["error"]) > 10 and "\n" not in broken["error"]
+    assert broken["prompt"] == ROUND_0 and len(broken["error"]) > 10 and "\n" not in broken["error"]
     assert f"failed, and left out of the subsets: problem 0, round 0, candidate {broken['index']}: " \
         f"{broken['error']}" in said.err
     assert "1 failed" in said.out and len(rows) == 15
-    assert server.rollouts["why?", victims[0]] == 2             # one try more than none
+    assert server.rollouts[ROUND_0, victims[0]] == 2             # one try more than none
     tails = {t: {row["tail"] for row in rows if row["round"] == t and row["text"]} for t in (0, 1, 2)}
     assert [len(tails[t]) for t in (0, 1, 2)] == [4, 5, 5]
     for row in rows:                                            # subsets are as large as can be: 4 are left of 5
@@ -355,7 +362,7 @@ def test_a_rollout_that_always_fails_is_reported_and_left_out(server, tmp_path, 
 
     server.fresh()                                              # another day: only what depends on it is asked
     rsa.main(["why?", *line(server, "--trace", path, *more, "--resume")])
-    first = [body for body in server.bodies if body["messages"][0]["content"] == "why?"]
+    first = [body for body in server.bodies if body["messages"][0]["content"] == ROUND_0]
     assert [body["seed"] for body in first] == victims and "0 failed" in capsys.readouterr().out
 
 
@@ -380,11 +387,12 @@ def test_no_server_at_all(server, tmp_path, capsys):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(SystemExit, match="all 5 candidates of a round failed.*[Cc]onnect"):
+    with pytest.raises(SystemExit, match=f"no server answers at --endpoint {re.escape(url)}: .*[Cc]onnect"):
         rsa.main(["why?", *line(server, "--endpoint", url, "--retries", "1")])
+    assert "failed, and left out" not in capsys.readouterr().err                    # at once, not after each rollout
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_stops_at_once_with_the_servers_words(server, tmp_path, capsys, status):
     server.fresh(lambda n, attempt, body: status)
     path = tmp_path / "trace"
@@ -396,6 +404,137 @@ def test_a_refusal_stops_at_once_with_the_servers_words(server, tmp_path, capsys
     assert 1 <= len(server.bodies) <= 12 and max(server.rollouts.values()) == 1     # 4 at once, none of them again
     said = capsys.readouterr()
     assert len(trace_rows(path)) == 1 and KEY not in words + said.out + said.err + path.read_text()
+
+
+TOO_LONG = {"error": {"message": "maximum context length is 4096", "code": "context_length_exceeded"}}
+
+
+def problem_file(tmp_path, *problems):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({"problem": problem, "answer": "4"}) + "\n" for problem in problems))
+    return path
+
+
+@pytest.mark.parametrize("status", [400, 402, 413, 422])
+def test_a_prompt_that_is_refused_is_one_failed_rollout(server, tmp_path, capsys, status):
+    """One problem of three is too long, and the aggregation prompts of a second.  Again with --resume."""
+    problems = problem_file(tmp_path, "short", "long " * 50, "middle")
+    def fault(n, attempt, body):
+        prompt = body["messages"][0]["content"]
+        return status if "long" in prompt or "middle" in prompt and "Candidate" in prompt else None
+    path = tmp_path / "trace"
+    for more in ([], ["--resume"]):
+        server.fresh(fault, lambda body: completion("<think>so</think>4"))
+        rsa.main(["--problems", str(problems), *line(server, "--rounds", "1", "--trace", path, *more)])
+        said = capsys.readouterr()
+        cells = said.out.splitlines()[-1].split("|")
+        assert [cell.split()[0] for cell in cells[2:6]] == ["0.667", "0.667", "0.333", "0.333"]
+        assert cells[-2].strip() == "15" == str(said.err.count("failed, and left out"))
+        assert said.err.count(f": {status} " + '{"error": {"message": "no: Bearer *** is not welcome') == 15
+        for t, i in ((0, 1), (1, 1), (1, 2)):
+            assert f"default, round {t}: all candidates of problem {i} failed and count as wrong" in said.err
+        assert len(server.bodies) == (15 if more else 30) and max(server.rollouts.values()) == 1    # never twice
+
+
+def test_when_every_request_is_refused_the_run_says_why(server, tmp_path):
+    server.fresh(lambda n, attempt, body: 400)
+    for problems, count in ((["why?"], 5), (["--problems", str(problem_file(tmp_path, "a", "b"))], 10)):
+        with pytest.raises(SystemExit) as stop:
+            rsa.main([*problems, *line(server)])
+        assert f"all {count} candidates of a round failed" in stop.value.code and "\n" not in stop.value.code
+        assert "400" in stop.value.code and "is not welcome" in stop.value.code and KEY not in stop.value.code
+
+
+@pytest.mark.parametrize("path, hint", [("", True), ("/v2", True), ("/v1/chat/completions", True), ("/v1", False),
+                                        ("/v1/", False), ("/api/v1", False)])
+def test_an_unknown_address_is_said_in_the_servers_words(server, path, hint):
+    server.fresh(lambda n, attempt, body: 404)
+    url = server.url.removesuffix("/v1").replace("//", "//me:secret@") + path
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(["why?", *line(server, "--endpoint", url)])
+    words = stop.value.code
+    assert "404" in words and "is not welcome" in words and KEY not in words and "secret" not in words
+    assert (f"address ends in /v1, but --endpoint is {url.replace('me:secret@', '')}" in words) == hint
+
+
+@pytest.mark.parametrize("body, words, tries", [
+    ({"error": {"message": "Insufficient credits", "code": 402}}, "Insufficient credits", 1),
+    ({"error": {"message": "too long", "code": "400"}}, "too long", 1),
+    ({"error": {"message": "overloaded", "code": 503}}, "overloaded", 3), ({"error": "no stock"}, "no stock", 3),
+    ({"error": {"message": "odd", "code": "insufficient_quota"}, "choices": []}, "odd", 3),
+    ({"object": "error", "message": "old words", "code": 40303}, "old words", 3), ({"detail": "no room"}, "no room", 3),
+    ({"choices": [{"error": {"code": 429, "message": "slow down"}, "message": {"content": ""}}]}, "slow down", 3),
+    ({"choices": None, "message": "null choices"}, "null choices", 3), (["a list"], "a list", 3)])
+def test_an_error_inside_a_200_is_said_in_the_servers_words(server, body, words, tries):
+    server.fresh(reply=lambda _: body)
+    text, tokens, error = Endpoint(server.url, "m", retries=2).ask("why?", 9, 0)
+    assert text is None and tokens == 0 and words in error and "Error" not in error and len(server.bodies) == tries
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_refusal_inside_a_200_stops(server, code):
+    server.fresh(reply=lambda _: {"error": {"message": f"bad key {KEY}", "code": code}})
+    with pytest.raises(SystemExit, match=f"refuses model 'm' or this request: {code} .*bad key \\*\\*\\*"):
+        rsa.main(["why?", *line(server)])
+
+
+@pytest.mark.parametrize("names, fields", [
+    ("max_tokens=max_completion_tokens,seed=,temperature=,top_p=", {"max_completion_tokens": 9}),
+    ("seed=random_seed", {"max_tokens": 9, "temperature": 0.5, "top_p": 0.9, "random_seed": None}),
+    ("top_p=", {"max_tokens": 9, "temperature": 0.5, "seed": None})])
+def test_fields_of_a_request_have_other_names_or_none(server, capsys, names, fields):
+    """A server that refuses any other field."""
+    known = {"model", "messages", *fields}
+    server.fresh(lambda n, attempt, body: 400 if body.keys() - known else None, lambda body: completion("4"))
+    arguments = ["why?", *line(server, "--temperature", "0.5", "--top-p", "0.9")]
+    with pytest.raises(SystemExit, match="all 5 candidates of a round failed.*400"):
+        rsa.main(arguments)
+    server.bodies.clear()
+    rsa.main([*arguments, "--request", names])
+    assert len(server.bodies) == 15 and "0 failed" in capsys.readouterr().out
+    assert all(body.keys() == known for body in server.bodies)
+    assert all(body[name] == value for body in server.bodies for name, value in fields.items() if value is not None)
+
+
+@pytest.mark.parametrize("model, more, top_p", [("Zyphra/ZAYA1-8B", [], 0.95), ("/models/zaya1-8b-int8", [], 0.95),
+                                                ("m", [], 1), ("Zyphra/ZAYA1-8B", ["--top-p", "0.6"], 0.6)])
+def test_sampling_is_what_the_models_card_asks(server, tmp_path, model, more, top_p):
+    solve(server, tmp_path / "trace", "--model", model, *more)
+    assert {(body["temperature"], body["top_p"]) for body in server.bodies} == {(1, top_p)}
+    assert trace_rows(tmp_path / "trace")[0]["settings"]["top_p"] == top_p
+
+
+def test_rounds_are_asked_for_the_same_form(server, tmp_path, capsys):
+    """A model that is always right, in prose unless it is asked for a box: no round gains from the asking."""
+    server.fresh(reply=lambda body: completion("So it is.\n\nThe answer is 4." if "\\boxed" not in
+                                               body["messages"][0]["content"] else "So it is.\n\n\\boxed{4}."))
+    arguments = ["--problems", str(problem_file(tmp_path, "2+2", "3+1")), *line(server)]
+    rsa.main(arguments)
+    said = capsys.readouterr()
+    assert [cell.split()[0] for cell in said.out.splitlines()[-1].split("|")[2:6]] == ["1.000"] * 4
+    assert "name no answer" not in said.err
+    rsa.main([*arguments, "--prompt", "terse"])                 # asks for no form: the run says what its zeros mean
+    said = capsys.readouterr()
+    assert [cell.split()[0] for cell in said.out.splitlines()[-1].split("|")[2:6]] == ["0.000"] * 4
+    assert all(f"default, round {t}: 10 of 10 replies name no answer" in said.err for t in (0, 1, 2))
+
+
+def test_a_problem_that_utf8_cannot_hold_is_asked_and_traced(server, tmp_path):
+    path = problem_file(tmp_path, "half \ud83d")
+    rsa.main(["--problems", str(path), *line(server, "--trace", tmp_path / "trace")])
+    assert {body["messages"][0]["content"].split("\n")[0] for body in server.bodies} == {"half ?"}
+    assert len(trace_rows(tmp_path / "trace")) == 16
+    assert Endpoint(server.url, "m").ask("half \ud83d", 9, 0)[2] is None            # from Python too
+
+
+def test_blank_reasoning_is_no_blank_candidate(server, tmp_path, capsys):
+    server.fresh(reply=lambda body: completion("<think>\n\n</think>\n\nIt is 4"))
+    rows = solve(server, tmp_path / "trace", "--tail", "9")
+    assert all(row["prompt"].count("It is 4") == 3 for row in rows if row["round"])
+    assert "0 without a tail" in capsys.readouterr().out
+    server.fresh(reply=lambda body: completion("<think>\n\n</think>"))
+    rows = solve(server, tmp_path / "blank")
+    assert {row["prompt"] for row in rows} == {ROUND_0} and "15 without a tail" in capsys.readouterr().out
 
 
 def test_a_refusal_does_not_wait_for_what_hangs(server, tmp_path):
@@ -607,5 +746,5 @@ def test_a_real_server_samples_by_the_seeds(served, monkeypatch):
 
 def test_a_real_server_refuses_another_model(served, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(SystemExit, match="the server refuses model 'other' or this request.*pinned"):
+    with pytest.raises(SystemExit, match="all 16 candidates of a round failed.* 400 .*pinned"):
         rsa.main(["q", "--endpoint", served[1], "--model", "other", "--max-tokens", "8"])

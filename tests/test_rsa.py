@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from rsa import (
     Result,
     Run,
     Source,
+    Words,
     count_tokens,
     cut_tail,
     draw_run,
@@ -60,6 +62,41 @@ def test_a_tail_is_the_end_of_the_reasoning_only():
     assert cut_tail("<think>abcdef</think>xyz", 3, BYTES) == "def" and cut_tail("<think>abcdef", 3, BYTES) == "def"
     assert cut_tail("abc", 9, BYTES) == "abc" and cut_tail("<think>a b c</think>d", 2) == "b c"
     assert cut_tail("<think>abc</think>", 0, BYTES) == "" and cut_tail("a b c", 0) == ""
+    assert cut_tail("\n<think>a b</think>c", 9) == "a b" and cut_tail(" a  b\n", 9) == " a  b\n"
+
+
+@pytest.mark.parametrize("tokenizer", [None, BYTES], ids=["words", "bytes"])
+@pytest.mark.parametrize("text, tail", [
+    ("<think>\n</think>answer", "answer"), ("<think></think>\n\nIt is 4", "\n\nIt is 4"), ("</think>4", "4"),
+    ("\n<think>\n\n</think>4", "4"), ("<think>\u3000\t</think>4", "4"), ("<think></think><think>so</think>4", "so"),
+    ("<think></think>", ""), ("<think>", ""), ("", ""), ("<think> \n</think> \n", " \n")])
+def test_blank_reasoning_hands_on_the_reply(text, tail, tokenizer):
+    assert cut_tail(text, 99, tokenizer) == tail
+    assert cut_tail("</think>" * 50000 + "4", 99, tokenizer) == "4"
+
+
+LANGUAGES = ["天地玄黃宇宙洪荒", "これはペンです", "ภาษาไทย", "ភាសាខ្មែរ", "မြန်မာဘာသာ", "한국어", "🙂🙃", "x", "word ",
+             "a+b=",             "\n", " ", "\u3000", "é", "ا", "9", "\ud83d"]
+
+
+@pytest.mark.parametrize("piece", LANGUAGES)
+def test_words_bound_any_language(piece):
+    text = (piece * 40000)[:40000]
+    assert 0 < len(cut_tail(text, 100)) <= 100 * 33 and count_tokens(text) >= 40000 / 33
+    assert text.endswith(cut_tail(text, 100)) and count_tokens(cut_tail(text, 100)) == 100
+    if piece in LANGUAGES[:7]:
+        assert cut_tail(piece * 9, 5) == (piece * 9)[-5:]       # a character each
+    assert cut_tail("x" * 1000, 3) == "x" * (1000 - 16 * 60)    # 62 pieces of 16 and a rest of 8
+    assert cut_tail("def f(x):\n    return x\n\nprint(f(1))", 3) == "return x\n\nprint(f(1))"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(), st.lists(st.sampled_from(LANGUAGES), max_size=40).map("".join)), st.integers(0, 9))
+def test_words_keep_each_character(text, n):
+    assert "".join(Words.encode(text)) == text and all(0 < len(unit) <= 48 for unit in Words.encode(text))
+    tail = cut_tail("<think>" + text, n)
+    assert text.endswith(tail) and count_tokens(tail) == min(n, count_tokens(text))
+    assert count_tokens(f"before {tail}\n\nafter") <= n + 2
 
 
 def chatter(prompts, max_new_tokens, seed):
@@ -73,12 +110,13 @@ def chatter(prompts, max_new_tokens, seed):
 @given(population=st.integers(1, 6), subset=st.integers(1, 6), rounds=st.integers(0, 4), tail=st.integers(0, 20))
 def test_prompts_stay_bounded_whatever_the_rounds(population, subset, rounds, tail):
     subset = min(subset, population)
-    for build, words in ((terse_prompt, 4), (report_prompt, 4 + 7 * subset + 11)):
+    for build, words in ((terse_prompt, 4 + subset), (report_prompt, 4 + 7 * subset + 11)):
         result = markovian_rsa("what is it ?", chatter, population, subset, rounds, budget=20, tail=tail, seed=3,
                                build_prompt=build)
         assert [len(r) for r in result.rounds] == [population] * (rounds + 1)
         assert result.longest_prompt <= words + subset * tail
-        assert result.generated_tokens == sum(len(c.text.split()) for r in result.rounds for c in r)
+        tags = [re.sub("(</?think>)", r" \1 ", c.text) for r in result.rounds for c in r]
+        assert result.generated_tokens == sum(len(text.split()) for text in tags)
 
 
 def test_the_rounds_by_hand():
@@ -192,20 +230,47 @@ def test_failed_rollouts_are_left_out_of_the_subsets():
         for t in (1, 2):                                        # 2 of 4 are left: a subset of 3 has those two
             assert all(set(c.prompt.split("|")[1:-1]) == {f"t{t - 1}c{first}", f"t{t - 1}c{first + 2}"}
                        for c in result.rounds[t])
-    assert a.generated_tokens == 3 * 2 and "None" not in str(calls)
+    assert a.generated_tokens == 3 * 2 * 4 and "None" not in str(calls)         # two tags, t0c0, 5
 
 
 def test_when_all_fail_there_is_nothing_to_aggregate():
     with pytest.raises(RuntimeError, match="all 3 candidates of a round failed"):
         markovian_rsa("q", lambda prompts, n, seed: [None] * len(prompts), population=3, subset=2, budget=4, tail=2)
-    with pytest.raises(RuntimeError, match="all 3 candidates"):                     # of one problem are enough
-        markovian_rsa(["q", "r"], lambda prompts, n, seed: [None] * 3 + ["x"] * 3, population=3, subset=2, budget=4,
+    with pytest.raises(RuntimeError, match="all 6 candidates of a round failed"):
+        markovian_rsa(["q", "r"], lambda prompts, n, seed: [None] * len(prompts), population=3, subset=2, budget=4,
                       tail=2)
+
+
+def test_a_problem_that_fails_as_a_whole_ends_nothing_for_the_others():
+    def first_fails(prompts, max_new_tokens, seed):
+        return [None if prompt == "q" else "<think>so</think>4" for prompt in prompts]
+    bad, good = markovian_rsa(["q", "r"], first_fails, population=3, subset=2, rounds=2, budget=4, tail=2)
+    assert [c.text for row in bad.rounds for c in row] == [None] * 9 and bad.generated_tokens == 0
+    assert {c.prompt for row in bad.rounds for c in row} == {"q"}                   # asked as in round 0
+    assert {c.prompt for row in good.rounds[1:] for c in row} == {"|so|so|r"}
+
+
+@pytest.mark.parametrize("build", [terse_prompt, report_prompt])
+def test_blank_tails_are_left_out_and_counted(build):
+    """Every second reply has nothing to hand on, and one problem's none at all."""
+    def half_blank(prompts, max_new_tokens, seed):
+        return [("<think> \n</think>", "<think>so</think>4")["R?" in p and i % 2] for i, p in enumerate(prompts)]
+    blank, half = markovian_rsa(["Q?", "R?"], half_blank, 4, 3, 1, 9, 3, build_prompt=build)
+    assert (blank.empty_tails, half.empty_tails) == (8, 4)
+    assert {c.prompt for c in blank.rounds[1]} == {build("Q?", [])}
+    assert {c.prompt for c in half.rounds[1]} == {build("R?", ["so"] * 2)}           # 2 of 4 are left
+
+
+def test_every_round_asks_for_the_answer_in_the_same_form():
+    result = markovian_rsa("What?", chatter, 4, 2, 2, 9, 3, build_prompt=report_prompt)
+    asked = {re.search(r"and put .*", c.prompt)[0] for row in result.rounds for c in row}
+    assert asked == {r"and put its final answer in \boxed{}."}
+    assert terse_prompt("q", []) == "q"                         # our models are trained on the bare problem
 
 
 def test_tokens_are_counted_with_tags_as_one_each():
     assert count_tokens("<think>ab</think>c", BYTES) == 5 and count_tokens("abc", BYTES) == 3
-    assert count_tokens("", BYTES) == count_tokens("") == 0 and count_tokens("<think>a b</think> c") == 3
+    assert count_tokens("", BYTES) == count_tokens("") == 0 and count_tokens("<think>a b</think> c") == 5
     assert count_tokens("<think><think>é", BYTES) == 4
     result = markovian_rsa("qq", lambda prompts, n, seed: ["<think>ab</think>c"] * len(prompts), population=2, subset=1,
                            rounds=1, budget=9, tail=2, tokenizer=BYTES)
@@ -577,6 +642,53 @@ def test_what_failed_is_reported_traced_and_asked_again(tmp_path, capsys):
     assert whole == fake_run(Fake())[1]
 
 
+def test_a_round_without_answers_is_warned_about(capsys):
+    """And a problem without replies.  A fifth without an answer is no news, a quarter is."""
+    class Silent(Source):
+        def stream(self, prompts, max_new_tokens, seed, known=()):
+            for i, prompt in enumerate(prompts):
+                failed = prompt == "q"
+                text = "no\nanswer" if i < (1, 0, 4)[self.calls] else "<think>so</think>4"
+                yield i, None if failed else text, 3, "too long" if failed else None
+            self.calls += 1
+    source = Silent()
+    source.calls = 0
+    fake_run(source, budget=Budget(population=4, subset=2, rounds=2, budget=9, tail=2))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("small, round")]
+    assert [line.split(":")[0] for line in said] == ["small, round 0"] * 2 + ["small, round 1"] + ["small, round 2"] * 2
+    assert "1 of 4 replies name no answer" in said[0] and "4 of 4 replies name no answer" in said[3]
+    assert all("all candidates of problem 1 failed and count as wrong" in said[i] for i in (1, 2, 4))
+    source.calls = 0
+    fake_run(source, problems=["p"], budget=Budget(population=5, subset=2, rounds=1, budget=9, tail=2))
+    assert "small, round" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udcff", "é\u2028\U0001f642", "\udc00\ud800"])
+def test_a_trace_holds_what_utf8_does_not(tmp_path, text):
+    path, here = tmp_path / "trace", SETTINGS | dict(problems=[text])
+    open_trace(str(path), here, False)[0].close()
+    assert trace_rows(path) == [{"settings": here}]
+    file, rows = open_trace(str(path), here, True)              # and knows it again
+    file.close()
+    assert rows == []
+
+
+@pytest.mark.parametrize("damage", [dict(tokens=None), dict(tokens="4"), dict(text=5), dict(round=[0]),
+                                    dict(prompt=None), dict(index="0"), dict(problem=True), dict(run=None)])
+def test_a_damaged_row_of_a_trace_is_located(tmp_path, damage):
+    path = tmp_path / "trace"
+    fake_run(Fake(), path)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines[4] = json.dumps(json.loads(lines[4]) | damage)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(SystemExit, match=re.escape(f"{path}, line 5: not a rollout")):
+        open_trace(str(path), SETTINGS, True)
+    for head in ('{"settings": 5}', '{"settings": null}', "[" * 100000):
+        path.write_text(head + "\n")
+        with pytest.raises(SystemExit, match="with other settings|no trace of rsa.py"):
+            open_trace(str(path), SETTINGS, True)
+
+
 def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
     path = tmp_path / "trace"
     fake_run(Fake(), path)
@@ -723,8 +835,9 @@ def test_a_checkpoint_samples_by_its_seed(model):
     for rows in (3, 256):                                                           # also over several batches
         assert len(set(Checkpoint(model, BYTES, 1.0, rows)(["x"] * 9, 12, 5))) == 9
     assert len(set(Checkpoint(model, BYTES, 0)(["x"] * 3, 12, 5))) == 1
-    sharp = Checkpoint(model, BYTES, 0.02)(["x"] * 9, 12, 5)                        # the temperature arrives
-    assert len(set(sharp)) < 9
+    for sharp in (Checkpoint(model, BYTES, 0.02), Checkpoint(model, BYTES, top_p=1e-6)):            # they arrive
+        assert len(set(sharp(["x"] * 9, 12, 5))) < 9
+    assert Checkpoint(model, BYTES, top_p=1e-6)(["x"], 12, 5) == Checkpoint(model, BYTES, 0)(["x"], 12, 5)
 
 
 def test_a_checkpoint_counts_its_tokens(model):
@@ -779,7 +892,8 @@ def test_one_problem_on_the_command_line(folder, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     head, *rows = trace_rows(trace)
     assert head["settings"]["problems"] == ["3+4"] and len(rows) == 12
-    assert {row["prompt"] for row in rows if row["round"] == 0} == {"3+4"}
+    assert {row["prompt"] for row in rows if row["round"] == 0} == {"3+4"}                  # as in training
+    assert "temperature 1, top-p 1\n" in said and head["settings"]["top_p"] == 1
     assert all(re.fullmatch(r"(?s)\|.*\|.*\|3\+4", row["prompt"]) for row in rows if row["round"])      # terse
     source = Checkpoint.from_pretrained(folder)
     by_hand = markovian_rsa("3+4", source, 4, 2, 2, 12, 6, 0, source.tokenizer)
@@ -854,7 +968,25 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     ("q --checkpoint x --prompt long", "invalid choice"),
     ("q --checkpoint x --concurrency 0", "--concurrency must be at least 1"),
     ("q --checkpoint x --retries -1", "--retries must be at least 0"),
-    ("q --checkpoint x --temperature -0.1", "--temperature must be at least 0"),
+    *((f"q --checkpoint x --{name} {value}", f"--{name} must be at least {least}") for name, least in (
+        ("temperature", 0), ("top-p", 1e-06), ("timeout", 0.001)) for value in ("-0.1", "nan", "inf", "1e999", "1e9")),
+    ("q --checkpoint x --top-p 0", "--top-p must be at least"), ("q --checkpoint x --timeout 0", "--timeout must be"),
+    ("q --checkpoint x --concurrency 100000", "--concurrency must be at least 1 and at most 4096, not 100000"),
+    ("q --checkpoint x --retries 101", "--retries must be at least 0 and at most 100"),
+    ("q --checkpoint x -budget", "unrecognized arguments: -budget (a problem like that: last, after --)"),
+    ("-x=5 --checkpoint x", "unrecognized arguments: -x=5 (a problem like that"),
+    ("-3+5 q --checkpoint x", "unrecognized arguments: -3+5"), ("-3+5 -4*6 --checkpoint x", "unrecognized arguments"),
+    ("-3+5 --problems x --checkpoint x", "give one problem, or --problems FILE"),
+    *((f"q --checkpoint x --request {names}", "argument --request: ") for names in (
+        "n=2", "seed", "seed=,top_p", "=x", "seed=model", "max_tokens=messages", "seed=top_p", "seed=x,top_p=x", ",")),
+    ("q --checkpoint MODEL --picture MODEL", ": that is no file to draw into"),
+    ("q --checkpoint MODEL --picture /dev/full", "/dev/full: that is no file to draw into"),
+    ("q --checkpoint MODEL --trace MODEL", ": Is a directory"),
+    ("q --checkpoint MODEL --trace MODEL --resume", ": Is a directory"),
+    ("q --checkpoint MODEL --trace MODEL/config.json/x", "MODEL/config.json/x: Not a directory"),
+    ("q --checkpoint MODEL --trace /dev/full", "--trace /dev/full: No space left on device"),
+    ("--problems MODEL --checkpoint MODEL", "Is a directory"), ("q --checkpoint /dev/null", "--checkpoint /dev/null: "),
+    ("q --checkpoint MODEL/config.json", "MODEL/config.json: "),
     ("q --checkpoint x --rounds two", "invalid int value"), ("q --checkpoint x --pop 4", "unrecognized arguments"),
     ("q --checkpoint no/such/folder", "--checkpoint no/such/folder: "),
     ("--problems no/such/file --checkpoint MODEL", "no/such/file"),
@@ -870,8 +1002,64 @@ def test_mistakes_get_one_clear_sentence(folder, capsys, monkeypatch, arguments,
         rsa.main(arguments.replace("MODEL", folder).split())
     said = capsys.readouterr().err
     code = stop.value.code
-    assert says in (code if isinstance(code, str) else said.splitlines()[-1])
+    assert says.replace("MODEL", folder) in (code if isinstance(code, str) else said.splitlines()[-1])
     assert code == 2 or isinstance(code, str) and "\n" not in code
+
+
+@pytest.mark.parametrize("problem", ["-3+5", "-3", "-x^2 + 4x = 0", "-x^2+4x=0", "--3+5", "-2x=6", "-(3+5)", "−3+5"])
+def test_a_problem_may_begin_with_a_minus(problem):
+    for arguments in ([problem, "--checkpoint", "x", "--seed", "3"], ["--checkpoint", "x", "--seed", "3", problem],
+                      ["--checkpoint", "x", "--seed", "3", "--", problem]):
+        given = rsa.parse_arguments(arguments)
+        assert given.problem == problem and given.checkpoint == "x" and given.seed == 3
+    assert rsa.parse_arguments(["--checkpoint", "x", "--", "-x=5"]).problem == "-x=5"
+
+
+def test_other_names_for_the_fields_of_a_request():
+    names = rsa.request_names("max_tokens=max_completion_tokens,seed=,top_p=")
+    assert names == dict(max_tokens="max_completion_tokens", seed="", temperature="temperature", top_p="")
+    assert rsa.request_names("seed=random_seed,temperature=temperature")["temperature"] == "temperature"
+    assert rsa.request_names("seed=,max_tokens=seed") == dict(max_tokens="seed", seed="", temperature="temperature",
+                                                              top_p="top_p")
+
+
+@pytest.mark.parametrize("problem", ["half \ud83d", b"\xff".decode("utf-8", "surrogateescape")])
+def test_problems_that_utf8_cannot_hold_are_asked(folder, tmp_path, problem):
+    trace = tmp_path / "trace"
+    for resume in ([], ["--resume"]):
+        rsa.main([problem, *shortened(folder, "--rounds", 1, "--trace", trace), *resume])
+    rows = trace_rows(trace)[1:]
+    assert len(rows) == 8 and {row["prompt"] for row in rows if not row["round"]} == {problem[:-1] + "?"}
+
+
+@pytest.mark.parametrize("encoding, line", [("ascii", ["-h"]), ("cp1252", ["天", "--rounds", 0, "--trace", "天"])])
+def test_any_stdout_does(folder, tmp_path, encoding, line):
+    """A random model answers with any bytes; the help has an ellipsis."""
+    done = subprocess.run([sys.executable, os.path.join(ROOT, "rsa.py"), *shortened(folder, *line)], cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0 and b"Error" not in done.stderr, done.stderr
+    assert "?" in done.stdout.decode(encoding) and (encoding == "ascii" or len(trace_rows(tmp_path / "天")) == 5)
+
+
+def test_a_full_disk_is_one_sentence(folder, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "x.png.tmp.png")
+    monkeypatch.setattr(rsa, "draw_run", full)
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(["3+4", *shortened(folder, "--rounds", 0, "--picture", tmp_path / "x.png")])
+    assert stop.value.code == "x.png.tmp.png: No space left on device"
+
+
+@pytest.mark.parametrize("name, content", [
+    ("model.safetensors", b""), ("model.safetensors", b"\xff" * 900), ("config.json", b"[1]"), ("config.json", b"{"),
+    ("config.json", b'{"model_type": "zaya", "hidden_size": "x"}'), ("tokenizer.json", b"{"), ("tokenizer.json", b"[]"),
+    ("tokenizer.json", b'{"added_tokens": [5]}'), ("tokenizer.json", b'{"added_tokens": [{"content": 5}]}')])
+def test_a_damaged_checkpoint_is_one_sentence(folder, tmp_path, name, content):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stop:
+        rsa.main(["q", *shortened(str(broken))])
+    assert stop.value.code.startswith(f"--checkpoint {broken}: ") and "\n" not in stop.value.code
 
 
 def test_the_endpoint_needs_its_client(monkeypatch):
@@ -966,7 +1154,9 @@ def test_an_official_folder_on_the_command_line(tmp_path, capsys, how):
     trace = tmp_path / "x.trace"
     more = ["--quantize", "int8"] if how == "--quantize" else []
     rsa.main(["3+4", *shortened(folder, "--rounds", 1, "--trace", trace), *more])
-    assert "default: N=4 C=2 T=1 beta=12 tau=6" in capsys.readouterr().out          # not tiny's: it is not ours
+    said = capsys.readouterr().out
+    assert "default: N=4 C=2 T=1 beta=12 tau=6" in said         # not tiny's: it is not ours
+    assert "temperature 1, top-p 0.95\n" in said                # as the card of ZAYA1-8B asks
     rows = trace_rows(trace)[1:]
     assert len(rows) == 8 and all(row["text"].startswith("<think>") for row in rows)
     assert all("Candidate solution 2" in row["prompt"] for row in rows if row["round"])
@@ -978,6 +1168,9 @@ def test_what_an_official_folder_may_lack(tmp_path, monkeypatch):
         without.setitem(sys.modules, "tokenizers", None)
         with pytest.raises(SystemExit, match="pip install tokenizers jinja2"):
             rsa.main(["x", "--checkpoint", folder])
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(SystemExit, match="--checkpoint .*: TemplateSyntaxError "):
+        rsa.main(["x", "--checkpoint", folder])
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(SystemExit, match="has no chat template"):
         rsa.main(["x", "--checkpoint", folder])
