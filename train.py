@@ -15,6 +15,7 @@ Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage
 run_rl, main; many processes when you need them.  Does NOT include: sharded weights, tensor or context parallelism.
 """
 import argparse
+import codecs
 import collections
 import contextlib
 import copy
@@ -24,7 +25,9 @@ import datetime
 import difflib
 import errno
 import functools
+import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -172,7 +175,7 @@ class TrainConfig:
                        most=2**63 - 1)
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")
     dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "run")
-    data: list = option([], "your own .txt and .jsonl files, instead of the text that Python brings", "data")
+    data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
     tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
     tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data", str)
     skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", "data")
@@ -1070,12 +1073,13 @@ def draw(task, seed, d, hold):
 
 # ---- data -----------------------------------------------------------------------------------------------------------
 
+THINK = re.compile("<think>(.*?)</think>", re.DOTALL)
+
 
 def split_think(content):
-    """'<think>reasoning</think>answer' -> ('reasoning', 'answer'); no reasoning: ('', content)."""
-    before, tag, rest = content.partition("<think>")
-    reasoning, closed, answer = rest.partition("</think>")
-    return (reasoning, before + answer) if tag and closed else ("", content)
+    """'<think>reasoning</think>answer' -> ('reasoning', 'answer'), several blocks joined; none: ('', content)."""
+    pieces = THINK.split(content)                               # answer, reasoning, answer, reasoning, …, answer
+    return "".join(pieces[1::2]), "".join(pieces[::2])
 
 
 def trim(messages, context, tokenizer):
@@ -1083,7 +1087,8 @@ def trim(messages, context, tokenizer):
 
     1. It fits: keep it.  2. Else cut the last assistant turn's reasoning from its tail, so that it just fits: the
     start of the reasoning and the whole answer stay.  3. Still too long: remove the <think> blocks of the earlier
-    turns, then 2 again.  4. Problem and answers alone are too long: drop it.  (TR section III.)
+    turns, then 2 again.  4. Problem and answers alone are too long: drop it.  (TR section III.)  A turn with several
+    <think> blocks loses the end of the last one first; whatever stays, stays where it was.
 
     messages [{"role", "content"}, …] -> (messages, "kept" | "cut" | "stripped" | "dropped"); None when dropped.
 
@@ -1101,21 +1106,26 @@ def trim(messages, context, tokenizer):
 
     def cut(candidate):
         """Rule 2 on the last turn; None if even without reasoning it does not fit."""
-        reasoning, answer = split_think(candidate[-1]["content"])
         if candidate[-1]["role"] != "assistant":
             return None
-        ids = tokenizer.encode(reasoning)
+        pieces = THINK.split(candidate[-1]["content"])
+        blocks = [tokenizer.encode(reasoning) for reasoning in pieces[1::2]]
+        whole = sum(map(len, blocks))
 
         def keep(count):
-            text = tokenizer.decode_bytes(ids[:count]).decode("utf-8", "ignore")
-            content = f"<think>{text}</think>{answer}" if count else answer
+            """The turn with the first `count` tokens of its reasoning."""
+            content = pieces[0]
+            for ids, answer in zip(blocks, pieces[2::2]):
+                if count > 0:
+                    content += f"<think>{tokenizer.decode_bytes(ids[:count]).decode('utf-8', 'ignore')}</think>"
+                content, count = content + answer, count - len(ids)
             return [*candidate[:-1], {**candidate[-1], "content": content}]
 
         # A cut text can have a token more or less than was counted, so look at both sides of the estimate.
-        count = max(0, len(ids) - (size(candidate) - context))
+        count = max(0, whole - (size(candidate) - context))
         while count and size(keep(count)) > context:
             count -= 1
-        while count < len(ids) and size(keep(count + 1)) <= context:
+        while count < whole and size(keep(count + 1)) <= context:
             count += 1
         return keep(count) if size(keep(count)) <= context else None
 
@@ -1157,53 +1167,163 @@ def pack(lengths, capacity, bins):
 
 
 PAIRS = [("question", "answer"), ("problem", "solution"), ("prompt", "completion"), ("problem", "answer"),
-         ("instruction", "output")]
+         ("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("query", "response")]
+# What others call the fields of rows and messages, and the roles; and fields that only say where a row comes from.
+NAMES = {"conversations": "messages", "system_prompt": "system", "passage": "context", "reasoning_content": "reasoning",
+         "thinking": "reasoning", "from": "role", "value": "content", "train": "weight", "loss": "weight"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "user", "function": "user",
+         "observation": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
+METADATA = re.compile(r"(?!image|audio|video)(.+_)?(ids?|idx|index|uuid|source|dataset|split|type|topic|subject|tags?|"
+                      r"category|domain|level|difficulty|score|rating|lang|language|license|version|date|time|timestamp)|"
+                      r"urls?|links?|author|model|meta.*", re.I)
+
+
+def fields(values, where):
+    """A JSON object's fields under our names, without empty ones."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: a JSON object is needed, this is a {type(values).__name__}")
+    found = {}
+    for key, value in values.items():
+        name = NAMES.get(key, key)
+        if name != "content" and value in (None, "", [], {}):
+            continue
+        if name in found and found[name] != value:
+            raise ValueError(f"{where} has two fields for its {name} that differ: keep one")
+        found[name] = value
+    return found
+
+
+def refuse_lost(left, where, said=()):
+    """ValueError if a field that nothing was made of is not harmless; to_messages has the rule."""
+    for key, value in left.items():
+        harmless = isinstance(value, (int, float)) and key != "weight" or METADATA.fullmatch(key) or value in said
+        part = key in itertools.chain(*PAIRS) and any(str(value) in text for text in said)
+        if not (harmless or part):
+            raise ValueError(f"{where} has a field {key!r} that would be lost: move what it says into a message, or "
+                             "delete it")
+
+
+def as_text(value, where):
+    """A text, a number, or a list of parts {"type": "text", "text": …} -> the text; ValueError for anything else."""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        value = "".join(as_text(part.get("text"), where) for part in value)
+    elif type(value) in (int, float) and abs(value) < math.inf:
+        value = str(value)
+    if not isinstance(value, str) or re.search(r"[\0\ud800-\udfff]", value):
+        raise ValueError(f"{where} must be a text of whole characters, this is {json.dumps(value)[:60]}")
+    return value
+
+
+def to_message(message, where):
+    """One message in any spelling -> {"role", "content"}, and "weight": 0 where nobody is to learn it."""
+    found = fields(message, where)
+    given, content, weight = (found.pop(name, None) for name in ("role", "content", "weight"))
+    role = ROLES.get(str(given).lower())
+    reasoning = found.pop("reasoning", "") if role == "assistant" else ""
+    refuse_lost(found, where)
+    if given is None or content is None:
+        raise ValueError(f"{where} needs a 'role' and a 'content' that is a text")
+    if role is None:
+        raise ValueError(f"{where} has role {given!r}; there are {', '.join(ROLES)}")
+    if weight not in (None, 0, 1):
+        raise ValueError(f"{where} has weight {weight!r}; there are 0 and 1")
+    content, reasoning = as_text(content, where), as_text(reasoning, f"the reasoning of {where}")
+    if reasoning.strip() not in ("", split_think(content)[0].strip()):
+        content = f"<think>{reasoning}</think>{content}"
+    tags = re.findall("</?think>", content)
+    if role == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
+        raise ValueError(f"{where} opens or closes <think> without the other")
+    return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
 
 
 def to_messages(row):
     """One JSON row -> messages.  Raises ValueError that says what is wrong with it.
 
+    A row has `messages` (or ShareGPT's `conversations`), or one of PAIRS, with a `context` before the question, an
+    `input` after it, and `reasoning`, which becomes <think>…</think>; either can have a `system`.  Developers speak as
+    the system, tools as the user; a message of weight 0 is read and not learned.  No field is lost without a word: the
+    others must be empty, numbers, METADATA by their names, or repeat what a message says (an answer beside its
+    solution: a part of it), else the row is refused, as are calls of tools and all that is no text.
+
     >>> to_messages({"question": "1+1?", "answer": "One and one.\\n#### 2"})[1]["content"]      # GSM8K's form
     '<think>One and one.</think>2'
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON object is needed, this is a {type(row).__name__}")
-    if "messages" not in row:
-        pair = next((pair for pair in PAIRS if all(isinstance(row.get(key), str) for key in pair)), None)
+    found = fields(row, "the row")
+    said, system = [], found.pop("system", None)
+    turns = found.pop("messages") if isinstance(found.get("messages"), list) else None
+    if turns is None:
+        pair = next((pair for pair in PAIRS if all(row.get(key) is not None for key in pair)), None)
         if pair is None:
-            raise ValueError("no 'messages', and no pair of texts such as " + ", ".join("/".join(p) for p in PAIRS[:3])
-                             + f"; its keys are {', '.join(map(str, list(row)[:6])) or 'none'}")
-        reply = row[pair[1]]
+            raise ValueError("no 'messages' with at least one, and no pair of texts such as "
+                             + ", ".join(map("/".join, PAIRS[:3]))
+                             + f"; its keys are {', '.join(list(row)[:6]) or 'none'}")
+        said = [as_text(found.pop(key, ""), repr(key)) for key in ("context", pair[0], "input", "reasoning", pair[1])]
+        *question, reasoning, reply = said
         gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", reply, re.S)                # a last line with the answer
-        if gsm8k and "<think>" not in reply and "\n#### " not in gsm8k[1]:
+        if gsm8k and not reasoning and "<think>" not in reply and "\n#### " not in gsm8k[1]:
             reply = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
-        row = {"messages": [{"role": "user", "content": row[pair[0]]}, {"role": "assistant", "content": reply}]}
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list with at least one message")
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"message {number} needs a 'role' and a 'content' that is a text")
-        if message.get("role") not in ("system", "user", "assistant"):
-            raise ValueError(f"message {number} has role {message.get('role')!r}; there are system, user, assistant")
-        tags = re.findall("</?think>", message["content"])
-        if message["role"] == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
-            raise ValueError(f"message {number} opens or closes <think> without the other")
+        turns = [{"role": "user", "content": "\n\n".join(filter(str.strip, question))},
+                 {"role": "assistant", "content": reply, "reasoning": reasoning}]
+    messages = [to_message(turn, f"message {number}") for number, turn in enumerate(turns)]
+    if system is not None:
+        system = {"role": "system", "content": as_text(system, "'system'")}
+        messages = [system] * (system not in messages) + messages
+    said += [message["content"] for message in messages]
+    refuse_lost(found, "the row", said)
     return messages
 
 
-def read_jsonl(path, skip_bad_lines=False):
-    """Yield each line's messages.  A bad line stops with file and line number, or is skipped and counted."""
-    bad = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+def file_kind(path):
+    """'txt', 'jsonl' or 'json' by the end of the name, a .gz after it left out; None for any other."""
+    ending = re.search(r"\.(txt|jsonl?)(\.gz)?\Z", path, re.I)
+    return ending and ending[1].lower()
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The file's bytes, unpacked if its name ends with .gz."""
+    try:
+        with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SystemExit(f"{path} is damaged: {error}") from None
+
+
+def read_text(path):
+    """Yield a .txt file in pieces of a megabyte.  What is not UTF-8 is an error: nobody should learn to write �."""
+    decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
+    with opened(path) as file:
+        while piece := file.read(1 << 20):
+            piece += file.readline(1 << 16)                     # not in the middle of a word
             try:
-                yield to_messages(json.loads(line.decode("utf-8")))
-            except ValueError as error:                         # JSON and UTF-8 errors are ValueErrors too
+                if (nul := piece.find(b"\0")) >= 0:
+                    raise UnicodeDecodeError("utf-8", piece, nul, nul + 1, "a NUL is no text")
+                yield decoder.decode(piece, final=not file.peek(1))
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                raise SystemExit(f"{path}:{line}: {error}. Save the file as UTF-8") from None
+            line += piece.count(b"\n")
+
+
+def read_jsonl(path, skip_bad_lines=False):
+    """Yield the messages of each line, or of each row of a .json file's array.  A bad one stops with file and number,
+    or is skipped and counted."""
+    bad, array = 0, file_kind(path) == "json"
+    with opened(path) as rows:
+        if array:
+            try:
+                content = json.loads(rows.read().decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                raise SystemExit(f"{path}: {error}. If it has a row a line, name it .jsonl") from None
+            rows = content if isinstance(content, list) else [content]
+        for number, row in enumerate(rows, 1):
+            try:
+                if array or row.strip():
+                    yield to_messages(row if array else json.loads(row.decode("utf-8-sig")))
+            except (ValueError, RecursionError) as error:       # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad_lines:
-                    raise SystemExit(f"{path}:{number}: {error}. Mend the line, or pass --skip-bad-lines") from None
+                    raise SystemExit(f"{path}:{'row ' * array}{number}: {error}. Mend the line, or pass "
+                                     "--skip-bad-lines") from None
                 bad += 1
     if bad:
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
@@ -1224,8 +1344,8 @@ def python_text(limit):
     return {"english": english, "code": "\n\n".join(code)}
 
 
-# A source has numbered samples: get(index, hold) -> ids, and which of them the assistant wrote; size(hold): how many,
-# None without end.  Held-out samples (hold=True) are never trained on.
+# A source has numbered samples: get(index, hold) -> ids, and which of them the assistant wrote (None: never to be
+# learned); size(hold): how many, None without end.  Held-out samples (hold=True) are never trained on.
 
 
 def fingerprint(tokens):
@@ -1255,7 +1375,7 @@ class TextSource:
 
 
 class ChatSource:
-    """A .jsonl file's conversations, trimmed to the context, every twentieth held out."""
+    """A file's conversations, trimmed to the context, every twentieth held out.  `targets`: 0, 1, or 2 for no one's."""
     is_traces = True
 
     def __init__(self, name, tokens, targets, offsets):
@@ -1269,7 +1389,7 @@ class ChatSource:
     def get(self, index, hold):
         row = 20 * index + 19 if hold else index + index // 19
         part = slice(self.offsets[row], self.offsets[row + 1])
-        return self.tokens[part].tolist(), self.targets[part].astype(bool).tolist()
+        return self.tokens[part].tolist(), [(False, True, None)[code] for code in self.targets[part].tolist()]
 
 
 class TaskSource:
@@ -1317,13 +1437,14 @@ class TaskSource:
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     """Tokenise a file once into memory-mapped arrays beside the run, and open them: (tokens, targets, offsets).
 
-    .txt: one stream of tokens, read in pieces of a megabyte, so several GB never sit in memory; .jsonl: a row's tokens
-    after trimming for this context, found by offsets.  The cache's name holds all that its content depends on.
+    .txt: one stream of tokens, read in pieces of a megabyte, so several GB never sit in memory; .jsonl, .json: a row's
+    tokens after trimming for this context, found by offsets.  The cache's name holds all that its content depends on.
     """
-    chat = path.endswith(".jsonl")
+    chat = file_kind(path) != "txt"
     about = os.stat(path)
     vocabulary = hashlib.md5(repr(sorted(tokenizer.ranks.items())).encode()).hexdigest()
-    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, vocabulary, chat and context, skip_bad_lines]
+    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, vocabulary, chat and context, skip_bad_lines,
+                "every field mapped or refused"]                # arrays from before that are made anew
     stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
     kind = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     if first() and not os.path.exists(stem + ".json"):
@@ -1336,17 +1457,16 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
                     bar.update(sum(len(message["content"]) for message in messages))
                     messages, verdict = trim(messages, context, tokenizer)
                     verdicts[verdict] += 1
-                    if messages:
-                        ids, wanted = tokenizer.render(messages)
+                    for message in messages or []:
+                        ids, wanted = tokenizer.render([message])
                         np.array(ids, kind).tofile(tokens)
-                        np.array(wanted, np.uint8).tofile(targets)
-                        offsets.append(offsets[-1] + len(ids))
+                        np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
+                    if messages:
+                        offsets.append(tokens.tell() // kind(0).itemsize)
             else:
-                with open(path, encoding="utf-8", errors="replace", newline="") as file:
-                    while piece := file.read(1 << 20):
-                        piece += file.readline(1 << 16)         # not in the middle of a word
-                        np.array(tokenizer.encode(piece), kind).tofile(tokens)
-                        bar.update(len(piece.encode()))
+                for piece in read_text(path):
+                    np.array(tokenizer.encode(piece), kind).tofile(tokens)
+                    bar.update(len(piece.encode()))
         np.array(offsets, np.int64).tofile(stem + ".offsets")
         write_json(stem + ".json", verdicts)                    # last: it says that the others are whole
     meet()
@@ -1354,7 +1474,8 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     if chat:
         print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
     if os.path.getsize(stem + ".tokens") == 0:
-        raise SystemExit(f"{path} gave no tokens: " + (f"none of its rows fits {context}" if chat else "it is empty"))
+        raise SystemExit(f"{path} gave no tokens: " + (f"it has no row that is good and fits {context}" if chat else
+                                                       "it is empty"))
     targets = np.memmap(stem + ".targets", np.uint8, "r") if chat else None
     return np.memmap(stem + ".tokens", kind, "r"), targets, np.fromfile(stem + ".offsets", np.int64)
 
@@ -1366,8 +1487,8 @@ def make_sources(config, stage, tokenizer):
         tokens, targets, offsets = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
         name = os.path.basename(path)
         name = path if name in [os.path.basename(other) for other in config.data if other != path] else name
-        sources.append(ChatSource(name, tokens, targets, offsets) if path.endswith(".jsonl")
-                       else TextSource(name, tokens, stage.context))
+        sources.append(TextSource(name, tokens, stage.context) if file_kind(path) == "txt"
+                       else ChatSource(name, tokens, targets, offsets))
     if not config.data:
         for name, text in python_text(PRESETS[config.preset]["text_bytes"]).items():
             sources.append(TextSource(name, np.array(tokenizer.encode(text), np.uint32), stage.context))
@@ -1449,7 +1570,7 @@ class Loader:
             for ids, wanted in (pool[index][1] for index in members):
                 end = start + len(ids)
                 inputs[row, start:end] = ids
-                counts = np.array(wanted[1:]) if self.stage.mask_prompts else True
+                counts = [ours if self.stage.mask_prompts else ours is not None for ours in wanted[1:]]
                 targets[row, start:end - 1] = np.where(counts, ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
                 start = end
@@ -2876,7 +2997,7 @@ def make_tokenizer(config, vocab_size):
     else:
         texts = []
         for path in config.data:
-            if path.endswith(".jsonl"):
+            if file_kind(path) != "txt":
                 budget = 4_000_000
                 for messages in read_jsonl(path, config.skip_bad_lines):
                     texts += [message["content"] for message in messages]
@@ -2884,8 +3005,9 @@ def make_tokenizer(config, vocab_size):
                     if budget < 0:
                         break
             else:
-                with open(path, encoding="utf-8", errors="replace") as file:
-                    texts.append(file.read(4_000_000))
+                texts.append("".join(itertools.islice(read_text(path), 4))[:4_000_000])
+            if not any(texts):
+                raise SystemExit(f"{path} has no text")
         texts = texts or list(python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values())
         try:
             tokenizer = Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size,
@@ -3202,8 +3324,9 @@ def main(arguments=None):
     for path in config.data:
         if not os.path.isfile(path):
             raise SystemExit(f"--data {path}: no such file")
-        if not path.endswith((".txt", ".jsonl")):
-            raise SystemExit(f"--data {path}: .txt and .jsonl files are read; rename or convert it")
+        if file_kind(path) is None:
+            raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
+                             "convert it")
     device, dtype, why = choose_device(config)
     try:
         os.makedirs(config.out, exist_ok=True)

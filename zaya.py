@@ -900,6 +900,7 @@ class Tokenizer:
     def render(self, messages, generation_prompt=False):
         """[{"role", "content"}, …] -> ids, targets: the chat as tokens, and for each whether the assistant wrote it.
 
+        A message with "weight": 0 is read and not learned: its targets are False.
         With `generation_prompt` the chat ends with the token after which the assistant speaks.  The tags <think> and
         </think> are special tokens in the assistant's turns only: nobody else can open or close its reasoning.
         """
@@ -912,7 +913,7 @@ class Tokenizer:
             body = self.encoding.encode(content, allowed_special={"<think>", "</think>"}, disallowed_special=()) \
                 if ours else self.encode(content)
             ids += [self.special[f"<|{role}|>"], *body, self.end]
-            targets += [False] + [ours] * (len(body) + 1)
+            targets += [False] + [ours and message.get("weight", 1) != 0] * (len(body) + 1)
         if generation_prompt:
             ids.append(self.special["<|assistant|>"])
             targets.append(False)

@@ -1,7 +1,9 @@
 """train.py's parts: tasks, trimming, packing, sources, optimizers, checkpoints (the command line: test_cli.py)."""
 import builtins
 import doctest
+import gzip
 import json
+import math
 import os
 import random
 import subprocess
@@ -336,6 +338,47 @@ def test_trimming_follows_the_four_rules_in_order():
     assert trim(short_end, 20, BYTES) == ([*bare[:3], short_end[3]], "stripped")       # the last turn stays whole
 
 
+@settings(max_examples=300, deadline=None)
+@given(turns=st.lists(st.tuples(words, words, st.lists(st.tuples(words, words), max_size=4)), min_size=1, max_size=3),
+       context=st.integers(5, 120))
+def test_trimming_moves_nothing_among_several_blocks(turns, context):
+    """What is left is the conversation with a tail of the last turn's reasoning taken out, wherever its blocks are."""
+    messages = []
+    for question, first, blocks in turns:
+        reply = first + "".join(f"<think>{reasoning}</think>{answer}" for reasoning, answer in blocks)
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    result, verdict = trim(messages, context, BYTES)
+    bare = [re.sub("<think>[^<]*</think>", "", m["content"]) for m in messages]
+    if verdict == "dropped":
+        without = [{**m, "content": text} for m, text in zip(messages, bare)]
+        assert result is None and len(BYTES.render(without)[0]) > context
+        return
+    assert len(BYTES.render(result)[0]) <= context
+    assert [re.sub("<think>[^<]*</think>", "", m["content"]) for m in result] == bare
+    assert result[:-1] == messages[:-1] or [m["content"] for m in result[:-1]] == bare[:-1]
+    _, first, blocks = turns[-1]
+    expected, left, kept = first, len(train.split_think(result[-1]["content"])[0]), result[-1]["content"]
+    for reasoning, answer in blocks:                            # a block is whole, or cut and then all later ones gone
+        block = f"<think>{reasoning[:left]}</think>"
+        expected += (block if kept.startswith(expected + block) else "") + answer
+        left = max(0, left - len(reasoning))
+    assert kept == expected
+    if verdict == "cut" and left == 0 and "<think>" in kept:
+        assert len(BYTES.render(result)[0]) > context - 6       # two tags, and what a character of two bytes leaves
+
+
+def test_trimming_cuts_the_last_block_first():
+    talk = [{"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a<think>one</think>b<think>two</think>c"}]
+    assert len(BYTES.render(talk)[0]) == 18
+    for context, reply in [(18, talk[1]["content"]), (16, "a<think>one</think>b<think>t</think>c"),
+                           (15, "a<think>one</think>bc"), (12, "a<think>on</think>bc"), (9, "abc")]:
+        assert trim(talk, context, BYTES)[0][1]["content"] == reply
+    assert train.split_think(talk[1]["content"]) == ("onetwo", "abc")
+    more = [*talk, {"role": "user", "content": "q"}, {"role": "assistant", "content": "d"}]
+    assert [m["content"] for m in trim(more, 17, BYTES)[0]] == ["q", "abc", "q", "d"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), max_size=40), capacity=st.integers(10, 40), bins=st.integers(1, 6))
 def test_packing_keeps_samples_whole(lengths, capacity, bins):
@@ -364,7 +407,19 @@ def test_packing_is_tight_on_real_lengths():
     ('{"messages": []}', "at least one"), ('{"messages": [{"role": "user"}]}', "message 0"),
     ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"),
     ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"),
-    ('{"prompt": "q", "completion": "</think>x<think>"}', "<think>"), (b"\xff", "utf-8")])
+    ('{"prompt": "q", "completion": "</think>x<think>"}', "<think>"), (b"\xff", "utf-8"),
+    ("[" * 100_000, "recursion"), ('{"question": "q", "answer": "a", "x": ' + "[" * 100_000, "recursion"),
+    ('{"question": "q", "answer": "a"}'.encode("utf-16"), "utf-8"), (b'{"question": "q\0", "answer": "a"}', "control"),
+    ('{"question": "q", "answer": "half \\ud83d"}', "'answer' must be a text of whole characters"),
+    ('{"question": "nul \\u0000", "answer": "a"}', "'question' must be a text of whole characters"),
+    ('{"question": "q", "answer": NaN}', "this is NaN"), ('{"question": "q", "answer": 1e999}', "this is Infinity"),
+    ('{"question": "q", "answer": true}', "this is true"), ('{"question": "q", "answer": ["a"]}', "'answer' must be"),
+    ('{"question": "q", "answer": ' + "7" * 5000 + "}", "4300"),
+    ('{"messages": 3}', "no 'messages'"), ('{"messages": ["hello"]}', "message 0: a JSON object"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "has role ['user']"),
+    ('{"messages": [{"role": "assistant", "content": "x", "reasoning": "</think>"}]}', "<think>"),
+    ('{"messages": [{"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}]}', "two fields"),
+    ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', "there are 0 and 1")])
 def test_a_bad_line_is_named_or_skipped(tmp_path, capsys, line, says):
     path = tmp_path / "rows.jsonl"
     good = b'{"question": "1+1?", "answer": "2"}\n'
@@ -374,6 +429,168 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, capsys, line, says):
     assert f"{path}:3:" in str(stop.value) and says in str(stop.value) and "--skip-bad-lines" in str(stop.value)
     assert len(list(train.read_jsonl(str(path), skip_bad_lines=True))) == 2
     assert "skipped 1 bad line" in capsys.readouterr().out
+
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("row, messages", [
+    ({"instruction": "q", "input": "i", "output": "a"}, ["user: q\n\ni", "assistant: a"]),
+    ({"instruction": "q", "input": "", "output": "a"}, ["user: q", "assistant: a"]),
+    ({"instruction": "Double it.", "input": 0, "output": 0.5}, ["user: Double it.\n\n0", "assistant: 0.5"]),
+    ({"system": "s", "prompt": "q", "completion": "a"}, ["system: s", "user: q", "assistant: a"]),
+    ({"system_prompt": "s", "question": "q", "response": "", "answer": 42}, ["system: s", "user: q", "assistant: 42"]),
+    ({"system": "s", "messages": [Q, A]}, ["system: s", "user: q", "assistant: a"]),
+    ({"system": "s", "messages": [{"role": "system", "content": "s"}, Q]}, ["system: s", "user: q"]),
+    ({"context": "c", "question": "q", "answer": "a"}, ["user: c\n\nq", "assistant: a"]),
+    ({"passage": "c", "instruction": "q", "response": "a"}, ["user: c\n\nq", "assistant: a"]),
+    ({"question": "q", "reasoning": "r", "answer": "a\n#### 1"}, ["user: q", "assistant: <think>r</think>a\n#### 1"]),
+    ({"messages": [Q, {**A, "reasoning_content": "r"}]}, ["user: q", "assistant: <think>r</think>a"]),
+    ({"messages": [Q, {**A, "thinking": "r", "reasoning": "r", "reasoning_content": ""}]},
+     ["user: q", "assistant: <think>r</think>a"]),
+    ({"messages": [Q, {**A, "reasoning": " "}]}, ["user: q", "assistant: a"]),
+    ({"messages": [Q, {"role": "assistant", "content": "<think>\nr\n</think>a", "reasoning_content": "r"}]},
+     ["user: q", "assistant: <think>\nr\n</think>a"]),
+    ({"messages": [Q, {"role": "assistant", "content": "b<think>s</think>a", "reasoning": "r"}]},
+     ["user: q", "assistant: <think>r</think>b<think>s</think>a"]),
+    ({"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+                        {"from": "gpt", "value": "a"}]}, ["system: s", "user: q", "assistant: a"]),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "6*"}, {"type": "text", "text": "7?"}]},
+                   {"role": "assistant", "content": 42}]}, ["user: 6*7?", "assistant: 42"]),
+    ({"messages": [{"role": "developer", "content": "s"}, Q, A,
+                   {"role": "tool", "tool_call_id": "1", "content": "t"}, A]},
+     ["system: s", "user: q", "assistant: a", "user: t", "assistant: a"]),
+    ({"messages": [Q, {**A, "refusal": None, "annotations": [], "tool_calls": []}]}, ["user: q", "assistant: a"]),
+    ({"messages": [Q, {**A, "content": ""}]}, ["user: q", "assistant: "]),
+])
+def test_what_a_field_says_reaches_the_model(row, messages):
+    assert [f"{m['role']}: {m['content']}" for m in train.to_messages(json.loads(json.dumps(row)))] == messages
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"messages": [Q, {**A, "tool_calls": [{"function": {"name": "weather"}}]}]}, "message 1 has a field 'tool_calls'"),
+    ({"messages": [Q, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "'function_call'"),
+    ({"messages": [Q, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "'tool_calls'"),
+    ({"messages": [{**Q, "reasoning": "r"}, A]}, "message 0 has a field 'reasoning'"),
+    ({"messages": [{**Q, "name": "Ann"}, A]}, "message 0 has a field 'name'"),
+    ({"messages": [{**Q, "content": [{"type": "image_url", "image_url": "x"}]}, A]}, "message 0 must be a text"),
+    ({"messages": [{**Q, "content": [{"type": "text", "text": "a"}, {"type": "file"}]}, A]}, "message 0 must be"),
+    ({"messages": [{**Q, "content": [{"type": "text"}]}, A]}, "message 0 must be a text"),
+    ({"messages": [Q, A], "tools": [{"name": "weather"}]}, "the row has a field 'tools'"),
+    ({"messages": [Q, A], "context": "c"}, "'context'"), ({"messages": [Q, A], "input": "i"}, "'input'"),
+    ({"messages": [Q, A], "prompt": "another"}, "'prompt'"),
+    ({"messages": "x", "prompt": "q", "completion": "a"}, "'messages'"),
+    ({"question": "q", "answer": "a", "choices": ["b", "c"]}, "'choices'"),
+    ({"question": "q", "answer": "a", "hint": "h"}, "'hint'"),
+    ({"question": "q", "answer": "a", "image": "p.png"}, "'image'"),
+    ({"question": "q", "answer": "a", "image_id": "7"}, "'image_id'"),
+    ({"question": "q", "answer": "a", "solution": "s"}, "'solution'"),
+    ({"question": "q", "answer": "a", "weight": 0}, "'weight'"),
+    ({"instruction": "q", "output": "a", "history": [["b", "c"]]}, "'history'"),
+    ({"prompt": "q", "chosen": "a", "rejected": "b"}, "no pair"),
+])
+def test_a_row_that_says_more_is_refused_by_name(row, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        train.to_messages(row)
+
+
+def test_harmless_fields_are_taken():
+    harmless = {"id": "a-1", "prompt_id": "x y", "source": "a book, chapter 2", "url": "https://a.b/c", "score": "0.5",
+                "difficulty": "very hard", "problem_type": "word problem", "tags": ["a b"], "metadata": {"by": "Ann"},
+                "n": 3, "ok": True, "nothing": None, "no_tools": [], "note": "", "License": "CC BY 4.0", "Meta": "x",
+                "loss_before": math.nan}
+    for row in ({"question": "q", "answer": "a"}, {"messages": [Q, A]}):
+        assert train.to_messages({**row, **harmless}) == [Q, A]
+    assert train.to_messages({"messages": [{**Q, "id": "1"}, {**A, "timestamp": "8 am"}], "prompt": "q"}) == [Q, A]
+    row = {"problem": "6*7?", "solution": "6*7 is 42.", "answer": "42"}            # NuminaMath's form
+    assert [m["content"] for m in train.to_messages(row)] == ["6*7?", "6*7 is 42."]
+
+
+@pytest.mark.parametrize("mask_prompts", [False, True])
+@pytest.mark.parametrize("field", ["weight", "train", "loss"])
+def test_a_message_of_weight_0_is_read_and_never_learned(tmp_path, field, mask_prompts):
+    turns = [Q, {**A, "content": "wrong", field: 0}, Q, {**A, "content": "right", field: 1}]
+    messages = train.to_messages({"messages": turns})
+    assert [m.get("weight", 1) for m in messages] == [1, 0, 1, 1]
+    ids, targets = BYTES.render(messages)
+    assert BYTES.decode([i for i, w in zip(ids, targets) if w]) == "right<|end|>" and set(targets) == {False, True}
+    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20, encoding="utf-8")
+    tokens, targets, offsets = train.cached_tokens(str(tmp_path / "a.jsonl"), str(tmp_path), BYTES, 64, False)
+    source = train.ChatSource("a", tokens, targets, offsets)
+    assert source.size(False) == 19 and source.get(3, False)[0] == ids
+    loader = Loader([source], tiny_stage(mask_prompts=mask_prompts), 64, 0, BYTES.pad)
+    inputs, targets, positions, _ = loader.next()
+    first = targets[0][:len(ids)]
+    text = BYTES.decode(first[first >= 0].tolist())
+    assert text == ("right<|end|>" if mask_prompts else "q<|end|>" "<|user|>q<|end|><|assistant|>right<|end|>")
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    ("A.JSONL", lambda rows: b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()),
+    ("a.jsonl.gz", lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode())),
+    ("a.json", lambda rows: json.dumps(rows, indent=2).encode()),
+    ("a.Json", lambda rows: json.dumps(rows).encode("utf-8-sig")),
+    ("a.json.gz", lambda rows: gzip.compress(json.dumps(rows).encode())),
+])
+def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
+    path = tmp_path / name
+    path.write_bytes(write([{"question": f"{i} on and on and on?", "answer": i, "answer_id": "x"} for i in range(30)]))
+    assert [m[1]["content"] for m in train.read_jsonl(str(path))] == [str(i) for i in range(30)]
+    config = train.TrainConfig(data=[str(path)], tasks="none", out=str(tmp_path / "out"))
+    source, = train.make_sources(config, tiny_stage(), BYTES)
+    assert source.is_traces and source.size(False) + source.size(True) == 30
+    assert "<|user|>7 on and on and on?<|end|>" in BYTES.decode(source.get(7, False)[0])
+    assert train.make_tokenizer(config, 268).vocab_size == 268
+
+
+def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
+    path, good = tmp_path / "a.json", {"question": "q", "answer": "a"}
+    path.write_text(json.dumps(good), encoding="utf-8")
+    assert list(train.read_jsonl(str(path))) == [[Q, A]]
+    path.write_text(json.dumps([good, {**good, "hint": "h"}, good]), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"a\.json:row 2: .*'hint'.*--skip-bad-lines"):
+        list(train.read_jsonl(str(path)))
+    assert len(list(train.read_jsonl(str(path), skip_bad_lines=True))) == 2
+    assert "skipped 1 bad line" in capsys.readouterr().out
+    for text, says in [('{"a": 1}\n{"a": 2}', "line 2.*name it .jsonl"), ("[1,\n2,,]", "line 2"),
+                       ("[" * 10**5, "recursion"), ("", "Expecting value")]:
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=rf"a\.json: .*{says}"):
+            list(train.read_jsonl(str(path), skip_bad_lines=True))
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.txt", "Grüße\n".encode("utf-16"), "a.txt:1: 'utf-8' codec"),
+    ("a.txt", "one\ntwo\n".encode("utf-16-le"), "a.txt:1: .*NUL"),
+    ("a.txt", b"one\ntwo\nthr\xe9e\n", "a.txt:3: .*0xe9.*Save the file as UTF-8"),
+    ("a.TXT", "é\n".encode() * 700_000 + b"\xff", "a.TXT:700001: .*0xff"),
+    ("a.txt", b"x" * 3_000_000 + "\né".encode()[:-1], "a.txt:2: .*unexpected end"),
+    ("a.txt.gz", gzip.compress(b"one\n\xff"), "a.txt.gz:2: "),
+    ("a.txt.gz", gzip.compress(b"one\n" * 9000)[:-20], "a.txt.gz is damaged: "),
+    ("a.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}\n' * 9)[:-9], "a.jsonl.gz is damaged: "),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged: Not a gzipped file"),
+    ("a.txt", b"", "a.txt gave no tokens: it is empty"), ("a.jsonl", b"\n", "a.jsonl gave no tokens"),
+    ("a.jsonl", (json.dumps({"question": "q", "answer": "a"}) + "\n").encode("utf-16"), "a.jsonl gave no tokens"),
+])
+def test_a_file_that_is_no_text_is_named_and_never_trained_on(tmp_path, name, content, says):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=says):
+        train.cached_tokens(str(path), str(tmp_path / "data"), BYTES, 64, skip_bad_lines=True)
+    with pytest.raises(SystemExit, match=re.escape(name)):
+        train.make_tokenizer(train.TrainConfig(data=[str(path)], skip_bad_lines=True), 280)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_text_is_read_whatever_its_characters_and_line_ends(tmp_path, pack):
+    text = "Grüße 123 \U0001f600\r\n" * 30_000 + "é" * 700_000 + "\n" + "\U0001f600" * 300_001 + "x\ufeff"
+    path = tmp_path / ("A.Txt" + ".gz" * (pack is gzip.compress))
+    path.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
+    pieces = list(train.read_text(str(path)))
+    assert "".join(pieces) == text and max(map(len, pieces)) < 1.1 * 2**20
+    tokens, targets, _ = train.cached_tokens(str(path), str(tmp_path / "data"), BYTES, 64, False)
+    assert BYTES.decode_bytes(tokens.tolist()).decode() == text and targets is None
 
 
 def test_pairs_and_messages_become_chats():
