@@ -39,6 +39,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from dataclasses import dataclass, field
 
@@ -50,12 +51,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
 from tqdm import tqdm
 
 from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, worth_compiling
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
                  reply, terse_prompt)
-from zaya import Cache, PIDBalancer, Tokenizer, Zaya, ZayaConfig
+from zaya import Cache, Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -174,6 +179,8 @@ class TrainConfig:
     seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run", least=0,
                        most=2**63 - 1)
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")
+    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", "run",
+                        least=0)
     dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "run")
     data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
     tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
@@ -1447,7 +1454,7 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
                 "every field mapped or refused"]                # arrays from before that are made anew
     stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
     kind = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-    if first() and not os.path.exists(stem + ".json"):
+    if is_main() and not os.path.exists(stem + ".json"):
         os.makedirs(folder, exist_ok=True)
         verdicts, offsets = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0), [0]
         with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets, \
@@ -1469,7 +1476,7 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
                     bar.update(len(piece.encode()))
         np.array(offsets, np.int64).tofile(stem + ".offsets")
         write_json(stem + ".json", verdicts)                    # last: it says that the others are whole
-    meet()
+    barrier()
     verdicts = read_json(stem + ".json")
     if chat:
         print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
@@ -1615,7 +1622,8 @@ class Muon(torch.optim.Optimizer):
 
     TR section III ("AdamW-RMS matching": one learning rate serves both optimizers).  Parameters are matrices (m, n) or
     stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  Those of one shape are
-    orthogonalised in one batch.  `momentum` 0 is the RL stages'.
+    orthogonalised in one batch.  `momentum` 0 is the RL stages'.  Under FSDP2 a process orthogonalises the experts that
+    it owns; other matrices are gathered, and each process keeps its rows of the result.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
@@ -1629,18 +1637,19 @@ class Muon(torch.optim.Optimizer):
                                  f"shape {tuple(parameter.shape)}: give it to AdamW")
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             shapes = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape[-2:], []).append(parameter)
             for shape, parameters in shapes.items():
-                updates = [self.update(p, group["momentum"]).reshape(-1, *shape) for p in parameters]
+                updates = [self.whole_matrices(self.update(p, group["momentum"])) for p in parameters]
                 moves = orthogonalize(torch.cat(updates)).split([len(update) for update in updates])
                 for parameter, move in zip(parameters, moves):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(move.view_as(parameter), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    own.mul_(1 - group["lr"] * group["weight_decay"])
+                    own.add_(self.own_rows(move, parameter), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
     def update(self, parameter, momentum):
         """The gradient with Nesterov momentum."""
@@ -1651,6 +1660,24 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         state["momentum"].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(state["momentum"], momentum)
+
+    @staticmethod
+    def whole_matrices(update):
+        """(m, n) -> (1, m, n), gathered;  (X, m, n) -> the experts of this process."""
+        if isinstance(update, DTensor):
+            update = update.full_tensor() if update.ndim == 2 else update.to_local()
+        return update if update.ndim == 3 else update[None]
+
+    @staticmethod
+    def own_rows(move, parameter):
+        """What of an orthogonalised update belongs to this process' part of the parameter."""
+        if parameter.ndim == 2:
+            move = move[0]
+            if isinstance(parameter, DTensor):
+                mesh = parameter.device_mesh
+                whole = DTensor.from_local(move, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                move = whole.redistribute(placements=parameter.placements).to_local()
+        return move
 
 
 def make_optimizers(model, lr, weight_decay=0.0, momentum=0.95):
@@ -1676,128 +1703,114 @@ def learning_rate(step, steps, peak, final):
 
 
 # ---- many processes -------------------------------------------------------------------------------------------------
-# torchrun --nproc_per_node N train.py …: the same run, whatever N is.  Every process holds the whole model and builds
-# the whole batch, but computes its own share of the rows.  ZeRO-1: each parameter has an owner, who alone gets the sum
-# of its gradients, keeps its optimizer state, orthogonalises it, and sends the new weight to all: the traffic of one
-# all-reduce.  Bytes on each of N GPUs, with M numbers in matrices, R in all other parameters, P = M + R:
-#     4 P weights + 4 P gradients + (4 M Muon + 8 R AdamW) / N + 2 M bf16 copies (autocast's) + activations
-# and in reinforcement learning 4 P for the sampler, but nothing for Muon.  Weights and gradients are not sharded: about
-# 10 bytes a parameter stay, however many GPUs there are.  notebooks/cluster.py works it out for the 8B shape.
-# Not shared out: tokenising, packing, the teachers' traces.  All processes need to see the same --out and --data.
+# torchrun --nproc_per_node N train.py …: the same run, whatever N is.  FSDP2 shards weights, gradients and optimizer
+# states over the processes; each computes its own rows of every batch.  Steps and losses do not know: FSDP2 averages
+# gradients, so a loss is divided by what *one* process has on average.  Sampling needs no gradients: each process
+# samples its share of the prompts with a whole copy of the weights.  Every process tokenises and packs, or
+# the first does for all.  All processes need to see the same --out and --data.
 
 
-def place():
-    """(the number of this process, how many there are): (0, 1) without torchrun."""
-    many = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+def world_size():
+    """How many processes there are: 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def first():
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main():
     """Whether this is the process that writes files."""
-    return place()[0] == 0
+    return rank() == 0
 
 
-def share(items):
+def shard(items):
     """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
-    rank, ranks = place()
-    return items[rank::ranks]
+    return items[rank()::world_size()]
 
 
-def everyone(value):
+def all_gather(value):
     """The values of all processes, in a list."""
-    values = [value] * place()[1]
-    if len(values) > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def gathered(part):
-    """The shares of all processes in the old order: gathered(share(items)) == items."""
-    parts = everyone(part)
+def unshard(part):
+    """The parts of all processes in the old order: unshard(shard(items)) == items."""
+    parts = all_gather(part)
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-def summed(*numbers):
+def all_reduce(*numbers):
     """Numbers, each summed over the processes."""
-    if place()[1] == 1:
+    if world_size() == 1:
         return numbers
     total = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
 
-def meet():
+def barrier():
     """Wait until all processes are here."""
-    summed(0)
+    all_reduce(0)
 
 
-def owners(optimizer):
-    """{parameter: the process that keeps its state}, the largest first, each to the one that has the least so far."""
-    kept, owner = [0] * place()[1], {}
-    for parameter in sorted((p for group in optimizer.param_groups for p in group["params"]), key=lambda p: -p.numel()):
-        owner[parameter] = kept.index(min(kept))
-        kept[owner[parameter]] += parameter.numel()
-    return owner
+def shard_model(model, size=0):
+    """Shard the weights of each layer, and of what is around the layers, over the processes (FSDP2), in place.
+
+    size: how many processes share one copy, such as those of a node; between such groups weights are replicated and
+    gradients averaged.  0: all processes share one.  Alone: nothing.  -> the model, whose parameters are now DTensors.
+    """
+    if world_size() == 1:
+        return model
+    size, device = size or world_size(), next(model.parameters()).device.type
+    shape, names = ((size,), ("shard",)) if size == world_size() else \
+        ((world_size() // size, size), ("replicate", "shard"))
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+    # A layer's router state is a view, which FSDP2 warns about: an operation in place would lose its gradient.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for module in model.modules():
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if hasattr(model, "hidden_states"):
+        register_fsdp_forward_method(model, "hidden_states")
+    return model
 
 
-def messages(optimizers, most=2**25):
-    """-> (owner, list of its parameters), up to `most` numbers together: many small messages would be slow."""
-    for optimizer in optimizers:
-        owner, waiting = owners(optimizer), {}
-        for parameter, rank in owner.items():
-            if sum(p.numel() for p in waiting.get(rank, [])) + parameter.numel() > most and rank in waiting:
-                yield rank, waiting.pop(rank)
-            waiting.setdefault(rank, []).append(parameter)
-        yield from waiting.items()
+def whole_weights(model):
+    """The state dict of a model, sharded or not, with whole tensors: every process takes part and gets all of them."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
-@torch.no_grad()
-def sum_gradients(optimizers):
-    """Every gradient, summed over the processes, to its owner; the others drop theirs, so no optimizer sees them."""
-    for owner, parameters in messages(optimizers):
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        dist.reduce(flat, owner)
-        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters])):
-            parameter.grad = gradient.view_as(parameter) if owner == place()[0] else None
+def shard_rows(batch):
+    """This process' rows of each tensor (rows, S); rows of padding are added until all have equally many, since FSDP2
+    wants every process to take part in every forward pass."""
+    inputs, targets, positions = batch
+    missing = -len(inputs) % world_size()
+    padded = [F.pad(t, (0, 0, 0, missing), value=v) for t, v in ((inputs, 0), (targets, -100), (positions, -1))]
+    return [shard(t) for t in padded]
 
 
-@torch.no_grad()
-def send_weights(optimizers):
-    """Every parameter, from its owner to all others: they stay the same to the bit."""
-    for owner, parameters in messages(optimizers):
-        flat = torch.cat([p.flatten() for p in parameters])
-        dist.broadcast(flat, owner)
-        for parameter, weight in zip(parameters, flat.split([p.numel() for p in parameters])):
-            parameter.copy_(weight.view_as(parameter))
+class OptimizerState:
+    """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
+    processes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
-
-class Sharded:
-    """An optimizer as a part of a checkpoint: saved whole, whatever the number of processes; each takes up its own."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    def owners(self):
-        owner = owners(self.optimizer)
-        return [owner[p] for group in self.optimizer.param_groups for p in group["params"]]
+    def __init__(self, model, optimizers):
+        self.model, self.optimizers = model, optimizers
 
     def state_dict(self):
-        """Whole in the first process, to which the others send theirs, a parameter at a time."""
-        whole, (rank, _) = self.optimizer.state_dict(), place()
-        for index, owner in enumerate(self.owners()):
-            if rank == owner != 0:
-                state = whole["state"].get(index, {})
-                dist.send_object_list([{key: value.cpu() for key, value in state.items()}], 0)
-            elif rank == 0 != owner:
-                received = [None]
-                dist.recv_object_list(received, owner)
-                whole["state"] |= {index: received[0]} if received[0] else {}
-        return whole
+        """Whole in the first process, empty in the others."""
+        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
+            self.model.reshard()
+        return get_optimizer_state_dict(self.model, self.optimizers, options=self.options)
 
-    def load_state_dict(self, whole):
-        own = {index for index, owner in enumerate(self.owners()) if owner == place()[0]}
-        state = {index: state for index, state in whole["state"].items() if index in own}
-        self.optimizer.load_state_dict({**whole, "state": state})
+    def load_state_dict(self, state):
+        set_optimizer_state_dict(self.model, self.optimizers, state, options=self.options)
 
 
 @contextlib.contextmanager
@@ -1810,7 +1823,7 @@ def process_group():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    store, rank, ranks = next(dist.rendezvous("env://"))
+    store, number, processes = next(dist.rendezvous("env://"))
     reader, writer = os.pipe()
 
     def say(message):
@@ -1830,13 +1843,13 @@ def process_group():
     signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
     signal.set_wakeup_fd(writer)
     threading.Thread(target=wait_for_sigterm, daemon=True).start()
-    if rank:
+    if number:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # The first process may tokenise a file for long while the others wait; an end is noticed by torchrun, not by this.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=rank, world_size=ranks,
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
                             timeout=datetime.timedelta(hours=4))
     try:
         yield
@@ -1844,7 +1857,7 @@ def process_group():
         if isinstance(error, SystemExit) and isinstance(error.code, str):
             say(error.code)
             raise SystemExit(1) from None
-        if rank or not isinstance(error, SystemExit):
+        if number or not isinstance(error, SystemExit):
             time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
             sys.stderr = sys.__stderr__
         raise
@@ -1860,7 +1873,7 @@ def alone_in(out):
 
     The system holds the lock, and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
     """
-    if not first():                                             # the first process holds it for all
+    if not is_main():                                             # the first process holds it for all
         yield
         return
     with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
@@ -1890,27 +1903,32 @@ def write_json(path, content):
     os.replace(path + ".tmp", path)
 
 
+def write_trainer_state(path, state):
+    """torch.save, but what the system said, such as that the disk is full, is the error."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def save_checkpoint(folder, model, tokenizer, state=None):
     """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
-    if not first():
-        return meet()
-    shutil.rmtree(folder + ".new", ignore_errors=True)
-    model.save_pretrained(folder + ".new")
-    tokenizer.save_pretrained(folder + ".new")
-    if state is not None:
-        try:
-            with open(os.path.join(folder + ".new", "trainer.pt"), "wb") as file:
-                torch.save(state, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):          # what the system said is under what torch says
-                raise error.__context__ from None
-            raise
-    if os.path.exists(folder):
+    weights = get_model_state_dict(model, options=OptimizerState.options)           # whole in the first process
+    if is_main():
+        shutil.rmtree(folder + ".new", ignore_errors=True)
+        model.save_pretrained(folder + ".new", state_dict=weights)
+        tokenizer.save_pretrained(folder + ".new")
+        if state is not None:
+            write_trainer_state(os.path.join(folder + ".new", "trainer.pt"), state)
+        if os.path.exists(folder):
+            shutil.rmtree(folder + ".old", ignore_errors=True)
+            os.rename(folder, folder + ".old")
+        os.rename(folder + ".new", folder)
         shutil.rmtree(folder + ".old", ignore_errors=True)
-        os.rename(folder, folder + ".old")
-    os.rename(folder + ".new", folder)
-    shutil.rmtree(folder + ".old", ignore_errors=True)
-    return meet()
+    barrier()
 
 
 def load_checkpoint(folder, device):
@@ -1918,12 +1936,12 @@ def load_checkpoint(folder, device):
 
     Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises Damaged.
     """
-    if first():
+    if is_main():
         if not os.path.exists(folder) and os.path.exists(folder + ".old"):
             os.rename(folder + ".old", folder)
         for leftover in (folder + ".new", folder + ".old"):
             shutil.rmtree(leftover, ignore_errors=True)
-    meet()
+    barrier()
     if not os.path.exists(folder):
         return None
     try:
@@ -1933,10 +1951,9 @@ def load_checkpoint(folder, device):
     for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
         parameter.data = parameter.data.clone()                 # else a resumed run may round differently
     path, state = os.path.join(folder, "trainer.pt"), None
-    where = device if place()[1] == 1 else "cpu"                # each process needs a part of it only
     if os.path.exists(path):
         try:
-            state = torch.load(path, map_location=where, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise Damaged(f"{path} is damaged: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
         if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
@@ -1951,7 +1968,7 @@ class Log:
                "kl_live", "rollouts_per_second", "difficulty"]
 
     def __init__(self, out, stage, step):
-        if not first():
+        if not is_main():
             self.file = open(os.devnull, "w", encoding="utf-8")
             self.writer = csv.DictWriter(self.file, self.COLUMNS)
             return
@@ -2003,15 +2020,15 @@ def held_out_loss(model, sources, stage, pad, late, tokens=16384):
         if source.size(hold=True) == 0:
             continue
         inputs, targets, positions, _ = Loader([source], stage, max(tokens, stage.context), 0, pad, hold=True).next()
-        losses = []
-        for x, y, p in share(list(zip(inputs.split(8), targets.split(8), positions.split(8)))):
+        losses = []                                             # a tensor (S,) for each row
+        for x, y, p in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
             x, y, p = (t.to(model.norm.weight.device) for t in (x, y, p))
             logits = model.logits(model.hidden_states(x, position_ids=p))
-            losses.append(F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").cpu())
-        losses, counted = torch.cat(gathered(losses)), targets.flatten() >= 0
+            losses += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu()
+        losses, counted = torch.stack(unshard(losses)[:len(inputs)]), targets >= 0
         if not counted.any():
             continue
-        far = counted & (positions.flatten() >= late)
+        far = counted & (positions >= late)
         result[source.name] = {"loss": losses[counted].mean().item(),
                                "late": losses[far].mean().item() if far.any() else None}
     return result
@@ -2040,13 +2057,13 @@ def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, ba
     limit = [max(160, len(tokenizer.encode(find_task(p.task).solve(p))) * 3 // 2 + 16) for p in problems]
     order = sorted((i for i in range(len(problems)) for _ in range(samples)), key=lambda i: (limit[i], i))
     rates = np.zeros(len(problems))
-    for start in tqdm(share(range(0, len(order), batch)), desc="held-out problems", leave=False, disable=None):
+    for start in tqdm(shard(range(0, len(order), batch)), desc="held-out problems", leave=False, disable=None):
         part = order[start:start + batch]
         texts = reply(model, tokenizer, [problems[i].prompt for i in part], max(limit[i] for i in part), seed + start,
                       temperature)
         for i, text in zip(part, texts):
             rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
-    return np.array(summed(*rates))
+    return np.array(all_reduce(*rates))
 
 
 def pass_at_1(model, tokenizer, tasks, problems, samples):
@@ -2093,7 +2110,7 @@ def sample_methods(prompts, generate, asked, seed, tokenizer):
         """The methods' first rounds are the same: sampled once."""
         key = (tuple(call[0]), *call[1:])
         if key not in known:
-            texts = everyone(generate(*call, progress=functools.partial(
+            texts = all_gather(generate(*call, progress=functools.partial(
                 tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None)))
             known[key] = [next(text for text in some if text is not None) for some in zip(*texts)]
         return known[key]
@@ -2117,7 +2134,7 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     """
     task, N, T = find_task(name), asked.budget.population, asked.budget.rounds
     problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
-    source = Checkpoint(model, tokenizer, share=share)
+    source = Checkpoint(model, tokenizer, share=shard)
     equal, methods = sample_methods([p.prompt for p in problems], source, asked, seed, tokenizer)
     greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget.budget, seed)
     first = [texts[:N] for texts in equal]
@@ -2170,8 +2187,6 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
 
 def show_samples(model, tokenizer, sources, seed):
     """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
-    if not first():
-        return
     rng, device = random.Random(seed), model.norm.weight.device
     generator = torch.Generator().manual_seed(seed)
     for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(hold=True)):
@@ -2200,7 +2215,9 @@ def choose_device(config):
         raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
     if device == "mps" and not torch.backends.mps.is_available():
         raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
-    ranks = place()[1]
+    ranks = world_size()
+    if config.shard and ranks % config.shard:
+        raise SystemExit(f"--shard {config.shard}: the {ranks} processes are no multiple of it")
     if ranks > 1 and device == "mps":
         raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
@@ -2217,61 +2234,51 @@ def choose_device(config):
         f"{torch.get_num_threads()} threads" + (f", {ranks} processes" if ranks > 1 else "")
 
 
-def descend(model, optimizers, clip, lr, loss=0.0):
-    """Sum the gradients over the processes, clip, step all optimizers, clear the gradients -> the gradient's norm.
-    Does not clip if `clip` is 0, nor step if the loss or the gradient is not finite."""
-    many = place()[1] > 1
-    if many:
-        sum_gradients(optimizers)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if many:
-        norm = torch.tensor(summed(norm.item() ** 2)[0] ** 0.5)
-    if clip:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, norm)
-    norm = norm.item()
-    if math.isfinite(loss) and math.isfinite(norm):
+def optimizer_step(model, optimizers, clip, lr):
+    """Clip the gradients, step all optimizers at the rate `lr`, clear the gradients -> the gradient's norm.
+
+    Does not clip if `clip` is 0, nor step if the norm is not finite: the weights stay those of the last good step.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if math.isfinite(norm):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
-        if many:
-            send_weights(optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return norm
 
 
-def update(model, optimizers, balancer, config, lr, loss):
-    """One step of all optimizers and of the balancer -> the gradient's norm, and the balancer's health."""
-    norm = descend(model, optimizers, config.grad_clip, lr, loss)
-    return norm, balancer.step() if math.isfinite(loss) and math.isfinite(norm) else {}
+def train_step(model, optimizers, balancer, batch, count, config, dtype, lr, loss_of=summed_loss):
+    """One optimizer step -> {"loss", "norm", "load", "entropy", "bias", "skip"}.
 
-
-def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss):
-    """One optimizer step over micro-batches -> {"loss", "norm", "load", "entropy", "bias", "skip"}.  `loss_of`:
-    kernels.summed_loss, or the same compiled."""
-    inputs, targets, positions = batch
+    batch: input_ids, targets, position_ids (rows, S) int64; count: the number of targets that the summed loss is
+    divided by.  `loss_of`: kernels.summed_loss, or the same compiled.
+    """
     device = model.norm.weight.device
-    rows = max(1, config.micro_batch // inputs.shape[1])
-    count = (targets >= 0).sum().clamp_min(1)                   # a batch without a target has loss 0, not NaN
-    total = 0.0
+    rows = max(1, config.micro_batch // batch[0].shape[1])
+    loss, metrics = 0.0, {}
     model.train()
-    parts = zip(*(share(part).split(rows) for part in batch)) if len(share(inputs)) else ()
-    for x, y, p in parts:
-        x, y, p = x.to(device), y.to(device), p.to(device)
-        loss = loss_of(model, x, y, p, dtype) / count.to(device)
-        loss.backward()
-        total += loss.item()
-    total, = summed(total)
-    norm, health = update(model, optimizers, balancer, config, lr, total)
-    return {"loss": total, "norm": norm, **health}
+    # Gradients of the micro-batches add up to those of the whole batch.
+    for micro_batch in zip(*(part.split(rows) for part in batch)):
+        inputs, targets, positions = (part.to(device) for part in micro_batch)
+        part = loss_of(model, inputs, targets, positions, dtype) / count
+        part.backward()
+        loss += part.item()
+    norm = optimizer_step(model, optimizers, config.grad_clip, lr)
+    # The routers have counted their choices meanwhile: the balancer moves their biases.
+    if math.isfinite(norm):
+        metrics = balancer.step()
+    return {"loss": loss, "norm": norm, **metrics}
 
 
 class Keeper:
     """One stage's checkpoint: its trainer state, its parts (anything with a state_dict), and the seconds spent."""
 
-    def __init__(self, name, config, model, tokenizer, state):
-        self.name, self.config, self.model, self.tokenizer = name, config, model, tokenizer
+    def __init__(self, name, config, tokenizer, state):
+        self.name, self.config, self.model, self.tokenizer = name, config, None, tokenizer
         self.folder, self.clock, self.parts = os.path.join(config.out, name), time.perf_counter(), {}
         self.state = state if state is not None else {"step": 0, "seconds": 0.0}
         self.saved = self.state["step"] if "parts" in self.state else None
@@ -2280,9 +2287,9 @@ class Keeper:
                 raise SystemExit(f"{name} is still to be trained, but {later} was made from another one: delete it, or "
                                  "take another --out")
 
-    def resume(self, **parts):
-        """Name the parts; if the stage was begun, they go on from its checkpoint -> whether it was."""
-        self.parts = parts
+    def resume(self, model, **parts):
+        """Name the model and the parts; if the stage was begun, they go on from its checkpoint -> whether it was."""
+        self.model, self.parts = model, parts
         if self.saved is None:
             return False
         for name, part in parts.items():
@@ -2311,7 +2318,7 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     """Train one supervised stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
 
     Returns the state: "before" and "after" are held-out losses, "seconds" is all it took, data and samples included."""
-    keeper = Keeper(name, config, model, tokenizer, state)
+    keeper = Keeper(name, config, tokenizer, state)
     state = keeper.state
     sources = make_sources(config, stage, tokenizer)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
@@ -2324,10 +2331,10 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
         raise SystemExit(f"{keeper.folder} was begun on other data: {', '.join(changed)} changed since. Bring the old "
                          f"data back, take another --out, or delete {keeper.folder}")
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
+    model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
-    muon, adamw = map(Sharded, optimizers)
     balancer = PIDBalancer(model, config.balancer_lr)
-    keeper.resume(loader=loader, balancer=balancer, muon=muon, adamw=adamw)
+    keeper.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
     compiled, why = worth_compiling(model, stage.steps * config.tokens_per_step)
     print(f"{name}: {why}")
     loss_of = compile_loss() if compiled else summed_loss
@@ -2336,7 +2343,10 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
         begun = time.perf_counter()
         *batch, origins = loader.next()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of)
+        # What the summed loss is divided by; FSDP2 averages over the processes.  A batch without a target has loss 0.
+        count = (batch[1] >= 0).sum().clamp_min(1).item() / world_size()
+        row = train_step(model, optimizers, balancer, shard_rows(batch), count, config, dtype, lr, loss_of)
+        row["loss"] = all_reduce(row["loss"])[0] / world_size()
         keeper.check(row, step, [f"{source} {number}" for source, number in origins])
         seconds = time.perf_counter() - begun
         speed = config.tokens_per_step / seconds
@@ -2577,8 +2587,8 @@ class Actor:
         self.useful = 1.0                       # the running share of groups with a signal
 
     def sync(self, model, version):
-        """The sampler gets the trainer's weights."""
-        self.sampler.load_state_dict(model.state_dict())
+        """The sampler, which is whole in every process, gets the trainer's weights."""
+        self.sampler.load_state_dict(whole_weights(model))
         self.version = version
 
     def pose(self, rng):
@@ -2601,7 +2611,7 @@ class Actor:
         generator = torch.Generator().manual_seed(random.Random(f"{self.seed} sample {self.rounds}").getrandbits(60))
         end = self.tokenizer.end
         device = self.sampler.norm.weight.device.type           # the same precision as the trainer's
-        mine, among = share(groups), (share(range(len(groups))), len(groups))
+        mine, among = shard(groups), (shard(range(len(groups))), len(groups))
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             rolled = roll_out(self.sampler, [g.prompt for g in mine], group_size, self.stage.context, end, generator,
                               among) if mine else []
@@ -2615,7 +2625,7 @@ class Actor:
                        for r, done, text in zip(self.score(group), group.ended, group.texts)]
             group.rewards = [float(r) for r in rewards]
         self.rounds += 1
-        return gathered(mine)
+        return unshard(mine)
 
     def best(self, group):
         """The highest solve rate so far of this group's source: its environment at its difficulty."""
@@ -2707,19 +2717,21 @@ class Actor:
 def collate(rollouts, pad, device):
     """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `token_logps`:
     input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
+    A rollout whose advantage is None fills up a batch: its row is padding.
     """
     R, S = len(rollouts), max(len(prompt) + len(tokens) for prompt, tokens, *_ in rollouts) - 1
     inputs = torch.full((R, S), pad)
     targets, positions = torch.full((R, S), -100), torch.full((R, S), -1)
     choices = torch.zeros(rollouts[0][3].shape[0], R, S, dtype=torch.long)
+    rollouts = [rollout for rollout in rollouts if rollout[4] is not None]
     for row, (prompt, tokens, _, choice, _) in enumerate(rollouts):
         n = len(prompt) + len(tokens) - 1
         inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
         targets[row, len(prompt) - 1:n] = torch.tensor(tokens)
         positions[row, :n] = torch.arange(n)
         choices[:, row, :n] = choice
-    logps = torch.cat([logp for _, _, logp, _, _ in rollouts])
-    advantage = torch.cat([torch.full((len(tokens),), a) for _, tokens, _, _, a in rollouts])
+    logps = torch.cat([torch.zeros(0), *(logp for _, _, logp, _, _ in rollouts)])
+    advantage = torch.cat([torch.zeros(0), *(torch.full((len(tokens),), a) for _, tokens, _, _, a in rollouts)])
     return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)), logps.to(device),
             advantage.to(device))
 
@@ -2728,6 +2740,14 @@ def token_logps(model, inputs, targets, positions, routing):
     """The model's log probability of each target: (N,) fp32.  `routing`: as in hidden_states, to replay or to fill."""
     hidden = model.hidden_states(inputs, position_ids=positions, routing=routing)[targets >= 0]
     return model.logits(hidden).log_softmax(-1).gather(1, targets[targets >= 0][:, None])[:, 0]
+
+
+def average_over_processes(row):
+    """An rl_step's row, of this process' rollouts -> that of all, with the share of tokens that the mask dropped."""
+    keys = [key for key in ("loss", "flips", "kl", "kl_live", "kept", "tokens") if row[key] is not None]
+    row = row | dict(zip(keys, (total / world_size() for total in all_reduce(*(row[key] for key in keys)))))
+    row["masked"] = 1 - row.pop("kept") / row.pop("tokens")
+    return row
 
 
 def kl(sampled_logp, logp):
@@ -2751,38 +2771,52 @@ def replay_gap(model, batch):
     return flips, kl(sampled, replayed), kl(sampled, alone)
 
 
-def rl_step(model, optimizers, balancer, groups, advantages, config, dtype, lr, measure=True):
-    """One trainer step on groups and their advantages (P, G) -> its row of the log; `measure` adds the replay gap."""
-    device = model.norm.weight.device
+def rl_batches(groups, advantages, micro_batch, pad, device):
+    """Groups and their advantages (P, G) -> this process' micro-batches: four or more, of at most `micro_batch` tokens.
+
+    Rows of a micro-batch are about as long as each other.  Every process gets equally many micro-batches and rows:
+    what is missing is padding."""
     rollouts = [(group.prompt, tokens, logp, choice, a) for group, row in zip(groups, advantages.tolist())
                 for tokens, logp, choice, a in zip(group.tokens, group.logps, group.choices, row)]
-    rollouts.sort(key=lambda r: len(r[0]) + len(r[1]))          # rows of a micro-batch are about as long as each other
-    mine = share(rollouts)
-    parts, most = [[]], max(len(mine) // 4, 1)
-    for rollout in mine:
-        width = len(rollout[0]) + len(rollout[1])
-        if parts[-1] and (len(parts[-1]) == most or width * (len(parts[-1]) + 1) > config.micro_batch):
+    rollouts.sort(key=lambda r: len(r[0]) + len(r[1]))
+    processes, parts = world_size(), [[]]
+    most = max(len(rollouts) // processes // 4, 1)
+    for rollout in rollouts:
+        rows, width = len(parts[-1]) // processes + 1, len(rollout[0]) + len(rollout[1])    # with this one
+        if parts[-1] and rows > 1 and (rows > most or width * rows > micro_batch):
             parts.append([])
         parts[-1].append(rollout)
+    for part in parts:
+        part += [(*part[-1][:4], None)] * (-len(part) % processes)
+    return [collate(shard(part), pad, device) for part in parts]
+
+
+def rl_step(model, optimizers, balancer, batches, rollouts, config, dtype, lr, measure=True):
+    """One trainer step -> its row of the log; `measure` adds what router replay is good for.
+
+    batches: micro-batches of `collate`; rollouts: how many they hold, which the loss is divided by.
+    """
+    device, total, kept, tokens, gap = model.norm.weight.device, 0.0, 0, 0, (None, None, None)
+    metrics = {}
     model.train()
-    total, kept, tokens, gap = 0.0, 0, 0, (None, None, None)
-    for i, part in enumerate(parts if mine else ()):
-        batch = collate(part, model.config.pad_token_id, device)
+    for i, batch in enumerate(batches):
         inputs, targets, positions, choices, sampled, advantage = batch
-        if measure and first() and i == len(parts) // 2:        # under its own autocast, whose cache has no gradients
+        if measure and i == len(batches) // 2:                  # under its own autocast, whose cache has no gradients
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 gap = replay_gap(model, batch)
+        # The trainer's log probability of each sampled token, with the experts that the sampler took.
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logp = token_logps(model, inputs, targets, positions, list(choices))
-        loss = policy_loss(logp, sampled, advantage, len(rollouts))
+        loss = policy_loss(logp, sampled, advantage, rollouts)
         loss.backward()
         total += loss.item()
         kept += dppo_mask(logp.detach().exp(), sampled.exp(), advantage).sum().item()
         tokens += len(logp)
-    total, kept, tokens = summed(total, kept, tokens)
-    norm, health = update(model, optimizers, balancer, config, lr, total)
-    return {"loss": total, "norm": norm, "masked": 1 - kept / tokens, "flips": gap[0], "kl": gap[1], "kl_live": gap[2],
-            **health}
+    norm = optimizer_step(model, optimizers, config.grad_clip, lr)
+    if math.isfinite(norm):
+        metrics = balancer.step()
+    return {"loss": total, "norm": norm, "kept": kept, "tokens": tokens, "flips": gap[0], "kl": gap[1],
+            "kl_live": gap[2], **metrics}
 
 
 # ---- the behavioral stage's reward model ----------------------------------------------------------------------------
@@ -2848,9 +2882,8 @@ def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
 
     judge.train()
     for step in tqdm(range(steps), desc="reward model", leave=False, disable=None):
-        if drawn := share(pairs_of(pairs, False)):
-            (bradley_terry_loss(*scores(drawn)) * (len(drawn) / pairs)).backward()
-        descend(judge, optimizers, 1.0, learning_rate(step, steps, lr, lr / 10))
+        bradley_terry_loss(*scores(pairs_of(pairs, False))).backward()
+        optimizer_step(judge, optimizers, 1.0, learning_rate(step, steps, lr, lr / 10))
     judge.eval()
     with torch.no_grad():
         better, worse = scores(pairs_of(200, True))
@@ -2873,7 +2906,7 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
     """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
 
     `adapt` and `gate` are what notebooks/post_training.py swaps: the difficulty rule, and the reward model's gate."""
-    keeper = Keeper(name, config, model, tokenizer, state)
+    keeper = Keeper(name, config, tokenizer, state)
     state = keeper.state
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     score, advantage, seed = verdicts, maxrl_advantage, f"{config.seed} {name}"
@@ -2888,12 +2921,13 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
             state["judge"] = judge.state_dict()
             print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
         score = JudgedReward(judge, tokenizer, gate)
-    optimizers = make_optimizers(model, stage.lr, momentum=0.0)
-    muon, adamw = map(Sharded, optimizers)
     actor = Actor(model, tokenizer, stage, seed, score, adapt, dtype)
+    model = shard_model(model, config.shard)
+    optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the balancer's rate: a few tasks' prompts are not what the experts should be levelled on.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    if not keeper.resume(actor=actor, balancer=balancer, muon=muon, adamw=adamw) and stage.adaptive:
+    begun = keeper.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers))
+    if stage.adaptive and not begun:
         actor.find_start()
         state["start"] = {task: environment["d"] for task, environment in actor.environments.items()}
         print(f"{name}: starts at difficulty " + " ".join(f"{task}={d}" for task, d in state["start"].items()))
@@ -2912,7 +2946,10 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
             bonus = torch.stack([length_reward(torch.tensor([float(len(t)) for t in group.tokens]), r,
                                                actor.best(group), stage.length_reward)
                                  for group, r in zip(groups, rewards)]) if stage.length_reward else 0.0
-            row = rl_step(model, optimizers, balancer, groups, advantage(rewards, bonus), config, dtype, lr, shows)
+            batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
+            count = rewards.numel() / world_size()
+            row = rl_step(model, optimizers, balancer, batches, count, config, dtype, lr, shows)
+            row = average_over_processes(row)
             keeper.check(row, step, [group.problem.prompt for group in groups])
         seconds = time.perf_counter() - begun
         row |= rollout_health(generated, groups, step - 1)
@@ -3030,7 +3067,7 @@ def new_model(config, changes, tokenizer):
 
 def write_report(out, report):
     """report.json for programs; report.md, report.png and loss.png for people."""
-    if not first():
+    if not is_main():
         return
     write_json(os.path.join(out, "report.json"), report)
     stages = [name for name in STAGES if name in report["stages"]]
@@ -3292,6 +3329,8 @@ def run_stages(config, changes, device, dtype):
         if not (state and state.get("done")):
             run = run_rl if isinstance(stage, RLStage) else run_stage
             state = run(name, config, stage, model, tokenizer, state, device, dtype)
+            if world_size() > 1:                                # it was sharded: whole again, to sample from
+                model, tokenizer, _ = load_checkpoint(folder, device)
         result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) \
             if tasks and config.eval_problems and config.eval_samples else \
             dict(NO_RESULT)
@@ -3309,7 +3348,7 @@ def run_stages(config, changes, device, dtype):
         save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
     if evaluated:
         run_evaluation(config, report, evaluated, device)
-    if not first():
+    if not is_main():
         return
     with open(os.path.join(config.out, "report.md"), encoding="utf-8") as file:
         print("\n" + file.read())

@@ -649,14 +649,15 @@ class Zaya(nn.Module):
             name = name.replace(f".gate.{inner}.", f".gate.router_mlp.{inner}.")
         return name if name.startswith("lm_head.") else "model." + name
 
-    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000):
+    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000, state_dict=None):
         """Write config.json, generation_config.json and model.safetensors (sharded with an index above
         `max_shard_bytes`) that HF's ZayaForCausalLM.from_pretrained loads, each under a temporary name, then renamed.
         """
         from safetensors.torch import save_file
         os.makedirs(directory, exist_ok=True)
+        state_dict = self.state_dict() if state_dict is None else state_dict        # whole tensors of a sharded model
         shards, size = [{}], 0
-        for name, tensor in self.state_dict().items():
+        for name, tensor in state_dict.items():
             bytes_here = tensor.numel() * tensor.element_size()
             if shards[-1] and size + bytes_here > max_shard_bytes:
                 shards.append({})
@@ -672,7 +673,7 @@ class Zaya(nn.Module):
                                             "pad_token_id": self.config.pad_token_id}}
         if len(shards) > 1:
             texts["model.safetensors.index.json"] = {
-                "metadata": {"total_size": sum(t.numel() * t.element_size() for t in self.state_dict().values())},
+                "metadata": {"total_size": sum(t.numel() * t.element_size() for t in state_dict.values())},
                 "weight_map": {tensor: name for shard, name in zip(shards, names) for tensor in shard}}
         for name, shard in zip(names, shards):
             path = os.path.join(directory, name)
