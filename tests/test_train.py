@@ -572,7 +572,7 @@ def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged: Not a gzipped file"),
     ("a.txt", b"", "a.txt gave no tokens: it is empty"), ("a.jsonl", b"\n", "a.jsonl gave no tokens"),
     ("a.jsonl", (json.dumps({"question": "q", "answer": "a"}) + "\n").encode("utf-16"), "a.jsonl gave no tokens"),
-])
+], ids=range(12))
 def test_a_file_that_is_no_text_is_named_and_never_trained_on(tmp_path, name, content, says):
     path = tmp_path / name
     path.write_bytes(content)
