@@ -1069,7 +1069,7 @@ def compile_loss(backend="inductor"):
     return loss
 
 
-def worth_compiling(model, tokens):
+def should_compile(model, tokens):
     """Whether a stage of so many tokens gets back what compiling its training step costs -> bool, and why.
 
     Decided from sizes and not from the clock, so that a run that is taken up again computes what it would have

@@ -57,7 +57,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate
 from tqdm import tqdm
 
-from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, worth_compiling
+from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, should_compile
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
                  reply, terse_prompt)
 from zaya import Cache, Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
@@ -331,754 +331,8 @@ def stage_settings(config, name):
                                lr_end=lr * stage.lr_end / stage.lr)
 
 
-# ---- tasks ----------------------------------------------------------------------------------------------------------
+# ---- data: trimming, packing, sources -------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One problem: what the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
-    task: str
-    difficulty: int
-    prompt: str
-    data: dict
-
-
-def split_answer(text):
-    """A reply's answer: what stands after its one </think>, without the end token; None if the form is not kept.
-
-    >>> split_answer("<think>7+5=12</think>12<|end|>"), split_answer("12"), split_answer("</think></think>1")
-    ('12', None, None)
-    """
-    reasoning, tag, answer = text.partition("</think>")
-    if not tag or "</think>" in answer or not reasoning.startswith("<think>"):
-        return None
-    return answer.removesuffix("<|end|>").strip()
-
-
-class Task:
-    """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
-
-    A subclass gives `pose(rng, d)` -> (prompt, data); `reason(data, rng, slip)` -> (reasoning, answer), where each step
-    goes wrong with probability `slip`; and `check(data, answer)` -> bool, total: any string gets a verdict.
-    `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
-    `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.  `hardest`: where
-    difficulties end.
-    """
-    exact, levels, hardest = True, (1, 2, 3), 30
-    reads = False                           # whether `aggregate` builds on the replies it is shown
-    fields = False                          # whether an answer is a list of label and value, one character each
-
-    def __init__(self, name):
-        self.name = name
-
-    def make(self, seed, d):
-        """The same seed and difficulty (an integer from 1) give the same problem."""
-        prompt, data = self.pose(random.Random(f"{self.name} {seed} {d}"), max(1, d))
-        return Problem(self.name, d, prompt, data)
-
-    def verify(self, problem, text):
-        """(reward, format), 0 or 1 each, for any text."""
-        answer = split_answer(text)
-        if answer is None or len(answer) > 1000:
-            return 0, 0
-        return int(self.check(problem.data, answer)), 1
-
-    def solve(self, problem, seed=0):
-        """A worked reply by the teacher: <think>…</think>answer."""
-        reasoning, answer = self.reason(problem.data, random.Random(f"solve {seed}"), 0.0)
-        return f"<think>{reasoning}</think>{answer}"
-
-    def corrupt(self, problem, seed=0):
-        """A plausible reply with a wrong answer, by a teacher who slips; if that never spoils the answer, one to
-        another problem."""
-        rng = random.Random(f"corrupt {seed}")
-        slip, data = 0.1, problem.data
-        for attempt in range(10_000):
-            if attempt > 30:
-                data = draw(self, rng.getrandbits(48), problem.difficulty, hold=False).data
-            reasoning, answer = self.reason(data, rng, slip)
-            if not self.check(problem.data, answer):
-                return f"<think>{reasoning}</think>{answer}"
-            slip = min(1.0, slip + 0.1)
-        raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
-
-    def certified(self, text):
-        """Whether a reply says of itself that its answer holds; None: replies of this task say nothing."""
-
-    def expert(self, problem, seed=0):
-        """A rollout that aggregation prompts show: one that is of use to who reads it."""
-        return self.solve(problem, seed)
-
-    def aggregate(self, problem, replies, seed=0):
-        """A reply by someone who has read other replies; a task that does not read answers by itself."""
-        return self.solve(problem, seed)
-
-
-class Search(Task):
-    """A task whose teacher guesses and checks: guess(data, rng) -> answer, trial(data, answer, rng, slip) -> (text,
-    whether it seems to work).  After a failed trial it gives up with probability `gives_up`, so that imitating it is
-    capped: only reward can teach to guess better and to go on.
-    """
-    exact = False
-    gives_up, most = 0.6, 8
-
-    def reason(self, data, rng, slip):
-        trials = []
-        while True:
-            answer = self.guess(data, rng)
-            text, works = self.trial(data, answer, rng, slip)
-            trials.append(text)
-            if works or len(trials) == self.most or rng.random() < self.gives_up:
-                return f"{';'.join(trials)}#{'ny'[works]}{answer}", answer
-
-    def expert(self, problem, seed=0):
-        """A right reply if 100 attempts give one: a search that gives up hardly ever ends in one."""
-        replies = (self.solve(problem, f"{seed} {attempt}") for attempt in range(100))
-        return next((reply for reply in replies if self.verify(problem, reply)[0]), self.solve(problem, seed))
-
-    def aggregate(self, problem, replies, seed=0):
-        """If one of the replies is right, it is taken over and checked anew; if not, an honest search."""
-        good = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
-        if not good:
-            return self.solve(problem, seed)
-        rng = random.Random(f"aggregate {seed}")
-        answer = rng.choice(good)
-        return f"<think>{self.trial(problem.data, answer, rng, 0.0)[0]}#y{answer}</think>{answer}"
-
-    def certified(self, text):
-        answer = split_answer(text)
-        return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
-
-
-def slipped(value, rng, slip, base=10):
-    """`value`, or with probability `slip` another number of as many digits."""
-    if not slip or rng.random() >= slip:
-        return value
-    unit = rng.randrange(1, base)
-    return value - value % base + (value + unit) % base
-
-
-def labels(rng, count):
-    """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    start = rng.randrange(52)
-    return [letters[(start + i) % 52] for i in range(count)]
-
-
-class ColumnSums(Task):
-    """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
-
-    sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
-    A label is followed by its value in lists only: who reads another's tail finds it there, and nowhere else.
-    """
-    levels, fields = (6, 7, 8), True
-
-    def pose(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
-        return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
-
-    def reason(self, data, rng, slip):
-        steps = [(label, a, b, slipped((a + b) % 10, rng, slip)) for a, b, label in data["columns"]]
-        answer = "".join(f"{label}{total}" for label, _, _, total in steps)
-        return "".join(f"{label}:{a}+{b}={total}" for label, a, b, total in steps) + "#" + answer, answer
-
-    def check(self, data, answer):
-        return answer == "".join(f"{label}{(a + b) % 10}" for a, b, label in data["columns"])
-
-
-def add_steps(a, b, rng, slip):
-    """Written addition from the last digit on, 'digit+digit+carry=carry digit': ('7+5+0=12,4+8+1=13', 132)."""
-    steps, carry, total, place = [], 0, 0, 1
-    for i in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**i % 10, b // 10**i % 10
-        value = slipped(x + y + carry, rng, slip)
-        steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
-        carry, total, place = value // 10, total + value % 10 * place, place * 10
-    return ",".join(steps), total + carry * place
-
-
-class Add(Task):
-    """Addition of two d-digit numbers with carries.  A slip spoils only what follows it.
-
-    47+85 -> <think>7+5+0=12,4+8+1=13</think>132
-    """
-    levels = (4, 5, 6)
-
-    def pose(self, rng, d):
-        a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for _ in range(2))
-        return f"{a}+{b}", {"a": a, "b": b}
-
-    def reason(self, data, rng, slip):
-        steps, total = add_steps(data["a"], data["b"], rng, slip)
-        return steps, str(total)
-
-    def check(self, data, answer):
-        return answer == str(data["a"] + data["b"])
-
-
-class Multiply(Task):
-    """Long multiplication: a row per digit of the second number, then their running sum; d + 1 digits in all.
-
-    47*6 -> <think>6:7*6+0=42,4*6+4=28:282</think>282
-    """
-    levels, hardest = (2, 3, 4), 8
-
-    def pose(self, rng, d):
-        first, second = (d + 2) // 2, (d + 1) // 2
-        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (first, second))
-        return f"{a}*{b}", {"a": a, "b": b}
-
-    def reason(self, data, rng, slip):
-        a, b, total, lines = data["a"], data["b"], 0, []
-        for i in range(len(str(b))):
-            y, carry, row, steps = b // 10**i % 10, 0, 0, []
-            for j in range(len(str(a))):
-                x = a // 10**j % 10
-                value = slipped(x * y + carry, rng, slip)
-                steps.append(f"{x}*{y}+{carry}={value // 10}{value % 10}")
-                carry, row = value // 10, row + value % 10 * 10**j
-            row = (row + carry * 10 ** len(str(a))) * 10**i
-            lines.append(f"{y}:{','.join(steps)}:{row}")
-            if i:
-                steps, total = add_steps(total, row, rng, slip)
-                lines.append(f"{steps}:{total}")
-            else:
-                total = row
-        return ";".join(lines), str(total)
-
-    def check(self, data, answer):
-        return answer == str(data["a"] * data["b"])
-
-
-class Sort(Task):
-    """Sort d + 1 digits by selection: the smallest one, then what is left.
-
-    sort 3917 -> <think>1:397,3:97,7:9,9:</think>1379
-    """
-    levels = (4, 5, 6)
-
-    def pose(self, rng, d):
-        digits = "11"
-        while len(set(digits)) == 1:
-            digits = "".join(str(rng.randrange(10)) for _ in range(d + 1))
-        return f"sort {digits}", {"digits": digits}
-
-    def reason(self, data, rng, slip):
-        left, steps, answer = list(data["digits"]), [], ""
-        while left:
-            pick = min(left) if rng.random() >= slip else rng.choice(left)
-            left.remove(pick)
-            answer += pick
-            steps.append(f"{pick}:{''.join(left)}")
-        return ",".join(steps), answer
-
-    def check(self, data, answer):
-        return answer == "".join(sorted(data["digits"]))
-
-
-def evaluate(text, registers, rng=None, slip=0.0):
-    """The values an expression goes through, left to right, all mod 10: the language of every program here.
-
-        expression := operand (operator operand)*      operand := digit | register      operator := + - *
-
-    `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
-    100 characters: nothing else can happen, the work is linear in the text and numbers stay below 10.
-
-    >>> evaluate("x*2+3", {"x": 4}), evaluate("y+1", {"x": 4}), evaluate("__import__('os')", {})
-    ([8, 1], None, None)
-    """
-    if len(text) > 100 or len(text) % 2 == 0:
-        return None
-    values = []
-    for i in range(0, len(text), 2):
-        operand = int(text[i]) if text[i] in "0123456789" else registers.get(text[i])
-        if operand is None:
-            return None
-        if i == 0:
-            value = operand
-            continue
-        if text[i - 1] not in "+-*":
-            return None
-        value = {"+": value + operand, "-": value - operand, "*": value * operand}[text[i - 1]] % 10
-        value = slipped(value, rng, slip)
-        values.append(value)
-    return values or [value]
-
-
-def run_program(text, registers, rng=None, slip=0.0):
-    """The registers after each line of 'a=x+3;b=a*2', for at most 32 lines; None if a line is none."""
-    states, lines = [dict(registers)], text.split(";", 32)
-    if len(lines) > 32:
-        return None
-    for line in lines:
-        values = evaluate(line[2:], states[-1], rng, slip)
-        if values is None or line[1] != "=" or line[0] not in "abcdex":
-            return None
-        states.append({**states[-1], line[0]: values[-1]})
-    return states[1:]
-
-
-class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.
-
-    run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
-    """
-
-    def pose(self, rng, d):
-        names, lines = "abcde"[:2 + d // 4], []
-        for _ in range(d + 1):
-            known = sorted({line[0] for line in lines})
-            if not known or (len(known) < len(names) and rng.random() < 0.4):
-                lines.append(f"{names[len(known)]}={rng.randrange(10)}")
-            else:
-                other = rng.choice([*known, str(rng.randrange(10))])
-                lines.append(f"{rng.choice(known)}={rng.choice(known)}{rng.choice('+-*')}{other}")
-        return "run " + ";".join(lines), {"lines": lines}
-
-    def reason(self, data, rng, slip):
-        states = run_program(";".join(data["lines"]), {}, rng, slip)
-        texts = ["".join(f"{name}{state[name]}" for name in sorted(state)) for state in states]
-        return ";".join(f"{line}>{text}" for line, text in zip(data["lines"], texts)), texts[-1]
-
-    def check(self, data, answer):
-        return answer == self.reason(data, None, 0.0)[1]
-
-
-class Program(Task):
-    """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
-
-    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3)
-    """
-    levels = (4, 5, 6)
-
-    def pose(self, rng, d):
-        while True:
-            formula, lines, inner = "x", [], "x"
-            for _ in range(d + 1):
-                other, operator = rng.choice("x123456789"), rng.choice("+-*")
-                swap = rng.random() < 0.5
-                formula = f"({other}{operator}{formula})" if swap else f"({formula}{operator}{other})"
-                lines.append(f"a={other}{operator}{inner}" if swap else f"a={inner}{operator}{other}")
-                inner = "a"
-            if len({run_program(";".join(lines), {"x": x})[-1]["a"] for x in range(10)}) > 1:     # no constant
-                return f"code {formula}", {"lines": lines}
-
-    def reason(self, data, rng, slip):
-        lines = [line if rng.random() >= slip else f"{line[:3]}{rng.choice('+-*')}{line[4]}" for line in data["lines"]]
-        x = rng.randrange(10)
-        states = run_program(";".join(lines), {"x": x}, rng, slip)
-        return f"{x}:" + ",".join(str(state["a"]) for state in states), ";".join(lines)
-
-    def check(self, data, answer):
-        for x in range(10):
-            states = run_program(answer, {"x": x})
-            if states is None or states[-1].get("a") != run_program(";".join(data["lines"]), {"x": x})[-1]["a"]:
-                return False
-        return True
-
-
-def worked(expression, x, rng, slip):
-    """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
-    values = [x, *evaluate(expression, {"x": x}, rng, slip)]
-    steps = [f"{a}{expression[1 + 2 * i:3 + 2 * i]}={b}" for i, (a, b) in enumerate(zip(values, values[1:]))]
-    return ",".join(steps), values[-1]
-
-
-def random_chain(rng, count):
-    """An expression of `count` operations on x: x*2+3."""
-    return "x" + "".join(rng.choice("+-*") + str(rng.randrange(2, 10)) for _ in range(count))
-
-
-class Synthesize(Search):
-    """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
-
-    fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
-    A trial stops at the first example that does not hold.
-    """
-    reads, levels = True, (1, 2)
-
-    def pose(self, rng, d):
-        hidden = self.guess({"count": (d + 1) // 2}, rng)
-        examples = [[x, evaluate(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
-        return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": (d + 1) // 2}
-
-    def guess(self, data, rng):
-        return "x" + "".join(rng.choice("+*") + str(rng.randrange(2, 6)) for _ in range(data["count"]))
-
-    def trial(self, data, answer, rng, slip):
-        parts, works = [], True
-        for x, y in data["examples"]:
-            steps, value = worked(answer, x, rng, slip)
-            parts.append(f"{steps}>{y}")
-            works = value == y
-            if not works:
-                break
-        return f"{answer}:" + "/".join(parts), works
-
-    def check(self, data, answer):
-        values = [evaluate(answer, {"x": x}) for x, _ in data["examples"]]
-        return all(value is not None and value[-1] == y for value, (_, y) in zip(values, data["examples"]))
-
-
-class Falsify(Search):
-    """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
-
-    break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
-    A trial looks whether the input takes the branch, and if so works out both programs.
-    """
-    hardest = 12
-
-    def pose(self, rng, d):
-        while True:
-            right, other = random_chain(rng, d), random_chain(rng, d)
-            above, count = rng.random() < 0.5, rng.randrange(1, 5)
-            data = {"right": right, "other": other, "branch": f"x>{9 - count}" if above else f"x<{count}"}
-            if any(self.check(data, str(x)) for x in range(10)):
-                return f"break {right},{data['branch']}?{other}", data
-
-    def guess(self, data, rng):
-        return str(rng.randrange(10))
-
-    @staticmethod
-    def taken(data, x):
-        """Whether input x takes the branch 'x>6' or 'x<3'."""
-        return x > int(data["branch"][2]) if data["branch"][1] == ">" else x < int(data["branch"][2])
-
-    def trial(self, data, answer, rng, slip):
-        x = int(answer)
-        if self.taken(data, x) == (rng.random() < slip):
-            return f"{x}n", False
-        (steps, value), (more, other) = worked(data["right"], x, rng, slip), worked(data["other"], x, rng, slip)
-        return f"{x}y:{steps}/{more}", value != other
-
-    def check(self, data, answer):
-        return answer in list("0123456789") and self.taken(data, int(answer)) and \
-            evaluate(data["right"], {"x": int(answer)})[-1] != evaluate(data["other"], {"x": int(answer)})[-1]
-
-
-class Find(Task):
-    """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
-
-    find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
-    The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
-    """
-    exact, fields, reads = False, True, True
-
-    def pose(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in labels(rng, d)]
-        return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
-
-    def reason(self, data, rng, slip, found=None):
-        steps, answer = [], ""
-        for a, t, label in data["columns"]:
-            x = rng.choice((found or {}).get(label) or range(10))
-            value = slipped((x + a) % 10, rng, slip)
-            kept = str(x) if value < t else "."
-            steps.append(f"{label}:{x}+{a}={value}<{t}{kept}")
-            answer += label + kept
-        return f"{';'.join(steps)}#{answer}", answer
-
-    def check(self, data, answer):
-        columns = data["columns"]
-        if len(answer) != 2 * len(columns):
-            return False
-        return all(mark == label and x in "0123456789" and (a + int(x)) % 10 < t
-                   for (a, t, label), mark, x in zip(columns, answer[::2], answer[1::2]))
-
-    def certified(self, text):
-        return "." not in (split_answer(text) or ".")
-
-    def aggregate(self, problem, replies, seed=0):
-        """Column by column, a valid value that one of the replies has, else a guess; each is checked anew."""
-        found = {}
-        for label, x in re.findall("([a-zA-Z])([0-9])", "|".join(split_answer(text) or "" for text in replies)):
-            found.setdefault(label, []).append(int(x))
-        valid = {label: [x for x in found.get(label, []) if (x + a) % 10 < t]
-                 for a, t, label in problem.data["columns"]}
-        reasoning, answer = self.reason(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
-        return f"<think>{reasoning}</think>{answer}"
-
-
-class Countdown(Search):
-    """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
-
-    make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
-    """
-    levels, hardest = (1, 2), 7
-
-    def pose(self, rng, d):
-        while True:
-            numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            expression = self.guess({"numbers": numbers}, rng)
-            target = self.value(expression)
-            if target <= 99:
-                return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
-
-    @staticmethod
-    def value(expression):
-        first, rest = re.fullmatch("(-?[0-9]+)(.*)", expression).groups()
-        total = int(first)
-        for operator, number in zip(rest[::2], map(int, rest[1::2])):
-            total = {"+": total + number, "-": total - number, "*": total * number}[operator]
-        return total
-
-    def guess(self, data, rng):
-        """A random expression over all numbers that never goes below 0."""
-        numbers = rng.sample(data["numbers"], len(data["numbers"]))
-        text = str(numbers[0])
-        for number in numbers[1:]:
-            text += f"{rng.choice('+-*' if self.value(text) >= number else '+*')}{number}"
-        return text
-
-    def trial(self, data, answer, rng, slip):
-        value, steps = int(answer[0]), []
-        for operator, number in zip(answer[1::2], answer[2::2]):
-            steps.append(f"{value}{operator}{number}")
-            value = slipped(self.value(f"{value}{operator}{number}"), rng, slip)
-            steps[-1] += f"={value}"
-        return f"{answer}:{','.join(steps)}", value == data["target"]
-
-    def check(self, data, answer):
-        return re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer) is not None and \
-            sorted(map(int, answer[::2])) == sorted(data["numbers"]) and self.value(answer) == data["target"]
-
-
-class Sat(Search):
-    """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
-
-    sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
-    A trial stops at the first clause that does not hold.
-    """
-
-    def pose(self, rng, d):
-        count, clauses = min(d + 1, 9), []
-        planted = {v: rng.random() < 0.5 for v in range(1, count + 1)}
-        while len(clauses) < d + 2:
-            clause = sorted((v, rng.random() < 0.5) for v in rng.sample(range(1, count + 1), 2))
-            text = "".join(f"{v}{'-+'[sign]}" for v, sign in clause)
-            if any(planted[v] == sign for v, sign in clause) and text not in clauses:
-                clauses.append(text)
-        return "sat " + ",".join(clauses), {"count": count, "clauses": clauses}
-
-    def guess(self, data, rng):
-        return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
-
-    @staticmethod
-    def holds(clause, values):
-        """Whether '1+2-' holds under {'1': '+', '2': '+'}: a literal does if its sign is the variable's."""
-        return any(values[v] == sign for v, sign in zip(clause[::2], clause[1::2]))
-
-    def trial(self, data, answer, rng, slip):
-        values, parts = dict(zip(answer[::2], answer[1::2])), []
-        for clause in data["clauses"]:
-            works = self.holds(clause, values) != (rng.random() < slip)
-            parts.append(clause + "ny"[works])
-            if not works:
-                break
-        return f"{answer}:" + ",".join(parts), works
-
-    def check(self, data, answer):
-        if not re.fullmatch("".join(f"{v}[+-]" for v in range(1, data["count"] + 1)), answer):
-            return False
-        values = dict(zip(answer[::2], answer[1::2]))
-        return all(self.holds(clause, values) for clause in data["clauses"])
-
-
-class Path(Task):
-    """A shortest path between two of d + 3 places, from a list of roads.  Several answers may be valid.
-
-    path 3>7 31,14,47,52 -> <think>3:1,1:4,4:7</think>3147       (breadth first: place, its new neighbours)
-    """
-
-    def pose(self, rng, d):
-        while True:
-            places = rng.sample("0123456789", min(d + 3, 10))
-            roads = [p + rng.choice(places[:i]) for i, p in enumerate(places) if i]     # a tree, and some more
-            roads += ["".join(rng.sample(places, 2)) for _ in range(1 + d // 2)]
-            roads = dict.fromkeys("".join(sorted(road)) for road in roads)      # no set: its order is the process's
-            roads = sorted("".join(rng.sample(road, 2)) for road in roads)
-            rng.shuffle(roads)
-            a, b = rng.sample(places, 2)
-            if len(self.search(roads, a, b)[1]) > 2:
-                return f"path {a}>{b} {','.join(roads)}", {"roads": roads, "ends": [a, b]}
-
-    def search(self, roads, a, b, rng=None, slip=0.0):
-        """Breadth-first search -> (steps, path)."""
-        paths, queue, steps = {a: a}, [a], []
-        while b not in paths and queue:
-            here = queue.pop(0)
-            near = [road.replace(here, "", 1) for road in roads if here in road]
-            new = [p for p in near if p not in paths and not (slip and rng.random() < slip)]
-            for place in new:
-                paths[place] = paths[here] + place
-            queue += new
-            steps.append(f"{here}:{''.join(new)}")
-        return ",".join(steps), paths.get(b, a + b)
-
-    def reason(self, data, rng, slip):
-        return self.search(data["roads"], *data["ends"], rng, slip)
-
-    def check(self, data, answer):
-        roads, (a, b) = data["roads"], data["ends"]
-        return len(answer) == len(self.search(roads, a, b)[1]) and answer[0] == a and answer[-1] == b and \
-            all(x + y in roads or y + x in roads for x, y in zip(answer, answer[1:]))
-
-
-class Base(Task):
-    """Write a number in another base by repeated division; d sets its size.
-
-    13 in 2 -> <think>13=6*2+1,6=3*2+0,3=1*2+1,1=0*2+1</think>1101
-    """
-
-    def pose(self, rng, d):
-        base = rng.randrange(2, 10)
-        number = rng.randrange(base ** d, base ** (d + 1))
-        return f"{number} in {base}", {"number": number, "base": base}
-
-    def reason(self, data, rng, slip):
-        number, base, steps, answer = data["number"], data["base"], [], ""
-        while number:
-            digit = slipped(number % base, rng, slip, base)
-            steps.append(f"{number}={number // base}*{base}+{digit}")
-            answer, number = str(digit) + answer, number // base
-        return ",".join(steps), answer
-
-    def check(self, data, answer):
-        return re.fullmatch("[0-9]{1,400}", answer) is not None and answer[0] != "0" and \
-            all(int(c) < data["base"] for c in answer) and int(answer, data["base"]) == data["number"]
-
-
-WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
-WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "stone", "lamp", "gray", "door", "milk",
-                "north", "quick", "glass", "bird", "old"]
-
-
-class Constraints(Task):
-    """Follow instructions: a reply of different words that obeys up to d + 1 rules (from d = 4 on, longer ones).
-
-    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
-    Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
-    `check` is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
-    """
-    levels = (2, 3, 4)
-
-    def pose(self, rng, d):
-        low = 2 + min(max(0, d - 4), 4)
-        rules = {"count": rng.randrange(low, low + 3)}
-        for kind in rng.sample(["no", "begins", "ends", "has"], min(d, 3)):
-            rules[kind] = {"no": rng.choice("aeio"), "begins": rng.choice("dmrgsb"), "ends": rng.choice("!?."),
-                           "has": rng.choice(WORDS)}[kind]
-        if not self.fitting(rules) or rules.get("no", "#") in rules.get("has", ""):
-            rules.pop("no", None)
-        said = [f"{kind} {rules[kind]}" for kind in ("no", "begins", "ends", "has") if kind in rules]
-        return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
-
-    @staticmethod
-    def fitting(rules, first=True):
-        """The words that may stand at a place."""
-        return [word for word in WORDS if rules.get("no", "#") not in word
-                and (not first or word.startswith(rules.get("begins", "")))]
-
-    def reason(self, data, rng, slip):
-        rules = data["rules"]
-        count = rules["count"] + (rng.choice((-1, 1)) if rng.random() < slip else 0)
-        words = []
-        for i in range(count):
-            words.append(rng.choice([w for w in self.fitting(rules, i == 0) if w not in words]
-                                    if rng.random() >= slip else WORDS))
-        if "has" in rules and rules["has"] not in words and rng.random() >= slip:
-            words[0 if rules["has"].startswith(rules.get("begins", "#")) or count == 1 else
-                  rng.randrange(1, count)] = rules["has"]
-        end = rules.get("ends", "") if rng.random() >= slip else rng.choice("!?.")
-        return " ".join(f"{i + 1}{word}" for i, word in enumerate(words)), " ".join(words) + end
-
-    def check(self, data, answer):
-        rules, body = data["rules"], answer.rstrip("!?.")
-        words = body.split(" ")
-        return re.fullmatch("[a-z]+( [a-z]+)*", body) is not None and \
-            len({*words}) == len(words) == rules["count"] and \
-            answer[len(body):] == rules.get("ends", "") and rules.get("no", "#") not in answer and \
-            answer.startswith(rules.get("begins", "")) and rules.get("has", words[0]) in words
-
-
-def warmth(answer):
-    """What the simulated reader of the behavioral stage likes: the number of warm words."""
-    return sum(word in WARM for word in re.findall("[a-z]+", answer))
-
-
-class ReasoningGym(Task):
-    """Any dataset of reasoning-gym (pip install reasoning-gym) as a task: --tasks reasoning_gym:chain_sum
-
-    The difficulty is the level of the dataset's curriculum, where it has one.  Its teacher knows the answer and no
-    trace.  A score of 0.99 or more is right; the verifiers are reasoning-gym's, so neither ours nor bounded in time.
-    """
-
-    def __init__(self, name):
-        super().__init__(name)
-        try:
-            import reasoning_gym.factory as factory
-        except ImportError:
-            raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
-        self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
-        if self.dataset not in factory.DATASETS:
-            close = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
-            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close[0]}?")
-
-    def entry(self, seed, level):
-        settings = {}
-        if self.factory.has_curriculum(self.dataset):
-            curriculum = self.factory.create_curriculum(self.dataset)
-            curriculum.set_global_level(level - 1)              # beyond the last level it stays there
-            settings = vars(curriculum.generate_configuration())
-        dataset = self.factory.create_dataset(self.dataset, **{**settings, "seed": seed, "size": 1})
-        return dataset, dataset[0]
-
-    def pose(self, rng, d):
-        data = {"seed": rng.getrandbits(31), "level": d}
-        return self.entry(**data)[1]["question"].strip(), data
-
-    def reason(self, data, rng, slip):
-        entry = self.entry(data["seed"] if rng.random() >= slip else rng.getrandbits(31), data["level"])[1]
-        return "", entry["answer"]
-
-    def check(self, data, answer):
-        dataset, entry = self.entry(**data)
-        try:
-            return dataset.score_answer(answer, entry) >= 0.99
-        except Exception:                                       # a verifier of theirs that did not expect this text
-            return False
-
-
-TASKS = {task.name: task for task in (
-    ColumnSums("column_sums"), Add("add"), Multiply("multiply"), Sort("sort"), Registers("registers"), Find("find"),
-    Program("program"), Synthesize("synthesize"), Falsify("falsify"), Countdown("countdown"), Sat("sat"), Base("base"),
-    Path("path"), Constraints("constraints"))}
-
-
-@functools.cache
-def find_task(name):
-    """A task by its name, one of ours or reasoning_gym:…"""
-    return ReasoningGym(name) if name.startswith("reasoning_gym:") else TASKS[name]
-
-
-def held_out(problem):
-    """A tenth of all problems, by a hash of what is asked: never trained on, whatever seed made them."""
-    return hashlib.md5(f"{problem.task} {problem.prompt}".encode()).digest()[0] < 26
-
-
-def draw(task, seed, d, hold):
-    """The first problem from `seed` on that is held out (hold=True) or may be trained on (False).
-
-    The smallest difficulties have few problems, perhaps none held out: then the next one is taken.
-    """
-    for attempt in range(1000):
-        problem = task.make(f"{seed}/{attempt}", d + attempt // 200)
-        if held_out(problem) == hold:
-            return problem
-    raise RuntimeError(f"task {task.name} made no {'held-out' if hold else 'training'} problem at difficulty {d}")
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
 
 THINK = re.compile("<think>(.*?)</think>", re.DOTALL)
 
@@ -1406,7 +660,7 @@ class TaskSource:
     def __init__(self, tasks, stage, tokenizer, seed):
         self.tasks, self.stage, self.tokenizer, self.seed = tasks, stage, tokenizer, seed
         self.fingerprint = ",".join(tasks)
-        self.verdicts = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0)
+        self.trim_counts = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0)
 
     def size(self, hold):
         return None
@@ -1419,7 +673,7 @@ class TaskSource:
                 question, answer = self.exchange(rng, hold)
                 messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             messages, verdict = trim(messages, self.stage.context, self.tokenizer)
-            self.verdicts[verdict] += 1
+            self.trim_counts[verdict] += 1
             if messages:
                 return self.tokenizer.render(messages)
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
@@ -1434,7 +688,7 @@ class TaskSource:
         d = min(rng.randint(1, most), rng.randint(1, most), task.hardest)      # easy ones more often, no sudden end
         problem = draw(task, rng.getrandbits(48), d, hold)
         if together:
-            replies = [(task.expert if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
+            replies = [(task.good_rollout if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
                        for _ in range(rng.choice(self.stage.candidates))]
             tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
             return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
@@ -1456,14 +710,14 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     kind = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
     if is_main() and not os.path.exists(stem + ".json"):
         os.makedirs(folder, exist_ok=True)
-        verdicts, offsets = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0), [0]
+        trim_counts, offsets = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0), [0]
         with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets, \
                 tqdm(total=about.st_size, unit="B", unit_scale=True, desc=f"tokenising {path}", disable=None) as bar:
             if chat:
                 for messages in read_jsonl(path, skip_bad_lines):
                     bar.update(sum(len(message["content"]) for message in messages))
                     messages, verdict = trim(messages, context, tokenizer)
-                    verdicts[verdict] += 1
+                    trim_counts[verdict] += 1
                     for message in messages or []:
                         ids, wanted = tokenizer.render([message])
                         np.array(ids, kind).tofile(tokens)
@@ -1475,11 +729,12 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
                     np.array(tokenizer.encode(piece), kind).tofile(tokens)
                     bar.update(len(piece.encode()))
         np.array(offsets, np.int64).tofile(stem + ".offsets")
-        write_json(stem + ".json", verdicts)                    # last: it says that the others are whole
+        write_json(stem + ".json", trim_counts)                    # last: it says that the others are whole
     barrier()
-    verdicts = read_json(stem + ".json")
+    trim_counts = read_json(stem + ".json")
     if chat:
-        print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()))
+        print(f"{path}, trimmed to {context} tokens: "
+              + ", ".join(f"{n} {verdict}" for verdict, n in trim_counts.items()))
     if os.path.getsize(stem + ".tokens") == 0:
         raise SystemExit(f"{path} gave no tokens: " + (f"it has no row that is good and fits {context}" if chat else
                                                        "it is empty"))
@@ -1702,507 +957,7 @@ def learning_rate(step, steps, peak, final):
     return final + (peak - final) * (1 + math.cos(math.pi * (step - warm + 1) / max(1, steps - warm))) / 2
 
 
-# ---- many processes -------------------------------------------------------------------------------------------------
-# torchrun --nproc_per_node N train.py …: the same run, whatever N is.  FSDP2 shards weights, gradients and optimizer
-# states over the processes; each computes its own rows of every batch.  Steps and losses do not know: FSDP2 averages
-# gradients, so a loss is divided by what *one* process has on average.  Sampling needs no gradients: each process
-# samples its share of the prompts with a whole copy of the weights.  Every process tokenises and packs, or
-# the first does for all.  All processes need to see the same --out and --data.
-
-
-def world_size():
-    """How many processes there are: 1 without torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def is_main():
-    """Whether this is the process that writes files."""
-    return rank() == 0
-
-
-def shard(items):
-    """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
-    return items[rank()::world_size()]
-
-
-def all_gather(value):
-    """The values of all processes, in a list."""
-    values = [value] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def unshard(part):
-    """The parts of all processes in the old order: unshard(shard(items)) == items."""
-    parts = all_gather(part)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
-
-
-def all_reduce(*numbers):
-    """Numbers, each summed over the processes."""
-    if world_size() == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def barrier():
-    """Wait until all processes are here."""
-    all_reduce(0)
-
-
-def shard_model(model, size=0):
-    """Shard the weights of each layer, and of what is around the layers, over the processes (FSDP2), in place.
-
-    size: how many processes share one copy, such as those of a node; between such groups weights are replicated and
-    gradients averaged.  0: all processes share one.  Alone: nothing.  -> the model, whose parameters are now DTensors.
-    """
-    if world_size() == 1:
-        return model
-    size, device = size or world_size(), next(model.parameters()).device.type
-    shape, names = ((size,), ("shard",)) if size == world_size() else \
-        ((world_size() // size, size), ("replicate", "shard"))
-    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
-    # A layer's router state is a view, which FSDP2 warns about: an operation in place would lose its gradient.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for module in model.modules():
-        if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    if hasattr(model, "hidden_states"):
-        register_fsdp_forward_method(model, "hidden_states")
-    return model
-
-
-def whole_weights(model):
-    """The state dict of a model, sharded or not, with whole tensors: every process takes part and gets all of them."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-
-
-def shard_rows(batch):
-    """This process' rows of each tensor (rows, S); rows of padding are added until all have equally many, since FSDP2
-    wants every process to take part in every forward pass."""
-    inputs, targets, positions = batch
-    missing = -len(inputs) % world_size()
-    padded = [F.pad(t, (0, 0, 0, missing), value=v) for t, v in ((inputs, 0), (targets, -100), (positions, -1))]
-    return [shard(t) for t in padded]
-
-
-class OptimizerState:
-    """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
-    processes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-    def __init__(self, model, optimizers):
-        self.model, self.optimizers = model, optimizers
-
-    def state_dict(self):
-        """Whole in the first process, empty in the others."""
-        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
-            self.model.reshard()
-        return get_optimizer_state_dict(self.model, self.optimizers, options=self.options)
-
-    def load_state_dict(self, state):
-        set_optimizer_state_dict(self.model, self.optimizers, state, options=self.options)
-
-
-@contextlib.contextmanager
-def process_group():
-    """Among torchrun's processes; alone, nothing.  The first process speaks, but whichever stops first says why.
-
-    torchrun sends SIGTERM when one of them has ended.  A thread waits for it, as the process itself may be waiting for
-    a message that will never come.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    store, number, processes = next(dist.rendezvous("env://"))
-    reader, writer = os.pipe()
-
-    def say(message):
-        if store.add("said", 1) == 1:
-            print(message, file=sys.__stderr__, flush=True)
-
-    def wait_for_sigterm():
-        while os.read(reader, 1)[0] != signal.SIGTERM:
-            pass
-        try:
-            say("stopped, because another process of this run ended (torchrun says which); the same command goes on "
-                "from the last checkpoint")
-        finally:
-            os._exit(1)
-
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
-    signal.set_wakeup_fd(writer)
-    threading.Thread(target=wait_for_sigterm, daemon=True).start()
-    if number:
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # The first process may tokenise a file for long while the others wait; an end is noticed by torchrun, not by this.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
-                            timeout=datetime.timedelta(hours=4))
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, str):
-            say(error.code)
-            raise SystemExit(1) from None
-        if number or not isinstance(error, SystemExit):
-            time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
-            sys.stderr = sys.__stderr__
-        raise
-    dist.destroy_process_group()
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def alone_in(out):
-    """Keep other runs out of a folder until this one ends: two would delete each other's checkpoints and log.
-
-    The system holds the lock, and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
-    """
-    if not is_main():                                             # the first process holds it for all
-        yield
-        return
-    with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
-                                 "--out") from None
-            print(f"{out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
-        try:
-            yield
-        except OSError as error:
-            if error.filename is None and error.strerror:       # a write that failed does not say where
-                error.filename = f"{out} or what is printed"
-            raise
-
-
-def write_json(path, content):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    os.replace(path + ".tmp", path)
-
-
-def write_trainer_state(path, state):
-    """torch.save, but what the system said, such as that the disk is full, is the error."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
-
-
-def save_checkpoint(folder, model, tokenizer, state=None):
-    """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
-    weights = get_model_state_dict(model, options=OptimizerState.options)           # whole in the first process
-    if is_main():
-        shutil.rmtree(folder + ".new", ignore_errors=True)
-        model.save_pretrained(folder + ".new", state_dict=weights)
-        tokenizer.save_pretrained(folder + ".new")
-        if state is not None:
-            write_trainer_state(os.path.join(folder + ".new", "trainer.pt"), state)
-        if os.path.exists(folder):
-            shutil.rmtree(folder + ".old", ignore_errors=True)
-            os.rename(folder, folder + ".old")
-        os.rename(folder + ".new", folder)
-        shutil.rmtree(folder + ".old", ignore_errors=True)
-    barrier()
-
-
-def load_checkpoint(folder, device):
-    """-> model, tokenizer, trainer state (None if it has none); None for a folder that is not there.
-
-    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises Damaged.
-    """
-    if is_main():
-        if not os.path.exists(folder) and os.path.exists(folder + ".old"):
-            os.rename(folder + ".old", folder)
-        for leftover in (folder + ".new", folder + ".old"):
-            shutil.rmtree(leftover, ignore_errors=True)
-    barrier()
-    if not os.path.exists(folder):
-        return None
-    try:
-        model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
-    except ValueError as error:
-        raise Damaged(f"{folder} is damaged: {error}") from None
-    for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
-        parameter.data = parameter.data.clone()                 # else a resumed run may round differently
-    path, state = os.path.join(folder, "trainer.pt"), None
-    if os.path.exists(path):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise Damaged(f"{path} is damaged: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
-        if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
-            raise Damaged(f"{path} was not written by a run of this program")
-    return model, tokenizer, state
-
-
-class Log:
-    """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
-    COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
-               "reward", "length", "no_end", "repetitive", "zero_groups", "staleness", "masked", "flips", "kl",
-               "kl_live", "rollouts_per_second", "difficulty"]
-
-    def __init__(self, out, stage, step):
-        if not is_main():
-            self.file = open(os.devnull, "w", encoding="utf-8")
-            self.writer = csv.DictWriter(self.file, self.COLUMNS)
-            return
-        path = os.path.join(out, "log.csv")
-        rows = [row for row in read_log(out) if STAGES.index(row["stage"]) < STAGES.index(stage)
-                or (row["stage"] == stage and int(row["step"]) <= step)]
-        with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(path + ".tmp", path)
-        self.file = open(path, "a", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
-
-    def add(self, **row):
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
-
-
-def read_log(out):
-    """log.csv as dictionaries; a last row that a kill cut in half is left out.  Raises Damaged."""
-    path = os.path.join(out, "log.csv")
-    if not os.path.exists(path):
-        return []
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            rows = [row for row in reader if None not in row.values()]
-        if not {"stage", "step"} <= {*(reader.fieldnames or Log.COLUMNS)} <= {*Log.COLUMNS}:
-            raise ValueError("it has other columns")
-        for row in rows:
-            STAGES.index(row["stage"])
-            for key in row.keys() - {"stage", "difficulty"}:
-                float(row[key] or 0)
-    except (ValueError, TypeError, csv.Error) as error:
-        raise Damaged(f"{path} is damaged: {error}") from None
-    return rows
-
-
-# ---- evaluation -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def held_out_loss(model, sources, stage, pad, late, tokens=16384):
-    """Mean loss on held-out samples: {source: {"loss": all positions, "late": from position `late` on}}."""
-    result = {}
-    model.eval()
-    for source in sources:
-        if source.size(hold=True) == 0:
-            continue
-        inputs, targets, positions, _ = Loader([source], stage, max(tokens, stage.context), 0, pad, hold=True).next()
-        losses = []                                             # a tensor (S,) for each row
-        for x, y, p in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
-            x, y, p = (t.to(model.norm.weight.device) for t in (x, y, p))
-            logits = model.logits(model.hidden_states(x, position_ids=p))
-            losses += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu()
-        losses, counted = torch.stack(unshard(losses)[:len(inputs)]), targets >= 0
-        if not counted.any():
-            continue
-        far = counted & (positions >= late)
-        result[source.name] = {"loss": losses[counted].mean().item(),
-                               "late": losses[far].mean().item() if far.any() else None}
-    return result
-
-
-def held_out_problems(tasks, count, levels=None):
-    """`count` held-out problems a task, over its levels in turn; none twice: easy ones run out, then harder ones take
-    their place."""
-    problems, seen = [], set()
-    for name in tasks:
-        task = find_task(name)
-        asked = levels or task.levels
-        for i in range(count):
-            for attempt in range(1000):
-                problem = draw(task, f"eval {i} {attempt}", asked[i % len(asked)] + attempt // 50, hold=True)
-                if (name, problem.prompt) not in seen:
-                    break
-            seen.add((name, problem.prompt))
-            problems.append(problem)
-    return problems
-
-
-def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, batch=128):
-    """The share of `samples` replies to each problem that are right: (problems,) array."""
-    # A reply may be half as long again as the teacher's, and a search longer; in this order a batch ends together.
-    limit = [max(160, len(tokenizer.encode(find_task(p.task).solve(p))) * 3 // 2 + 16) for p in problems]
-    order = sorted((i for i in range(len(problems)) for _ in range(samples)), key=lambda i: (limit[i], i))
-    rates = np.zeros(len(problems))
-    for start in tqdm(shard(range(0, len(order), batch)), desc="held-out problems", leave=False, disable=None):
-        part = order[start:start + batch]
-        texts = reply(model, tokenizer, [problems[i].prompt for i in part], max(limit[i] for i in part), seed + start,
-                      temperature)
-        for i, text in zip(part, texts):
-            rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
-    return np.array(all_reduce(*rates))
-
-
-def pass_at_1(model, tokenizer, tasks, problems, samples):
-    """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over its levels.
-
-    -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
-    "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
-    """
-    held = held_out_problems(tasks, problems)
-    rates = solve_rates(model, tokenizer, held, samples)
-    greedy = solve_rates(model, tokenizer, held, 1, temperature=0.0)
-    chance = [np.mean([find_task(p.task).verify(p, find_task(p.task).solve(other, i))[0] for other in held
-                       if (other.task, other.difficulty) == (p.task, p.difficulty) and other.prompt != p.prompt] or [0])
-              for i, p in enumerate(held)]
-    by_task = np.reshape(rates, (len(tasks), problems))
-    means = [dict(zip(tasks, np.reshape(x, (len(tasks), problems)).mean(1).tolist())) for x in (rates, greedy, chance)]
-    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean()),
-            "problems": len(held), "tasks": means[0], "tasks_ci95": dict(zip(tasks, map(interval, by_task))),
-            "greedy_tasks": means[1], "chance": means[2]}
-
-
-def vote(texts):
-    """The most frequent answer, letter by letter; a reply without one has no vote.  "" if none has."""
-    votes = collections.Counter(answer for text in texts if (answer := split_answer(text)))
-    return votes.most_common(1)[0][0] if votes else ""
-
-
-def field_vote(labels, texts):
-    """The most frequent value of each label, put together; a dot, which says that a value was not found, has no vote.
-
-    >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
-    'b5c1'
-    """
-    answers = [split_answer(text) or "" for text in texts]
-    pairs = collections.Counter(answer[i:i + 2] for answer in answers for i in range(0, len(answer) - 1, 2))
-    return "".join(label + max("0123456789", key=lambda value: pairs[label + value]) for label in labels)
-
-
-def sample_methods(prompts, generate, asked, seed, tokenizer):
-    """-> N (T + 1) plain samples a prompt, and the populations of Markovian RSA and of two special cases of it."""
-    b, known = asked.budget, {}
-
-    def remembered(*call):
-        """The methods' first rounds are the same: sampled once."""
-        key = (tuple(call[0]), *call[1:])
-        if key not in known:
-            texts = all_gather(generate(*call, progress=functools.partial(
-                tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None)))
-            known[key] = [next(text for text in some if text is not None) for some in zip(*texts)]
-        return known[key]
-
-    def sample(population, subset, rounds, tail):
-        return markovian_rsa(prompts, remembered, population, subset, rounds, b.budget, tail, seed, tokenizer)
-
-    plain = [[c.text for c in result.candidates] for result in sample(b.population * (b.rounds + 1), 1, 0, 0)]
-    return plain, {"markovian_rsa": sample(b.population, b.subset, asked.most_rounds, b.tail),
-                   "delethink": sample(b.population, 1, b.rounds, b.tail),
-                   "full_rsa": sample(b.population, b.subset, b.rounds, b.budget)}
-
-
-def evaluate_ttc(model, tokenizer, name, asked, seed=0):
-    """Test-time compute on one task: Markovian RSA beside what else as many tokens can buy, as an entry of report.json.
-
-    Shares are of held-out problems, with 95 % intervals over them.  Votes, pass@N and the choice of a reply that says
-    of itself that it holds look at plain samples: N of them, or N (T + 1), which cost as much as T rounds.  rounds: by
-    method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
-    then, a problem.
-    """
-    task, N, T = find_task(name), asked.budget.population, asked.budget.rounds
-    problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
-    source = Checkpoint(model, tokenizer, share=shard)
-    equal, methods = sample_methods([p.prompt for p in problems], source, asked, seed, tokenizer)
-    greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget.budget, seed)
-    first = [texts[:N] for texts in equal]
-
-    def verified(texts):
-        """(problems, samples) texts -> rewards, likewise."""
-        return [[task.verify(p, text)[0] for text in some] for p, some in zip(problems, texts)]
-
-    def right(answers):
-        return [float(task.check(p.data, answer)) for p, answer in zip(problems, answers)]
-
-    def populations(method):
-        """(rounds, problems, candidates) texts."""
-        return [[[c.text for c in r.rounds[t]] for r in methods[method]] for t in range(len(methods[method][0].rounds))]
-
-    def mean(rewards):
-        return [sum(some) / len(some) for some in rewards]
-
-    rounds = {method: [mean(verified(texts)) for texts in populations(method)] for method in methods}
-    rounds["vote"] = [right(vote(texts[:N * (t + 1)]) for texts in equal) for t in range(T + 1)]
-    rounds["markovian_rsa_majority"] = [right(map(vote, texts)) for texts in populations("markovian_rsa")]
-    scores = {"single": mean(verified(equal)),
-              "greedy": mean(verified([text] for text in greedy)),
-              "pass@N": map(max, verified(first)), "pass@equal_tokens": map(max, verified(equal)),
-              "maj@N": right(map(vote, first)), "maj@equal_tokens": rounds["vote"][T],
-              **{method: rounds[method][T] for method in (*methods, "markovian_rsa_majority")}}
-    if task.certified("") is not None:
-        chosen = [next((text for text in texts if task.certified(text)), texts[0]) for texts in equal]
-        scores["certified@equal_tokens"] = mean(verified([text] for text in chosen))
-    if task.fields:
-        labels = [[label for *_, label in p.data["columns"]] for p in problems]
-        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, equal))
-    samples = [[texts[N * t:N * (t + 1)] for texts in equal] for t in range(T + 1)]
-    spent = {method: [sum(count_tokens(text, tokenizer) for some in texts for text in some) / len(problems)
-                      for texts in (samples if method == "vote" else populations(method))]
-             for method in ("vote", *methods)}
-    row = {"task": name, "difficulty": asked.tasks[name], "problems": len(problems), "population": N,
-           "subset": asked.budget.subset, "T": T, "tail": asked.budget.tail,
-           "generated_tokens": sum(spent["markovian_rsa"][:T + 1]),
-           "longest_prompt": max(result.longest_prompt for result in methods["markovian_rsa"]),
-           "longest_prompt_full_rsa": max(result.longest_prompt for result in methods["full_rsa"]),
-           "rounds": {method: [sum(v) / len(v) for v in values] for method, values in rounds.items()},
-           "rounds_ci95": {method: [interval(v) for v in values] for method, values in rounds.items()},
-           "tokens": {method: np.cumsum(values).tolist() for method, values in spent.items()}}
-    for key, values in scores.items():
-        values = [float(value) for value in values]
-        row |= {key: sum(values) / len(values), key + "_ci95": interval(values)}
-    return row
-
-
-def show_samples(model, tokenizer, sources, seed):
-    """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
-    rng, device = random.Random(seed), model.norm.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(hold=True)):
-        ids, wanted = source.get(rng.randrange(source.size(hold=True)), hold=True)
-        ids = ids[:wanted.index(True)] if source.is_traces and True in wanted else ids[:24]     # up to the reply
-        text = model.generate(torch.tensor([ids[-200:]], device=device), 48, 0.8, generator=generator)[0].tolist()
-        print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids[-200:]):])!r}")
-    tasks = [name for source in sources if isinstance(source, TaskSource) for name in source.tasks]
-    for name in rng.sample(tasks, min(2, len(tasks))):
-        problem = draw(find_task(name), f"show {seed}", 2, hold=True)
-        answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
-        verdict = "right" if find_task(name).verify(problem, answer)[0] else "wrong"
-        print(f"    {verdict} | {problem.prompt} -> {answer!r}")
-
-
-# ---- a stage --------------------------------------------------------------------------------------------------------
+# ---- a supervised stage ---------------------------------------------------------------------------------------------
 
 
 def choose_device(config):
@@ -2274,7 +1029,7 @@ def train_step(model, optimizers, balancer, batch, count, config, dtype, lr, los
     return {"loss": loss, "norm": norm, **metrics}
 
 
-class Keeper:
+class Checkpointer:
     """One stage's checkpoint: its trainer state, its parts (anything with a state_dict), and the seconds spent."""
 
     def __init__(self, name, config, tokenizer, state):
@@ -2318,24 +1073,25 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     """Train one supervised stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
 
     Returns the state: "before" and "after" are held-out losses, "seconds" is all it took, data and samples included."""
-    keeper = Keeper(name, config, tokenizer, state)
-    state = keeper.state
+    checkpointer = Checkpointer(name, config, tokenizer, state)
+    state = checkpointer.state
     sources = make_sources(config, stage, tokenizer)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
     late = config.context[STAGES[0]]
-    prints = {source.name: source.fingerprint for source in sources}
+    fingerprints = {source.name: source.fingerprint for source in sources}
     if "before" not in state:
-        state.update(before=held_out_loss(model, sources, stage, tokenizer.pad, late), data=prints)
-    elif state["data"] != prints:
-        changed = sorted(key for key in {*prints, *state["data"]} if prints.get(key) != state["data"].get(key))
-        raise SystemExit(f"{keeper.folder} was begun on other data: {', '.join(changed)} changed since. Bring the old "
-                         f"data back, take another --out, or delete {keeper.folder}")
+        state.update(before=held_out_loss(model, sources, stage, tokenizer.pad, late), data=fingerprints)
+    elif state["data"] != fingerprints:
+        old = state["data"]
+        changed = sorted(key for key in {*fingerprints, *old} if fingerprints.get(key) != old.get(key))
+        raise SystemExit(f"{checkpointer.folder} was begun on other data: {', '.join(changed)} changed since. Bring the "
+                         f"old data back, take another --out, or delete {checkpointer.folder}")
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
-    keeper.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
-    compiled, why = worth_compiling(model, stage.steps * config.tokens_per_step)
+    checkpointer.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
+    compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
     print(f"{name}: {why}")
     loss_of = compile_loss() if compiled else summed_loss
     log = Log(config.out, name, state["step"])
@@ -2347,7 +1103,7 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
         count = (batch[1] >= 0).sum().clamp_min(1).item() / world_size()
         row = train_step(model, optimizers, balancer, shard_rows(batch), count, config, dtype, lr, loss_of)
         row["loss"] = all_reduce(row["loss"])[0] / world_size()
-        keeper.check(row, step, [f"{source} {number}" for source, number in origins])
+        checkpointer.check(row, step, [f"{source} {number}" for source, number in origins])
         seconds = time.perf_counter() - begun
         speed = config.tokens_per_step / seconds
         log.add(stage=name, step=step, lr=lr, tokens_per_second=speed, seconds=seconds, **row)
@@ -2358,14 +1114,14 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
         if step % max(1, stage.steps // 4) == 0 and step < stage.steps:
             show_samples(model, tokenizer, sources, step)
         if step % config.save_every == 0 or step == stage.steps:    # the last one too, before anything is evaluated
-            keeper.save(step)
+            checkpointer.save(step)
     state["after"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
     show_samples(model, tokenizer, sources, stage.steps)
-    keeper.save(stage.steps, done=True)
+    checkpointer.save(stage.steps, done=True)
     for source in sources:
         if isinstance(source, TaskSource):
             print(f"{name}: generated conversations trimmed to {stage.context} tokens: "
-                  + ", ".join(f"{n} {verdict}" for verdict, n in source.verdicts.items()))
+                  + ", ".join(f"{n} {verdict}" for verdict, n in source.trim_counts.items()))
     return state
 
 
@@ -2496,7 +1252,7 @@ class LogisticBelief:
 @dataclass
 class Group:
     """A prompt and its rollouts: everything the trainer and the log need, in lists that torch.save keeps."""
-    problem: Problem
+    problem: "Problem"
     prompt: list                            # token ids
     asked: int = 0                          # the environment's difficulty; 0: an aggregation prompt
     version: int = 0                        # of the sampler's weights
@@ -2565,7 +1321,7 @@ def roll_out(model, prompts, group_size, context, end, generator, among=None):
     return result
 
 
-def verdicts(group):
+def verifier_rewards(group):
     """The usual reward: what the verifier says."""
     return [find_task(group.problem.task).verify(group.problem, text)[0] for text in group.texts]
 
@@ -2578,7 +1334,8 @@ class Actor:
     """
     sync_every, most_stale, pool_size, dead_after = 2, 2, 64, 25
 
-    def __init__(self, model, tokenizer, stage, seed, score=verdicts, adapt=next_difficulty, dtype=torch.float32):
+    def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, adapt=next_difficulty,
+                 dtype=torch.float32):
         self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
         self.score, self.adapt, self.dtype = score, adapt, dtype
         self.environments = {name: {"d": 1, "groups": 0, "best": {}} for name in stage.tasks}
@@ -2631,7 +1388,7 @@ class Actor:
         """The highest solve rate so far of this group's source: its environment at its difficulty."""
         return self.environments[group.problem.task]["best"].get(group.asked, 0.0)
 
-    def find_start(self, rounds=6, group_size=8):
+    def init_difficulty(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
         beliefs = {name: LogisticBelief() for name in self.environments}
         for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
@@ -2893,7 +1650,7 @@ def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
 class JudgedReward:
     """score(group) of the behavioral stage: the reward model's sigmoid, gated to 0 by the binary checker."""
 
-    def __init__(self, judge, tokenizer, gate=verdicts):
+    def __init__(self, judge, tokenizer, gate=verifier_rewards):
         self.judge, self.tokenizer, self.gate = judge, tokenizer, gate
 
     @torch.no_grad()
@@ -2902,14 +1659,14 @@ class JudgedReward:
         return [obeys * score for obeys, score in zip(self.gate(group), liked.tolist())]
 
 
-def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verdicts):
+def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verifier_rewards):
     """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
 
     `adapt` and `gate` are what notebooks/post_training.py swaps: the difficulty rule, and the reward model's gate."""
-    keeper = Keeper(name, config, tokenizer, state)
-    state = keeper.state
+    checkpointer = Checkpointer(name, config, tokenizer, state)
+    state = checkpointer.state
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
-    score, advantage, seed = verdicts, maxrl_advantage, f"{config.seed} {name}"
+    score, advantage, seed = verifier_rewards, maxrl_advantage, f"{config.seed} {name}"
     if stage.reward_model_steps:
         advantage = grpo_advantage
         if "judge" in state:
@@ -2926,9 +1683,9 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the balancer's rate: a few tasks' prompts are not what the experts should be levelled on.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    begun = keeper.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers))
+    begun = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers))
     if stage.adaptive and not begun:
-        actor.find_start()
+        actor.init_difficulty()
         state["start"] = {task: environment["d"] for task, environment in actor.environments.items()}
         print(f"{name}: starts at difficulty " + " ".join(f"{task}={d}" for task, d in state["start"].items()))
     log = Log(config.out, name, state["step"])
@@ -2950,7 +1707,7 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
             count = rewards.numel() / world_size()
             row = rl_step(model, optimizers, balancer, batches, count, config, dtype, lr, shows)
             row = average_over_processes(row)
-            keeper.check(row, step, [group.problem.prompt for group in groups])
+            checkpointer.check(row, step, [group.problem.prompt for group in groups])
         seconds = time.perf_counter() - begun
         row |= rollout_health(generated, groups, step - 1)
         row["rollouts_per_second"] = sum(len(g.tokens) for g in generated) / sampled if generated else None
@@ -2962,9 +1719,9 @@ def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=ne
         if step % max(1, stage.steps // 4) == 0 and generated:
             show_rollouts(generated)
         if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
-            keeper.save(step)
+            checkpointer.save(step)
     state["end"] = {task: environment["d"] for task, environment in actor.environments.items()}
-    keeper.save(stage.steps, done=True)
+    checkpointer.save(stage.steps, done=True)
     return state
 
 
@@ -2999,7 +1756,508 @@ def show_rollouts(groups):
             print(f"    reward {group.rewards[i]:.2f} | {group.problem.prompt} -> {group.texts[i][:200]!r}")
 
 
+# ---- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def held_out_loss(model, sources, stage, pad, late, tokens=16384):
+    """Mean loss on held-out samples: {source: {"loss": all positions, "late": from position `late` on}}."""
+    result = {}
+    model.eval()
+    for source in sources:
+        if source.size(hold=True) == 0:
+            continue
+        inputs, targets, positions, _ = Loader([source], stage, max(tokens, stage.context), 0, pad, hold=True).next()
+        losses = []                                             # a tensor (S,) for each row
+        for x, y, p in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
+            x, y, p = (t.to(model.norm.weight.device) for t in (x, y, p))
+            logits = model.logits(model.hidden_states(x, position_ids=p))
+            losses += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu()
+        losses, counted = torch.stack(unshard(losses)[:len(inputs)]), targets >= 0
+        if not counted.any():
+            continue
+        far = counted & (positions >= late)
+        result[source.name] = {"loss": losses[counted].mean().item(),
+                               "late": losses[far].mean().item() if far.any() else None}
+    return result
+
+
+def held_out_problems(tasks, count, levels=None):
+    """`count` held-out problems a task, over its levels in turn; none twice: easy ones run out, then harder ones take
+    their place."""
+    problems, seen = [], set()
+    for name in tasks:
+        task = find_task(name)
+        asked = levels or task.levels
+        for i in range(count):
+            for attempt in range(1000):
+                problem = draw(task, f"eval {i} {attempt}", asked[i % len(asked)] + attempt // 50, hold=True)
+                if (name, problem.prompt) not in seen:
+                    break
+            seen.add((name, problem.prompt))
+            problems.append(problem)
+    return problems
+
+
+def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, batch=128):
+    """The share of `samples` replies to each problem that are right: (problems,) array."""
+    # A reply may be half as long again as the teacher's, and a search longer; in this order a batch ends together.
+    limit = [max(160, len(tokenizer.encode(find_task(p.task).solve(p))) * 3 // 2 + 16) for p in problems]
+    order = sorted((i for i in range(len(problems)) for _ in range(samples)), key=lambda i: (limit[i], i))
+    rates = np.zeros(len(problems))
+    for start in tqdm(shard(range(0, len(order), batch)), desc="held-out problems", leave=False, disable=None):
+        part = order[start:start + batch]
+        texts = reply(model, tokenizer, [problems[i].prompt for i in part], max(limit[i] for i in part), seed + start,
+                      temperature)
+        for i, text in zip(part, texts):
+            rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
+    return np.array(all_reduce(*rates))
+
+
+def pass_at_1(model, tokenizer, tasks, problems, samples):
+    """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over its levels.
+
+    -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
+    "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
+    """
+    held = held_out_problems(tasks, problems)
+    rates = solve_rates(model, tokenizer, held, samples)
+    greedy = solve_rates(model, tokenizer, held, 1, temperature=0.0)
+    chance = [np.mean([find_task(p.task).verify(p, find_task(p.task).solve(other, i))[0] for other in held
+                       if (other.task, other.difficulty) == (p.task, p.difficulty) and other.prompt != p.prompt] or [0])
+              for i, p in enumerate(held)]
+    by_task = np.reshape(rates, (len(tasks), problems))
+    means = [dict(zip(tasks, np.reshape(x, (len(tasks), problems)).mean(1).tolist())) for x in (rates, greedy, chance)]
+    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean()),
+            "problems": len(held), "tasks": means[0], "tasks_ci95": dict(zip(tasks, map(interval, by_task))),
+            "greedy_tasks": means[1], "chance": means[2]}
+
+
+def vote(texts):
+    """The most frequent answer, letter by letter; a reply without one has no vote.  "" if none has."""
+    votes = collections.Counter(answer for text in texts if (answer := split_answer(text)))
+    return votes.most_common(1)[0][0] if votes else ""
+
+
+def field_vote(labels, texts):
+    """The most frequent value of each label, put together; a dot, which says that a value was not found, has no vote.
+
+    >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
+    'b5c1'
+    """
+    answers = [split_answer(text) or "" for text in texts]
+    pairs = collections.Counter(answer[i:i + 2] for answer in answers for i in range(0, len(answer) - 1, 2))
+    return "".join(label + max("0123456789", key=lambda value: pairs[label + value]) for label in labels)
+
+
+def sample_methods(prompts, generate, asked, seed, tokenizer):
+    """-> N (T + 1) plain samples a prompt, and the populations of Markovian RSA and of two special cases of it."""
+    b, known = asked.budget, {}
+
+    def remembered(*call):
+        """The methods' first rounds are the same: sampled once."""
+        key = (tuple(call[0]), *call[1:])
+        if key not in known:
+            texts = all_gather(generate(*call, progress=functools.partial(
+                tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None)))
+            known[key] = [next(text for text in some if text is not None) for some in zip(*texts)]
+        return known[key]
+
+    def sample(population, subset, rounds, tail):
+        return markovian_rsa(prompts, remembered, population, subset, rounds, b.budget, tail, seed, tokenizer)
+
+    plain = [[c.text for c in result.candidates] for result in sample(b.population * (b.rounds + 1), 1, 0, 0)]
+    return plain, {"markovian_rsa": sample(b.population, b.subset, asked.most_rounds, b.tail),
+                   "delethink": sample(b.population, 1, b.rounds, b.tail),
+                   "full_rsa": sample(b.population, b.subset, b.rounds, b.budget)}
+
+
+def evaluate_ttc(model, tokenizer, name, asked, seed=0):
+    """Test-time compute on one task: Markovian RSA beside what else as many tokens can buy, as an entry of report.json.
+
+    Shares are of held-out problems, with 95 % intervals over them.  Votes, pass@N and the choice of a reply that says
+    of itself that it holds look at plain samples: N of them, or N (T + 1), which cost as much as T rounds.  rounds: by
+    method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
+    then, a problem.
+    """
+    task, N, T = find_task(name), asked.budget.population, asked.budget.rounds
+    problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
+    source = Checkpoint(model, tokenizer, share=shard)
+    equal, methods = sample_methods([p.prompt for p in problems], source, asked, seed, tokenizer)
+    greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget.budget, seed)
+    first = [texts[:N] for texts in equal]
+
+    def verified(texts):
+        """(problems, samples) texts -> rewards, likewise."""
+        return [[task.verify(p, text)[0] for text in some] for p, some in zip(problems, texts)]
+
+    def right(answers):
+        return [float(task.verify_answer(p.data, answer)) for p, answer in zip(problems, answers)]
+
+    def populations(method):
+        """(rounds, problems, candidates) texts."""
+        return [[[c.text for c in r.rounds[t]] for r in methods[method]] for t in range(len(methods[method][0].rounds))]
+
+    def mean(rewards):
+        return [sum(some) / len(some) for some in rewards]
+
+    rounds = {method: [mean(verified(texts)) for texts in populations(method)] for method in methods}
+    rounds["vote"] = [right(vote(texts[:N * (t + 1)]) for texts in equal) for t in range(T + 1)]
+    rounds["markovian_rsa_majority"] = [right(map(vote, texts)) for texts in populations("markovian_rsa")]
+    scores = {"single": mean(verified(equal)),
+              "greedy": mean(verified([text] for text in greedy)),
+              "pass@N": map(max, verified(first)), "pass@equal_tokens": map(max, verified(equal)),
+              "maj@N": right(map(vote, first)), "maj@equal_tokens": rounds["vote"][T],
+              **{method: rounds[method][T] for method in (*methods, "markovian_rsa_majority")}}
+    if task.self_verified("") is not None:
+        chosen = [next((text for text in texts if task.self_verified(text)), texts[0]) for texts in equal]
+        scores["certified@equal_tokens"] = mean(verified([text] for text in chosen))
+    if task.fields:
+        labels = [[label for *_, label in p.data["columns"]] for p in problems]
+        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, equal))
+    samples = [[texts[N * t:N * (t + 1)] for texts in equal] for t in range(T + 1)]
+    spent = {method: [sum(count_tokens(text, tokenizer) for some in texts for text in some) / len(problems)
+                      for texts in (samples if method == "vote" else populations(method))]
+             for method in ("vote", *methods)}
+    row = {"task": name, "difficulty": asked.tasks[name], "problems": len(problems), "population": N,
+           "subset": asked.budget.subset, "T": T, "tail": asked.budget.tail,
+           "generated_tokens": sum(spent["markovian_rsa"][:T + 1]),
+           "longest_prompt": max(result.longest_prompt for result in methods["markovian_rsa"]),
+           "longest_prompt_full_rsa": max(result.longest_prompt for result in methods["full_rsa"]),
+           "rounds": {method: [sum(v) / len(v) for v in values] for method, values in rounds.items()},
+           "rounds_ci95": {method: [interval(v) for v in values] for method, values in rounds.items()},
+           "tokens": {method: np.cumsum(values).tolist() for method, values in spent.items()}}
+    for key, values in scores.items():
+        values = [float(value) for value in values]
+        row |= {key: sum(values) / len(values), key + "_ci95": interval(values)}
+    return row
+
+
+def show_samples(model, tokenizer, sources, seed):
+    """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
+    rng, device = random.Random(seed), model.norm.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(hold=True)):
+        ids, wanted = source.get(rng.randrange(source.size(hold=True)), hold=True)
+        ids = ids[:wanted.index(True)] if source.is_traces and True in wanted else ids[:24]     # up to the reply
+        text = model.generate(torch.tensor([ids[-200:]], device=device), 48, 0.8, generator=generator)[0].tolist()
+        print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids[-200:]):])!r}")
+    tasks = [name for source in sources if isinstance(source, TaskSource) for name in source.tasks]
+    for name in rng.sample(tasks, min(2, len(tasks))):
+        problem = draw(find_task(name), f"show {seed}", 2, hold=True)
+        answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
+        verdict = "right" if find_task(name).verify(problem, answer)[0] else "wrong"
+        print(f"    {verdict} | {problem.prompt} -> {answer!r}")
+
+
+# ---- checkpoints and the log ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def alone_in(out):
+    """Keep other runs out of a folder until this one ends: two would delete each other's checkpoints and log.
+
+    The system holds the lock, and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
+    """
+    if not is_main():                                             # the first process holds it for all
+        yield
+        return
+    with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
+                                 "--out") from None
+            print(f"{out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None and error.strerror:       # a write that failed does not say where
+                error.filename = f"{out} or what is printed"
+            raise
+
+
+def write_json(path, content):
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def write_trainer_state(path, state):
+    """torch.save, but what the system said, such as that the disk is full, is the error."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def save_checkpoint(folder, model, tokenizer, state=None):
+    """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
+    weights = get_model_state_dict(model, options=OptimizerState.options)           # whole in the first process
+    if is_main():
+        shutil.rmtree(folder + ".new", ignore_errors=True)
+        model.save_pretrained(folder + ".new", state_dict=weights)
+        tokenizer.save_pretrained(folder + ".new")
+        if state is not None:
+            write_trainer_state(os.path.join(folder + ".new", "trainer.pt"), state)
+        if os.path.exists(folder):
+            shutil.rmtree(folder + ".old", ignore_errors=True)
+            os.rename(folder, folder + ".old")
+        os.rename(folder + ".new", folder)
+        shutil.rmtree(folder + ".old", ignore_errors=True)
+    barrier()
+
+
+def load_checkpoint(folder, device):
+    """-> model, tokenizer, trainer state (None if it has none); None for a folder that is not there.
+
+    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises Damaged.
+    """
+    if is_main():
+        if not os.path.exists(folder) and os.path.exists(folder + ".old"):
+            os.rename(folder + ".old", folder)
+        for leftover in (folder + ".new", folder + ".old"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    barrier()
+    if not os.path.exists(folder):
+        return None
+    try:
+        model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
+    except ValueError as error:
+        raise Damaged(f"{folder} is damaged: {error}") from None
+    for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
+        parameter.data = parameter.data.clone()                 # else a resumed run may round differently
+    path, state = os.path.join(folder, "trainer.pt"), None
+    if os.path.exists(path):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise Damaged(f"{path} is damaged: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
+        if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
+            raise Damaged(f"{path} was not written by a run of this program")
+    return model, tokenizer, state
+
+
+class Log:
+    """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
+    COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
+               "reward", "length", "no_end", "repetitive", "zero_groups", "staleness", "masked", "flips", "kl",
+               "kl_live", "rollouts_per_second", "difficulty"]
+
+    def __init__(self, out, stage, step):
+        if not is_main():
+            self.file = open(os.devnull, "w", encoding="utf-8")
+            self.writer = csv.DictWriter(self.file, self.COLUMNS)
+            return
+        path = os.path.join(out, "log.csv")
+        rows = [row for row in read_log(out) if STAGES.index(row["stage"]) < STAGES.index(stage)
+                or (row["stage"] == stage and int(row["step"]) <= step)]
+        with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a", encoding="utf-8", newline="")
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+
+    def add(self, **row):
+        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        self.file.flush()
+
+
+def read_log(out):
+    """log.csv as dictionaries; a last row that a kill cut in half is left out.  Raises Damaged."""
+    path = os.path.join(out, "log.csv")
+    if not os.path.exists(path):
+        return []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if None not in row.values()]
+        if not {"stage", "step"} <= {*(reader.fieldnames or Log.COLUMNS)} <= {*Log.COLUMNS}:
+            raise ValueError("it has other columns")
+        for row in rows:
+            STAGES.index(row["stage"])
+            for key in row.keys() - {"stage", "difficulty"}:
+                float(row[key] or 0)
+    except (ValueError, TypeError, csv.Error) as error:
+        raise Damaged(f"{path} is damaged: {error}") from None
+    return rows
+
+
+# ---- many processes -------------------------------------------------------------------------------------------------
+# torchrun --nproc_per_node N train.py …: the same run, whatever N is.  FSDP2 shards weights, gradients and optimizer
+# states over the processes; each computes its own rows of every batch.  Steps and losses do not know: FSDP2 averages
+# gradients, so a loss is divided by what *one* process has on average.  Sampling needs no gradients: each process
+# samples its share of the prompts with a whole copy of the weights.  Every process tokenises and packs, or
+# the first does for all.  All processes need to see the same --out and --data.
+
+
+def world_size():
+    """How many processes there are: 1 without torchrun."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main():
+    """Whether this is the process that writes files."""
+    return rank() == 0
+
+
+def shard(items):
+    """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
+    return items[rank()::world_size()]
+
+
+def all_gather(value):
+    """The values of all processes, in a list."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def unshard(part):
+    """The parts of all processes in the old order: unshard(shard(items)) == items."""
+    parts = all_gather(part)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def all_reduce(*numbers):
+    """Numbers, each summed over the processes."""
+    if world_size() == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier():
+    """Wait until all processes are here."""
+    all_reduce(0)
+
+
+def shard_model(model, size=0):
+    """Shard the weights of each layer, and of what is around the layers, over the processes (FSDP2), in place.
+
+    size: how many processes share one copy, such as those of a node; between such groups weights are replicated and
+    gradients averaged.  0: all processes share one.  Alone: nothing.  -> the model, whose parameters are now DTensors.
+    """
+    if world_size() == 1:
+        return model
+    size, device = size or world_size(), next(model.parameters()).device.type
+    shape, names = ((size,), ("shard",)) if size == world_size() else \
+        ((world_size() // size, size), ("replicate", "shard"))
+    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+    # A layer's router state is a view, which FSDP2 warns about: an operation in place would lose its gradient.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    for module in model.modules():
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if hasattr(model, "hidden_states"):
+        register_fsdp_forward_method(model, "hidden_states")
+    return model
+
+
+def whole_weights(model):
+    """The state dict of a model, sharded or not, with whole tensors: every process takes part and gets all of them."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def shard_rows(batch):
+    """This process' rows of each tensor (rows, S); rows of padding are added until all have equally many, since FSDP2
+    wants every process to take part in every forward pass."""
+    inputs, targets, positions = batch
+    missing = -len(inputs) % world_size()
+    padded = [F.pad(t, (0, 0, 0, missing), value=v) for t, v in ((inputs, 0), (targets, -100), (positions, -1))]
+    return [shard(t) for t in padded]
+
+
+class OptimizerState:
+    """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
+    processes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+    def __init__(self, model, optimizers):
+        self.model, self.optimizers = model, optimizers
+
+    def state_dict(self):
+        """Whole in the first process, empty in the others."""
+        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
+            self.model.reshard()
+        return get_optimizer_state_dict(self.model, self.optimizers, options=self.options)
+
+    def load_state_dict(self, state):
+        set_optimizer_state_dict(self.model, self.optimizers, state, options=self.options)
+
+
+@contextlib.contextmanager
+def process_group():
+    """Among torchrun's processes; alone, nothing.  The first process speaks, but whichever stops first says why.
+
+    torchrun sends SIGTERM when one of them has ended.  A thread waits for it, as the process itself may be waiting for
+    a message that will never come.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    store, number, processes = next(dist.rendezvous("env://"))
+    reader, writer = os.pipe()
+
+    def say(message):
+        if store.add("said", 1) == 1:
+            print(message, file=sys.__stderr__, flush=True)
+
+    def wait_for_sigterm():
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            pass
+        try:
+            say("stopped, because another process of this run ended (torchrun says which); the same command goes on "
+                "from the last checkpoint")
+        finally:
+            os._exit(1)
+
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=wait_for_sigterm, daemon=True).start()
+    if number:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    # The first process may tokenise a file for long while the others wait; an end is noticed by torchrun, not by this.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
+                            timeout=datetime.timedelta(hours=4))
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            say(error.code)
+            raise SystemExit(1) from None
+        if number or not isinstance(error, SystemExit):
+            time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
+            sys.stderr = sys.__stderr__
+        raise
+    dist.destroy_process_group()
+
+
 # ---- a run ----------------------------------------------------------------------------------------------------------
+
 
 MUST_STAY = ["preset", "seed", "data", "tasks", "tokenizer", "context", "tokens_per_step", "micro_batch",
              "weight_decay", "grad_clip", "balancer_lr", "lr", "steps", "dtype", "groups", "group_size"]
@@ -3375,6 +2633,757 @@ def main(arguments=None):
     print("settings: " + ", ".join(f"{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config)))
     with alone_in(config.out):
         run_stages(config, changes, device, dtype)
+
+
+# ---- appendix: the tasks --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem: what the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
+    task: str
+    difficulty: int
+    prompt: str
+    data: dict
+
+
+def split_answer(text):
+    """A reply's answer: what stands after its one </think>, without the end token; None if the form is not kept.
+
+    >>> split_answer("<think>7+5=12</think>12<|end|>"), split_answer("12"), split_answer("</think></think>1")
+    ('12', None, None)
+    """
+    reasoning, tag, answer = text.partition("</think>")
+    if not tag or "</think>" in answer or not reasoning.startswith("<think>"):
+        return None
+    return answer.removesuffix("<|end|>").strip()
+
+
+class Task:
+    """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
+
+    A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` ->
+    (reasoning, answer), where each step
+    goes wrong with probability `error_rate`; and `verify_answer(data, answer)` -> bool, total: any string gets a verdict.
+    `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
+    `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.  `hardest`: where
+    difficulties end.
+    """
+    exact, levels, hardest = True, (1, 2, 3), 30
+    reads = False                           # whether `aggregate` builds on the replies it is shown
+    fields = False                          # whether an answer is a list of label and value, one character each
+
+    def __init__(self, name):
+        self.name = name
+
+    def make(self, seed, d):
+        """The same seed and difficulty (an integer from 1) give the same problem."""
+        prompt, data = self.generate(random.Random(f"{self.name} {seed} {d}"), max(1, d))
+        return Problem(self.name, d, prompt, data)
+
+    def verify(self, problem, text):
+        """(reward, format), 0 or 1 each, for any text."""
+        answer = split_answer(text)
+        if answer is None or len(answer) > 1000:
+            return 0, 0
+        return int(self.verify_answer(problem.data, answer)), 1
+
+    def solve(self, problem, seed=0):
+        """A worked reply by the teacher: <think>…</think>answer."""
+        reasoning, answer = self.solution(problem.data, random.Random(f"solve {seed}"), 0.0)
+        return f"<think>{reasoning}</think>{answer}"
+
+    def corrupt(self, problem, seed=0):
+        """A plausible reply with a wrong answer, by a teacher who slips; if that never spoils the answer, one to
+        another problem."""
+        rng = random.Random(f"corrupt {seed}")
+        error_rate, data = 0.1, problem.data
+        for attempt in range(10_000):
+            if attempt > 30:
+                data = draw(self, rng.getrandbits(48), problem.difficulty, hold=False).data
+            reasoning, answer = self.solution(data, rng, error_rate)
+            if not self.verify_answer(problem.data, answer):
+                return f"<think>{reasoning}</think>{answer}"
+            error_rate = min(1.0, error_rate + 0.1)
+        raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
+
+    def self_verified(self, text):
+        """Whether a reply says of itself that its answer holds; None: replies of this task say nothing."""
+
+    def good_rollout(self, problem, seed=0):
+        """A rollout that aggregation prompts show: one that is of use to who reads it."""
+        return self.solve(problem, seed)
+
+    def aggregate(self, problem, replies, seed=0):
+        """A reply by someone who has read other replies; a task that does not read answers by itself."""
+        return self.solve(problem, seed)
+
+
+class Search(Task):
+    """A task whose teacher guesses and checks: guess(data, rng) -> answer; trial(data, answer, rng, error_rate) ->
+    (text,
+    whether it seems to work).  After a failed trial it gives up with probability `gives_up`, so that imitating it is
+    capped: only reward can teach to guess better and to go on.
+    """
+    exact = False
+    gives_up, most = 0.6, 8
+
+    def solution(self, data, rng, error_rate):
+        trials = []
+        while True:
+            answer = self.guess(data, rng)
+            text, works = self.trial(data, answer, rng, error_rate)
+            trials.append(text)
+            if works or len(trials) == self.most or rng.random() < self.gives_up:
+                return f"{';'.join(trials)}#{'ny'[works]}{answer}", answer
+
+    def good_rollout(self, problem, seed=0):
+        """A right reply if 100 attempts give one: a search that gives up hardly ever ends in one."""
+        replies = (self.solve(problem, f"{seed} {attempt}") for attempt in range(100))
+        return next((reply for reply in replies if self.verify(problem, reply)[0]), self.solve(problem, seed))
+
+    def aggregate(self, problem, replies, seed=0):
+        """If one of the replies is right, it is taken over and checked anew; if not, an honest search."""
+        good = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
+        if not good:
+            return self.solve(problem, seed)
+        rng = random.Random(f"aggregate {seed}")
+        answer = rng.choice(good)
+        return f"<think>{self.trial(problem.data, answer, rng, 0.0)[0]}#y{answer}</think>{answer}"
+
+    def self_verified(self, text):
+        answer = split_answer(text)
+        return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
+
+
+def slipped(value, rng, error_rate, base=10):
+    """`value`, or with probability `error_rate` another number of as many digits."""
+    if not error_rate or rng.random() >= error_rate:
+        return value
+    unit = rng.randrange(1, base)
+    return value - value % base + (value + unit) % base
+
+
+def labels(rng, count):
+    """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    start = rng.randrange(52)
+    return [letters[(start + i) % 52] for i in range(count)]
+
+
+class ColumnSums(Task):
+    """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
+
+    sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
+    A label is followed by its value in lists only: who reads another's tail finds it there, and nowhere else.
+    """
+    levels, fields = (6, 7, 8), True
+
+    def generate(self, rng, d):
+        columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
+        return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
+
+    def solution(self, data, rng, error_rate):
+        steps = [(label, a, b, slipped((a + b) % 10, rng, error_rate)) for a, b, label in data["columns"]]
+        answer = "".join(f"{label}{total}" for label, _, _, total in steps)
+        return "".join(f"{label}:{a}+{b}={total}" for label, a, b, total in steps) + "#" + answer, answer
+
+    def verify_answer(self, data, answer):
+        return answer == "".join(f"{label}{(a + b) % 10}" for a, b, label in data["columns"])
+
+
+def add_steps(a, b, rng, error_rate):
+    """Written addition from the last digit on, 'digit+digit+carry=carry digit': ('7+5+0=12,4+8+1=13', 132)."""
+    steps, carry, total, place = [], 0, 0, 1
+    for i in range(max(len(str(a)), len(str(b)))):
+        x, y = a // 10**i % 10, b // 10**i % 10
+        value = slipped(x + y + carry, rng, error_rate)
+        steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
+        carry, total, place = value // 10, total + value % 10 * place, place * 10
+    return ",".join(steps), total + carry * place
+
+
+class Add(Task):
+    """Addition of two d-digit numbers with carries.  A error_rate spoils only what follows it.
+
+    47+85 -> <think>7+5+0=12,4+8+1=13</think>132
+    """
+    levels = (4, 5, 6)
+
+    def generate(self, rng, d):
+        a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for _ in range(2))
+        return f"{a}+{b}", {"a": a, "b": b}
+
+    def solution(self, data, rng, error_rate):
+        steps, total = add_steps(data["a"], data["b"], rng, error_rate)
+        return steps, str(total)
+
+    def verify_answer(self, data, answer):
+        return answer == str(data["a"] + data["b"])
+
+
+class Multiply(Task):
+    """Long multiplication: a row per digit of the second number, then their running sum; d + 1 digits in all.
+
+    47*6 -> <think>6:7*6+0=42,4*6+4=28:282</think>282
+    """
+    levels, hardest = (2, 3, 4), 8
+
+    def generate(self, rng, d):
+        first, second = (d + 2) // 2, (d + 1) // 2
+        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (first, second))
+        return f"{a}*{b}", {"a": a, "b": b}
+
+    def solution(self, data, rng, error_rate):
+        a, b, total, lines = data["a"], data["b"], 0, []
+        for i in range(len(str(b))):
+            y, carry, row, steps = b // 10**i % 10, 0, 0, []
+            for j in range(len(str(a))):
+                x = a // 10**j % 10
+                value = slipped(x * y + carry, rng, error_rate)
+                steps.append(f"{x}*{y}+{carry}={value // 10}{value % 10}")
+                carry, row = value // 10, row + value % 10 * 10**j
+            row = (row + carry * 10 ** len(str(a))) * 10**i
+            lines.append(f"{y}:{','.join(steps)}:{row}")
+            if i:
+                steps, total = add_steps(total, row, rng, error_rate)
+                lines.append(f"{steps}:{total}")
+            else:
+                total = row
+        return ";".join(lines), str(total)
+
+    def verify_answer(self, data, answer):
+        return answer == str(data["a"] * data["b"])
+
+
+class Sort(Task):
+    """Sort d + 1 digits by selection: the smallest one, then what is left.
+
+    sort 3917 -> <think>1:397,3:97,7:9,9:</think>1379
+    """
+    levels = (4, 5, 6)
+
+    def generate(self, rng, d):
+        digits = "11"
+        while len(set(digits)) == 1:
+            digits = "".join(str(rng.randrange(10)) for _ in range(d + 1))
+        return f"sort {digits}", {"digits": digits}
+
+    def solution(self, data, rng, error_rate):
+        left, steps, answer = list(data["digits"]), [], ""
+        while left:
+            pick = min(left) if rng.random() >= error_rate else rng.choice(left)
+            left.remove(pick)
+            answer += pick
+            steps.append(f"{pick}:{''.join(left)}")
+        return ",".join(steps), answer
+
+    def verify_answer(self, data, answer):
+        return answer == "".join(sorted(data["digits"]))
+
+
+def evaluate(text, registers, rng=None, error_rate=0.0):
+    """The values an expression goes through, left to right, all mod 10: the language of every program here.
+
+        expression := operand (operator operand)*      operand := digit | register      operator := + - *
+
+    `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
+    100 characters: nothing else can happen, the work is linear in the text and numbers stay below 10.
+
+    >>> evaluate("x*2+3", {"x": 4}), evaluate("y+1", {"x": 4}), evaluate("__import__('os')", {})
+    ([8, 1], None, None)
+    """
+    if len(text) > 100 or len(text) % 2 == 0:
+        return None
+    values = []
+    for i in range(0, len(text), 2):
+        operand = int(text[i]) if text[i] in "0123456789" else registers.get(text[i])
+        if operand is None:
+            return None
+        if i == 0:
+            value = operand
+            continue
+        if text[i - 1] not in "+-*":
+            return None
+        value = {"+": value + operand, "-": value - operand, "*": value * operand}[text[i - 1]] % 10
+        value = slipped(value, rng, error_rate)
+        values.append(value)
+    return values or [value]
+
+
+def run_program(text, registers, rng=None, error_rate=0.0):
+    """The registers after each line of 'a=x+3;b=a*2', for at most 32 lines; None if a line is none."""
+    states, lines = [dict(registers)], text.split(";", 32)
+    if len(lines) > 32:
+        return None
+    for line in lines:
+        values = evaluate(line[2:], states[-1], rng, error_rate)
+        if values is None or line[1] != "=" or line[0] not in "abcdex":
+            return None
+        states.append({**states[-1], line[0]: values[-1]})
+    return states[1:]
+
+
+class Registers(Task):
+    """Output prediction: what a program of d + 1 lines leaves in its registers.
+
+    run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
+    """
+
+    def generate(self, rng, d):
+        names, lines = "abcde"[:2 + d // 4], []
+        for _ in range(d + 1):
+            known = sorted({line[0] for line in lines})
+            if not known or (len(known) < len(names) and rng.random() < 0.4):
+                lines.append(f"{names[len(known)]}={rng.randrange(10)}")
+            else:
+                other = rng.choice([*known, str(rng.randrange(10))])
+                lines.append(f"{rng.choice(known)}={rng.choice(known)}{rng.choice('+-*')}{other}")
+        return "run " + ";".join(lines), {"lines": lines}
+
+    def solution(self, data, rng, error_rate):
+        states = run_program(";".join(data["lines"]), {}, rng, error_rate)
+        texts = ["".join(f"{name}{state[name]}" for name in sorted(state)) for state in states]
+        return ";".join(f"{line}>{text}" for line, text in zip(data["lines"], texts)), texts[-1]
+
+    def verify_answer(self, data, answer):
+        return answer == self.solution(data, None, 0.0)[1]
+
+
+class Program(Task):
+    """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
+
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3)
+    """
+    levels = (4, 5, 6)
+
+    def generate(self, rng, d):
+        while True:
+            formula, lines, inner = "x", [], "x"
+            for _ in range(d + 1):
+                other, operator = rng.choice("x123456789"), rng.choice("+-*")
+                swap = rng.random() < 0.5
+                formula = f"({other}{operator}{formula})" if swap else f"({formula}{operator}{other})"
+                lines.append(f"a={other}{operator}{inner}" if swap else f"a={inner}{operator}{other}")
+                inner = "a"
+            if len({run_program(";".join(lines), {"x": x})[-1]["a"] for x in range(10)}) > 1:     # no constant
+                return f"code {formula}", {"lines": lines}
+
+    def solution(self, data, rng, error_rate):
+        lines = [line if rng.random() >= error_rate else f"{line[:3]}{rng.choice('+-*')}{line[4]}"
+                 for line in data["lines"]]
+        x = rng.randrange(10)
+        states = run_program(";".join(lines), {"x": x}, rng, error_rate)
+        return f"{x}:" + ",".join(str(state["a"]) for state in states), ";".join(lines)
+
+    def verify_answer(self, data, answer):
+        for x in range(10):
+            states = run_program(answer, {"x": x})
+            if states is None or states[-1].get("a") != run_program(";".join(data["lines"]), {"x": x})[-1]["a"]:
+                return False
+        return True
+
+
+def worked(expression, x, rng, error_rate):
+    """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
+    values = [x, *evaluate(expression, {"x": x}, rng, error_rate)]
+    steps = [f"{a}{expression[1 + 2 * i:3 + 2 * i]}={b}" for i, (a, b) in enumerate(zip(values, values[1:]))]
+    return ",".join(steps), values[-1]
+
+
+def random_chain(rng, count):
+    """An expression of `count` operations on x: x*2+3."""
+    return "x" + "".join(rng.choice("+-*") + str(rng.randrange(2, 10)) for _ in range(count))
+
+
+class Synthesize(Search):
+    """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
+
+    fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
+    A trial stops at the first example that does not hold.
+    """
+    reads, levels = True, (1, 2)
+
+    def generate(self, rng, d):
+        hidden = self.guess({"count": (d + 1) // 2}, rng)
+        examples = [[x, evaluate(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
+        return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": (d + 1) // 2}
+
+    def guess(self, data, rng):
+        return "x" + "".join(rng.choice("+*") + str(rng.randrange(2, 6)) for _ in range(data["count"]))
+
+    def trial(self, data, answer, rng, error_rate):
+        parts, works = [], True
+        for x, y in data["examples"]:
+            steps, value = worked(answer, x, rng, error_rate)
+            parts.append(f"{steps}>{y}")
+            works = value == y
+            if not works:
+                break
+        return f"{answer}:" + "/".join(parts), works
+
+    def verify_answer(self, data, answer):
+        values = [evaluate(answer, {"x": x}) for x, _ in data["examples"]]
+        return all(value is not None and value[-1] == y for value, (_, y) in zip(values, data["examples"]))
+
+
+class Falsify(Search):
+    """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
+
+    break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
+    A trial looks whether the input takes the branch, and if so works out both programs.
+    """
+    hardest = 12
+
+    def generate(self, rng, d):
+        while True:
+            right, other = random_chain(rng, d), random_chain(rng, d)
+            above, count = rng.random() < 0.5, rng.randrange(1, 5)
+            data = {"right": right, "other": other, "branch": f"x>{9 - count}" if above else f"x<{count}"}
+            if any(self.verify_answer(data, str(x)) for x in range(10)):
+                return f"break {right},{data['branch']}?{other}", data
+
+    def guess(self, data, rng):
+        return str(rng.randrange(10))
+
+    @staticmethod
+    def taken(data, x):
+        """Whether input x takes the branch 'x>6' or 'x<3'."""
+        return x > int(data["branch"][2]) if data["branch"][1] == ">" else x < int(data["branch"][2])
+
+    def trial(self, data, answer, rng, error_rate):
+        x = int(answer)
+        if self.taken(data, x) == (rng.random() < error_rate):
+            return f"{x}n", False
+        steps, value = worked(data["right"], x, rng, error_rate)
+        more, other = worked(data["other"], x, rng, error_rate)
+        return f"{x}y:{steps}/{more}", value != other
+
+    def verify_answer(self, data, answer):
+        return answer in list("0123456789") and self.taken(data, int(answer)) and \
+            evaluate(data["right"], {"x": int(answer)})[-1] != evaluate(data["other"], {"x": int(answer)})[-1]
+
+
+class Find(Task):
+    """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
+
+    find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
+    The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
+    """
+    exact, fields, reads = False, True, True
+
+    def generate(self, rng, d):
+        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in labels(rng, d)]
+        return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
+
+    def solution(self, data, rng, error_rate, found=None):
+        steps, answer = [], ""
+        for a, t, label in data["columns"]:
+            x = rng.choice((found or {}).get(label) or range(10))
+            value = slipped((x + a) % 10, rng, error_rate)
+            kept = str(x) if value < t else "."
+            steps.append(f"{label}:{x}+{a}={value}<{t}{kept}")
+            answer += label + kept
+        return f"{';'.join(steps)}#{answer}", answer
+
+    def verify_answer(self, data, answer):
+        columns = data["columns"]
+        if len(answer) != 2 * len(columns):
+            return False
+        return all(mark == label and x in "0123456789" and (a + int(x)) % 10 < t
+                   for (a, t, label), mark, x in zip(columns, answer[::2], answer[1::2]))
+
+    def self_verified(self, text):
+        return "." not in (split_answer(text) or ".")
+
+    def aggregate(self, problem, replies, seed=0):
+        """Column by column, a valid value that one of the replies has, else a guess; each is checked anew."""
+        found = {}
+        for label, x in re.findall("([a-zA-Z])([0-9])", "|".join(split_answer(text) or "" for text in replies)):
+            found.setdefault(label, []).append(int(x))
+        valid = {label: [x for x in found.get(label, []) if (x + a) % 10 < t]
+                 for a, t, label in problem.data["columns"]}
+        reasoning, answer = self.solution(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
+        return f"<think>{reasoning}</think>{answer}"
+
+
+class Countdown(Search):
+    """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
+
+    make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
+    """
+    levels, hardest = (1, 2), 7
+
+    def generate(self, rng, d):
+        while True:
+            numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
+            expression = self.guess({"numbers": numbers}, rng)
+            target = self.value(expression)
+            if target <= 99:
+                return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
+
+    @staticmethod
+    def value(expression):
+        first, rest = re.fullmatch("(-?[0-9]+)(.*)", expression).groups()
+        total = int(first)
+        for operator, number in zip(rest[::2], map(int, rest[1::2])):
+            total = {"+": total + number, "-": total - number, "*": total * number}[operator]
+        return total
+
+    def guess(self, data, rng):
+        """A random expression over all numbers that never goes below 0."""
+        numbers = rng.sample(data["numbers"], len(data["numbers"]))
+        text = str(numbers[0])
+        for number in numbers[1:]:
+            text += f"{rng.choice('+-*' if self.value(text) >= number else '+*')}{number}"
+        return text
+
+    def trial(self, data, answer, rng, error_rate):
+        value, steps = int(answer[0]), []
+        for operator, number in zip(answer[1::2], answer[2::2]):
+            steps.append(f"{value}{operator}{number}")
+            value = slipped(self.value(f"{value}{operator}{number}"), rng, error_rate)
+            steps[-1] += f"={value}"
+        return f"{answer}:{','.join(steps)}", value == data["target"]
+
+    def verify_answer(self, data, answer):
+        return re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer) is not None and \
+            sorted(map(int, answer[::2])) == sorted(data["numbers"]) and self.value(answer) == data["target"]
+
+
+class Sat(Search):
+    """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
+
+    sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
+    A trial stops at the first clause that does not hold.
+    """
+
+    def generate(self, rng, d):
+        count, clauses = min(d + 1, 9), []
+        planted = {v: rng.random() < 0.5 for v in range(1, count + 1)}
+        while len(clauses) < d + 2:
+            clause = sorted((v, rng.random() < 0.5) for v in rng.sample(range(1, count + 1), 2))
+            text = "".join(f"{v}{'-+'[sign]}" for v, sign in clause)
+            if any(planted[v] == sign for v, sign in clause) and text not in clauses:
+                clauses.append(text)
+        return "sat " + ",".join(clauses), {"count": count, "clauses": clauses}
+
+    def guess(self, data, rng):
+        return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
+
+    @staticmethod
+    def holds(clause, values):
+        """Whether '1+2-' holds under {'1': '+', '2': '+'}: a literal does if its sign is the variable's."""
+        return any(values[v] == sign for v, sign in zip(clause[::2], clause[1::2]))
+
+    def trial(self, data, answer, rng, error_rate):
+        values, parts = dict(zip(answer[::2], answer[1::2])), []
+        for clause in data["clauses"]:
+            works = self.holds(clause, values) != (rng.random() < error_rate)
+            parts.append(clause + "ny"[works])
+            if not works:
+                break
+        return f"{answer}:" + ",".join(parts), works
+
+    def verify_answer(self, data, answer):
+        if not re.fullmatch("".join(f"{v}[+-]" for v in range(1, data["count"] + 1)), answer):
+            return False
+        values = dict(zip(answer[::2], answer[1::2]))
+        return all(self.holds(clause, values) for clause in data["clauses"])
+
+
+class Path(Task):
+    """A shortest path between two of d + 3 places, from a list of roads.  Several answers may be valid.
+
+    path 3>7 31,14,47,52 -> <think>3:1,1:4,4:7</think>3147       (breadth first: place, its new neighbours)
+    """
+
+    def generate(self, rng, d):
+        while True:
+            places = rng.sample("0123456789", min(d + 3, 10))
+            roads = [p + rng.choice(places[:i]) for i, p in enumerate(places) if i]     # a tree, and some more
+            roads += ["".join(rng.sample(places, 2)) for _ in range(1 + d // 2)]
+            roads = dict.fromkeys("".join(sorted(road)) for road in roads)      # no set: its order is the process's
+            roads = sorted("".join(rng.sample(road, 2)) for road in roads)
+            rng.shuffle(roads)
+            a, b = rng.sample(places, 2)
+            if len(self.search(roads, a, b)[1]) > 2:
+                return f"path {a}>{b} {','.join(roads)}", {"roads": roads, "ends": [a, b]}
+
+    def search(self, roads, a, b, rng=None, error_rate=0.0):
+        """Breadth-first search -> (steps, path)."""
+        paths, queue, steps = {a: a}, [a], []
+        while b not in paths and queue:
+            here = queue.pop(0)
+            near = [road.replace(here, "", 1) for road in roads if here in road]
+            new = [p for p in near if p not in paths and not (error_rate and rng.random() < error_rate)]
+            for place in new:
+                paths[place] = paths[here] + place
+            queue += new
+            steps.append(f"{here}:{''.join(new)}")
+        return ",".join(steps), paths.get(b, a + b)
+
+    def solution(self, data, rng, error_rate):
+        return self.search(data["roads"], *data["ends"], rng, error_rate)
+
+    def verify_answer(self, data, answer):
+        roads, (a, b) = data["roads"], data["ends"]
+        return len(answer) == len(self.search(roads, a, b)[1]) and answer[0] == a and answer[-1] == b and \
+            all(x + y in roads or y + x in roads for x, y in zip(answer, answer[1:]))
+
+
+class Base(Task):
+    """Write a number in another base by repeated division; d sets its size.
+
+    13 in 2 -> <think>13=6*2+1,6=3*2+0,3=1*2+1,1=0*2+1</think>1101
+    """
+
+    def generate(self, rng, d):
+        base = rng.randrange(2, 10)
+        number = rng.randrange(base ** d, base ** (d + 1))
+        return f"{number} in {base}", {"number": number, "base": base}
+
+    def solution(self, data, rng, error_rate):
+        number, base, steps, answer = data["number"], data["base"], [], ""
+        while number:
+            digit = slipped(number % base, rng, error_rate, base)
+            steps.append(f"{number}={number // base}*{base}+{digit}")
+            answer, number = str(digit) + answer, number // base
+        return ",".join(steps), answer
+
+    def verify_answer(self, data, answer):
+        return re.fullmatch("[0-9]{1,400}", answer) is not None and answer[0] != "0" and \
+            all(int(c) < data["base"] for c in answer) and int(answer, data["base"]) == data["number"]
+
+
+WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
+WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "stone", "lamp", "gray", "door", "milk",
+                "north", "quick", "glass", "bird", "old"]
+
+
+class Constraints(Task):
+    """Follow instructions: a reply of different words that obeys up to d + 1 rules (from d = 4 on, longer ones).
+
+    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
+    Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
+    `check` is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
+    """
+    levels = (2, 3, 4)
+
+    def generate(self, rng, d):
+        low = 2 + min(max(0, d - 4), 4)
+        rules = {"count": rng.randrange(low, low + 3)}
+        for kind in rng.sample(["no", "begins", "ends", "has"], min(d, 3)):
+            rules[kind] = {"no": rng.choice("aeio"), "begins": rng.choice("dmrgsb"), "ends": rng.choice("!?."),
+                           "has": rng.choice(WORDS)}[kind]
+        if not self.fitting(rules) or rules.get("no", "#") in rules.get("has", ""):
+            rules.pop("no", None)
+        said = [f"{kind} {rules[kind]}" for kind in ("no", "begins", "ends", "has") if kind in rules]
+        return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
+
+    @staticmethod
+    def fitting(rules, first=True):
+        """The words that may stand at a place."""
+        return [word for word in WORDS if rules.get("no", "#") not in word
+                and (not first or word.startswith(rules.get("begins", "")))]
+
+    def solution(self, data, rng, error_rate):
+        rules = data["rules"]
+        count = rules["count"] + (rng.choice((-1, 1)) if rng.random() < error_rate else 0)
+        words = []
+        for i in range(count):
+            words.append(rng.choice([w for w in self.fitting(rules, i == 0) if w not in words]
+                                    if rng.random() >= error_rate else WORDS))
+        if "has" in rules and rules["has"] not in words and rng.random() >= error_rate:
+            words[0 if rules["has"].startswith(rules.get("begins", "#")) or count == 1 else
+                  rng.randrange(1, count)] = rules["has"]
+        end = rules.get("ends", "") if rng.random() >= error_rate else rng.choice("!?.")
+        return " ".join(f"{i + 1}{word}" for i, word in enumerate(words)), " ".join(words) + end
+
+    def verify_answer(self, data, answer):
+        rules, body = data["rules"], answer.rstrip("!?.")
+        words = body.split(" ")
+        return re.fullmatch("[a-z]+( [a-z]+)*", body) is not None and \
+            len({*words}) == len(words) == rules["count"] and \
+            answer[len(body):] == rules.get("ends", "") and rules.get("no", "#") not in answer and \
+            answer.startswith(rules.get("begins", "")) and rules.get("has", words[0]) in words
+
+
+def warmth(answer):
+    """What the simulated reader of the behavioral stage likes: the number of warm words."""
+    return sum(word in WARM for word in re.findall("[a-z]+", answer))
+
+
+class ReasoningGym(Task):
+    """Any dataset of reasoning-gym (pip install reasoning-gym) as a task: --tasks reasoning_gym:chain_sum
+
+    The difficulty is the level of the dataset's curriculum, where it has one.  Its teacher knows the answer and no
+    trace.  A score of 0.99 or more is right; the verifiers are reasoning-gym's, so neither ours nor bounded in time.
+    """
+
+    def __init__(self, name):
+        super().__init__(name)
+        try:
+            import reasoning_gym.factory as factory
+        except ImportError:
+            raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
+        self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
+        if self.dataset not in factory.DATASETS:
+            close = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
+            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close[0]}?")
+
+    def entry(self, seed, level):
+        settings = {}
+        if self.factory.has_curriculum(self.dataset):
+            curriculum = self.factory.create_curriculum(self.dataset)
+            curriculum.set_global_level(level - 1)              # beyond the last level it stays there
+            settings = vars(curriculum.generate_configuration())
+        dataset = self.factory.create_dataset(self.dataset, **{**settings, "seed": seed, "size": 1})
+        return dataset, dataset[0]
+
+    def generate(self, rng, d):
+        data = {"seed": rng.getrandbits(31), "level": d}
+        return self.entry(**data)[1]["question"].strip(), data
+
+    def solution(self, data, rng, error_rate):
+        entry = self.entry(data["seed"] if rng.random() >= error_rate else rng.getrandbits(31), data["level"])[1]
+        return "", entry["answer"]
+
+    def verify_answer(self, data, answer):
+        dataset, entry = self.entry(**data)
+        try:
+            return dataset.score_answer(answer, entry) >= 0.99
+        except Exception:                                       # a verifier of theirs that did not expect this text
+            return False
+
+
+TASKS = {task.name: task for task in (
+    ColumnSums("column_sums"), Add("add"), Multiply("multiply"), Sort("sort"), Registers("registers"), Find("find"),
+    Program("program"), Synthesize("synthesize"), Falsify("falsify"), Countdown("countdown"), Sat("sat"), Base("base"),
+    Path("path"), Constraints("constraints"))}
+
+
+@functools.cache
+def find_task(name):
+    """A task by its name, one of ours or reasoning_gym:…"""
+    return ReasoningGym(name) if name.startswith("reasoning_gym:") else TASKS[name]
+
+
+def held_out(problem):
+    """A tenth of all problems, by a hash of what is asked: never trained on, whatever seed made them."""
+    return hashlib.md5(f"{problem.task} {problem.prompt}".encode()).digest()[0] < 26
+
+
+def draw(task, seed, d, hold):
+    """The first problem from `seed` on that is held out (hold=True) or may be trained on (False).
+
+    The smallest difficulties have few problems, perhaps none held out: then the next one is taken.
+    """
+    for attempt in range(1000):
+        problem = task.make(f"{seed}/{attempt}", d + attempt // 200)
+        if held_out(problem) == hold:
+            return problem
+    raise RuntimeError(f"task {task.name} made no {'held-out' if hold else 'training'} problem at difficulty {d}")
 
 
 if __name__ == "__main__":

@@ -263,10 +263,10 @@ def fit(name, shared, steps=None):
     model = arm.build(shape)
     loader = train.Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
     optimizers = train.make_optimizers(model, stage.lr, config.weight_decay)
-    keeper, curves = arm.balancer(model, config.balancer_lr), {"loss": [], "entropy": [], "load": []}
+    checkpointer, curves = arm.balancer(model, config.balancer_lr), {"loss": [], "entropy": [], "load": []}
     for step in tqdm(range(steps or stage.steps), desc=name, unit=" steps", leave=False, disable=None):
         lr = train.learning_rate(step, stage.steps, stage.lr, stage.lr_end)
-        row = train.train_step(model, optimizers, keeper, loader.next()[:3], config, torch.float32, lr, arm.loss)
+        row = train.train_step(model, optimizers, checkpointer, loader.next()[:3], config, torch.float32, lr, arm.loss)
         row["loss"] -= float(getattr(model, "extra", 0.0))                          # what was added, not the language's
         for key, curve in curves.items():
             curve.append(round(row[key], 4))
@@ -312,14 +312,14 @@ def told(shares):
 
 
 @torch.no_grad()
-def observe(model, keeper, loader, steps):
+def observe(model, checkpointer, loader, steps):
     """Forward passes and balancer steps, the weights frozen -> {"entropy", "load"} of each."""
     rows = []
     model.train()
     for _ in range(steps):
         inputs, _, positions, _ = loader.next()
         model.hidden_states(inputs, position_ids=positions)
-        rows.append(keeper.step())
+        rows.append(checkpointer.step())
     return {key: [round(row[key], 4) for row in rows] for key in ("entropy", "load")}
 
 
@@ -332,10 +332,10 @@ def respond(model, shared, before=SETTLE, after=RESPOND):
         for layer, biases in zip(model.layers, begin):
             layer.gate.balancing_biases.copy_(biases)
             layer.gate.load.zero_()
-        keeper, found[name] = make(model, config.balancer_lr), {}
+        checkpointer, found[name] = make(model, config.balancer_lr), {}
         for kinds, steps in ((sources, before), (sums, after)):
             loader = train.Loader(kinds, stage, config.tokens_per_step, config.seed + 1, tokenizer.pad)
-            for key, values in observe(model, keeper, loader, steps).items():
+            for key, values in observe(model, checkpointer, loader, steps).items():
                 found[name].setdefault(key, []).extend(values)
     return found
 

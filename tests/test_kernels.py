@@ -357,10 +357,10 @@ def test_prefill_over_context(tmp_path, monkeypatch):
 
 def test_compiling_is_a_matter_of_the_stages_length():
     model = small()
-    few, many = (kernels.worth_compiling(model, tokens) for tokens in (10_000, 10**12))
+    few, many = (kernels.should_compile(model, tokens) for tokens in (10_000, 10**12))
     assert not few[0] and "not compiled" in few[1]
     assert many[0] and "is compiled: that might save" in many[1]
-    assert not kernels.worth_compiling(model.to("meta"), 10**12)[0]
+    assert not kernels.should_compile(model.to("meta"), 10**12)[0]
 
 
 def test_the_loss_needs_an_eighth_of_the_memory():

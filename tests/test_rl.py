@@ -472,7 +472,7 @@ def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
     rollouts = [say("<think>x</think>132"), say("<think>x</think>132", end=False), say("<think>x</think>131"),
                 say("132"), say("<think>" + "7+5=12," * 400 + "</think>132"), say("<think></think>132")]
     monkeypatch.setattr(train, "roll_out", lambda *_: [rollouts])
-    actor = make_actor(score=train.verdicts)
+    actor = make_actor(score=train.verifier_rewards)
     group, = actor.sample([Group(ADD, train.prompt_ids(BYTES, ADD.prompt))], 6)
     assert group.rewards == [1, 0, 0, 0, 0, 1]
     assert group.ended == [True, False, True, True, True, True]
@@ -633,7 +633,7 @@ def test_the_start_is_where_half_passes(talk):
             return [0.0] * 8
         return [float(group.problem.difficulty <= 6)] * 8       # passes up to 6, fails from 7 on
     actor = make_actor(score=score, tasks=("add", "sort"), adaptive=True, context=300)
-    actor.find_start()
+    actor.init_difficulty()
     assert actor.environments["add"]["d"] in (5, 6, 7, 8) and actor.environments["sort"]["d"] <= 2
 
 

@@ -120,8 +120,8 @@ def test_harder_is_longer(name):
 ])
 def test_verdicts_by_hand(name, data, right, wrong):
     task = TASKS[name]
-    assert all(task.check(data, answer) for answer in right)
-    assert not any(task.check(data, answer) for answer in wrong)
+    assert all(task.verify_answer(data, answer) for answer in right)
+    assert not any(task.verify_answer(data, answer) for answer in wrong)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -159,7 +159,7 @@ def test_who_reads_wrong_replies_is_right_or_says_that_it_is_not(name):
             problem = task.make(seed, d)
             replies = [task.corrupt(problem, 1), "no form", task.corrupt(problem, 2)]
             text = task.aggregate(problem, replies, seed)
-            assert task.verify(problem, text) == (task.exact or task.certified(text), 1)
+            assert task.verify(problem, text) == (task.exact or task.self_verified(text), 1)
             assert task.aggregate(problem, replies, seed) == text
     assert task.reads == (name in ("find", "synthesize"))
 
@@ -169,7 +169,7 @@ def test_experts_of_a_search_are_right_where_its_own_replies_hardly_are():
     right = {kind: sum(task.verify(p, getattr(task, kind)(p, 7))[0] for p in problems) for kind in ("expert", "solve")}
     assert right["expert"] > 30 and right["solve"] < 10
     unsolvable = train.Problem("countdown", 1, "make 9 of 1,1", {"numbers": [1, 1], "target": 9})
-    assert "#n" in TASKS["countdown"].expert(unsolvable)
+    assert "#n" in TASKS["countdown"].good_rollout(unsolvable)
 
 
 @pytest.mark.parametrize("name, data, answer, trial, wrong, failed", [
@@ -189,11 +189,11 @@ def test_searchers_say_what_they_found_and_take_it_over(name, data, answer, tria
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task, "guess", lambda *_: answer)
         assert task.solve(problem) == f"<think>{trial}#y{answer}</think>{answer}"
-        assert task.certified(task.solve(problem))
+        assert task.self_verified(task.solve(problem))
         patch.setattr(task, "guess", lambda *_: wrong)
         text = task.solve(problem)
         assert re.fullmatch(re.escape(f"<think>{failed}") + f"(;{re.escape(failed)})*#n{re.escape(wrong)}</think>"
-                            + re.escape(wrong), text) and not task.certified(text)
+                            + re.escape(wrong), text) and not task.self_verified(text)
 
 
 def test_searchers_choose_among_right_candidates():
@@ -909,7 +909,7 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
     problems = {}
 
     def perfect(model, tokenizer, prompts, *_):
-        return [TASKS["add"].solve(problems[p]) if p in problems and TASKS["add"].check(problems[p].data, "x") is False
+        return [TASKS["add"].solve(problems[p]) if p in problems and TASKS["add"].verify_answer(problems[p].data, "x") is False
                 else "no" for p in prompts]
     for i in range(9):
         for attempt in range(60):                               # whichever of these are asked
@@ -935,15 +935,15 @@ def test_votes_count_answers_and_never_their_absence():
 
 def test_replies_that_say_they_hold():
     find = TASKS["find"]
-    assert find.certified("<think></think>b5c1") is True and find.certified("<think></think>b5c.") is False
-    assert find.certified("<think>b5c1") is find.certified("") is False
-    assert TASKS["add"].certified("<think></think>132") is None
+    assert find.self_verified("<think></think>b5c1") is True and find.self_verified("<think></think>b5c.") is False
+    assert find.self_verified("<think>b5c1") is find.self_verified("") is False
+    assert TASKS["add"].self_verified("<think></think>132") is None
     sat = TASKS["sat"]
     for seed in range(40):
         problem = sat.make(seed, 4)
-        assert sat.certified(sat.solve(problem, seed)) == bool(sat.verify(problem, sat.solve(problem, seed))[0])
-    assert sat.certified("") is sat.certified("<think>1+2-y") is sat.certified("<think>1+2-y#y1+") is False
-    assert sat.certified("<think>#y1+2-</think>1+2+") is sat.certified("<think>#n1+2-</think>1+2-") is False
+        assert sat.self_verified(sat.solve(problem, seed)) == bool(sat.verify(problem, sat.solve(problem, seed))[0])
+    assert sat.self_verified("") is sat.self_verified("<think>1+2-y") is sat.self_verified("<think>1+2-y#y1+") is False
+    assert sat.self_verified("<think>#y1+2-</think>1+2+") is sat.self_verified("<think>#n1+2-</think>1+2-") is False
 
 
 class Parrot:
