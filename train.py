@@ -1084,8 +1084,8 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     elif state["data"] != fingerprints:
         old = state["data"]
         changed = sorted(key for key in {*fingerprints, *old} if fingerprints.get(key) != old.get(key))
-        raise SystemExit(f"{checkpointer.folder} was begun on other data: {', '.join(changed)} changed since. Bring the "
-                         f"old data back, take another --out, or delete {checkpointer.folder}")
+        raise SystemExit(f"{checkpointer.folder} was begun on other data: {', '.join(changed)} changed since. Bring "
+                         f"the old data back, take another --out, or delete {checkpointer.folder}")
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
@@ -2662,9 +2662,8 @@ def split_answer(text):
 class Task:
     """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
 
-    A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` ->
-    (reasoning, answer), where each step
-    goes wrong with probability `error_rate`; and `verify_answer(data, answer)` -> bool, total: any string gets a verdict.
+    A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` -> (reasoning, answer), where
+    each step goes wrong with that probability; `verify_answer(data, answer)` -> bool, total: any string gets a verdict.
     `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
     `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.  `hardest`: where
     difficulties end.

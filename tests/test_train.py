@@ -909,7 +909,7 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
     problems = {}
 
     def perfect(model, tokenizer, prompts, *_):
-        return [TASKS["add"].solve(problems[p]) if p in problems and TASKS["add"].verify_answer(problems[p].data, "x") is False
+        return [TASKS["add"].solve(problems[p]) if p in problems and not TASKS["add"].verify_answer(problems[p].data, "x")
                 else "no" for p in prompts]
     for i in range(9):
         for attempt in range(60):                               # whichever of these are asked
