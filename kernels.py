@@ -797,9 +797,8 @@ def load(folder, int8=False, device="cpu"):
     """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former."""
     path = os.path.join(folder, "config.json")
     if os.path.exists(path):
-        with open(path) as file:
-            if json.load(file).get("dtype") == "int8":
-                return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
+        if zaya.Zaya.read_json(path).get("dtype") == "int8":
+            return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
     model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
     return quantize(model) if int8 else model
 

@@ -32,8 +32,8 @@ class ZayaConfig:
 
     TR table I.  Sizes are in channels, positions in tokens.  `rope_parameters` maps a layer type ("hybrid", or
     "hybrid_sliding" with `sliding_window`) to its `rope_theta` and `partial_rotary_factor`.  Raises ValueError, naming
-    the field, for shapes that cannot work.  We differ: `skip_expert=False` removes the router's extra class, and then
-    HF cannot load the checkpoint.
+    the field, for values of a wrong type and shapes that cannot work.  We differ: `skip_expert=False` removes the
+    router's extra class, and then HF cannot load the checkpoint.
     """
     vocab_size: int = 262272
     hidden_size: int = 2048
@@ -54,27 +54,48 @@ class ZayaConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    pad_token_id: int = 0
-    bos_token_id: int = 2
-    eos_token_id: int | list = 106
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | list | None = 106
 
     # What HF writes too and no published ZAYA varies.  A file that does is refused rather than computed wrongly.
-    FIXED = dict(hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
+    FIXED = dict(model_type="zaya", hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
                  attention_dropout=0.0)
+    # What HF's base config writes about the file, its classes' outputs and its generate, which changes no logit; names
+    # that begin with _ or end with _token_id are of the same kind.  Any other unknown field may change one: refused.
+    DESCRIPTIVE = set("""
+        architectures auto_map dtype torch_dtype transformers_version unsloth_version unsloth_fixed name_or_path
+        tokenizer_class finetuning_task problem_type num_labels id2label label2id task_specific_params prefix
+        use_cache return_dict return_dict_in_generate output_attentions output_hidden_states output_router_logits
+        output_scores chunk_size_feed_forward is_decoder is_encoder_decoder add_cross_attention tie_encoder_decoder
+        torchscript tf_legacy_loss use_bfloat16 attn_implementation experts_implementation
+        do_sample temperature top_k top_p typical_p max_length min_length num_beams num_beam_groups early_stopping
+        num_return_sequences repetition_penalty diversity_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size remove_invalid_values""".split())
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                      "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size", "cca_time0",
-                     "cca_time1"):
+                     "cca_time1", "max_position_embeddings"):
             value = getattr(self, name)
-            self._require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, not {value!r}")
+            self._require(type(value) is int and value > 0, f"{name} must be a positive integer, not {value!r}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            self._require(type(value) in (int, float) and 0 < value < math.inf,
+                          f"{name} must be a positive number, not {value!r}")
+        for name in ("tie_word_embeddings", "skip_expert"):
+            value = getattr(self, name)
+            self._require(type(value) is bool, f"{name} must be true or false, not {value!r}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and type(value) is list else [value]
+            self._require(value is None or all(type(i) is int and i >= 0 for i in ids),
+                          f"{name} must be null or a token's number, not {value!r}")
+        self._require(self.sliding_window is None or type(self.sliding_window) is int and self.sliding_window > 0,
+                      f"sliding_window must be null or a positive number of tokens, not {self.sliding_window!r}")
+        self._require(self.layer_types is None or isinstance(self.layer_types, (list, tuple)),
+                      f"layer_types must be a list with a layer type per layer, not {self.layer_types!r}")
         self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
-        rope, given = {"hybrid": {"rope_theta": 5e6}, "hybrid_sliding": {"rope_theta": 1e4}}, self.rope_parameters or {}
-        self._require(not given or set(rope) & set(given),
-                      f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
-        for kind in rope:
-            rope[kind] = {"rope_type": "default", "partial_rotary_factor": 0.5, **rope[kind], **(given.get(kind) or {})}
-        self.rope_parameters = rope
         self._require(self.num_attention_heads % self.num_key_value_heads == 0,
                       f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                       f"({self.num_key_value_heads}): each KV head serves a group of query heads of one size")
@@ -83,16 +104,40 @@ class ZayaConfig:
                       "half of the value channels come from the previous token")
         self._require(len(self.layer_types) == self.num_hidden_layers,
                       f"layer_types names {len(self.layer_types)} layers, num_hidden_layers {self.num_hidden_layers}")
-        unknown = set(self.layer_types) - set(rope)
-        self._require(not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {sorted(unknown)}")
-        self._require("hybrid_sliding" not in self.layer_types or (self.sliding_window or 0) > 0,
+        unknown = [kind for kind in self.layer_types if kind not in ("hybrid", "hybrid_sliding")]
+        self._require(not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {unknown[:1]}")
+        self._require("hybrid_sliding" not in self.layer_types or self.sliding_window,
                       "layer_types has 'hybrid_sliding' layers: set sliding_window to the number of tokens they see")
-        for kind in set(self.layer_types):
-            rotated = self.head_dim * rope[kind]["partial_rotary_factor"]
-            self._require(rope[kind]["rope_type"] == "default",
-                          f"rope_type {rope[kind]['rope_type']!r} is not implemented, only 'default'")
-            self._require(rotated == int(rotated) and rotated % 2 == 0,
-                          f"head_dim * partial_rotary_factor ({rotated}) must be an even number of rotated channels")
+        self._fill_rope_parameters()
+
+    def _fill_rope_parameters(self):
+        """Complete `rope_parameters` by the published values, and refuse every other kind of RoPE."""
+        given = self.rope_parameters or {}
+        self._require(not given or isinstance(given, dict) and ("hybrid" in given or "hybrid_sliding" in given),
+                      f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
+        # The file on the hub has a "rope_type" beside the layer types, which HF ignores.
+        self._only_default_rope("rope_parameters", given, {"hybrid", "hybrid_sliding"})
+        self.rope_parameters = {}
+        for kind, theta in (("hybrid", 5e6), ("hybrid_sliding", 1e4)):
+            inner, where = given.get(kind) or {}, f"rope_parameters[{kind!r}]"
+            self._require(isinstance(inner, dict), f"{where} must be a dict, not {inner!r}")
+            inner = {name: value for name, value in inner.items() if value is not None}
+            rope = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": theta, **inner}
+            self.rope_parameters[kind] = rope
+            if kind not in self.layer_types:
+                continue
+            self._only_default_rope(where, rope, {"partial_rotary_factor", "rope_theta"})
+            theta, share = rope["rope_theta"], rope["partial_rotary_factor"]
+            self._require(type(theta) in (int, float) and 0 < theta < math.inf,
+                          f"{where}: rope_theta must be a positive number, not {theta!r}")
+            self._require(type(share) in (int, float) and 0 <= share <= 1 and self.head_dim * share % 2 == 0,
+                          f"{where}: partial_rotary_factor {share!r} must make head_dim ({self.head_dim}) times it an "
+                          "even number of rotated channels")
+
+    def _only_default_rope(self, where, values, known):
+        for name, value in values.items():
+            self._require(name in known or value is None or (name == "rope_type" and value == "default"),
+                          f"{where}: {name} {value!r} is not implemented, only the rope_type 'default'")
 
     @staticmethod
     def _require(condition, message):
@@ -128,17 +173,27 @@ class ZayaConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """Read an official config.json; what we do not implement is an error, what only describes the file is not."""
-        for name, only in cls.FIXED.items():
-            given = values.get(name, only)
-            cls._require(given == only, f"{name}={given!r} is not implemented, only {only!r}")
+        """Read an official config.json.  ValueError for a field that may change the numbers and is not implemented:
+        one that is neither ours nor descriptive, unless it is null or empty."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        for name, value in values.items():
+            if name in cls.FIXED:
+                cls._require(value in (None, cls.FIXED[name]),
+                             f"{name} {value!r} is not implemented, only {cls.FIXED[name]!r}")
+            elif not (name in known or name in cls.DESCRIPTIVE or name.startswith("_") or name.endswith("_token_id")):
+                cls._require(value in (None, {}, []), f"the field {name!r} is not implemented: set it to null if the "
+                             "model computes the same without it")
+        values = {name: value for name, value in values.items() if name in known}
+        rope = values.get("rope_parameters")
+        if isinstance(rope, dict):                              # HF rotates all channels where a file names no share
+            values["rope_parameters"] = {kind: {"partial_rotary_factor": 1.0, **inner} if isinstance(inner, dict)
+                                         else inner for kind, inner in rope.items()}
+        return cls(**values)
 
     def to_dict(self):
         official = {name: value for name, value in asdict(self).items() if name != "skip_expert"}
         ours = {} if self.skip_expert else {"skip_expert": False}
-        return {"architectures": ["ZayaForCausalLM"], "model_type": "zaya", "dtype": "float32", "use_cache": True,
+        return {"architectures": ["ZayaForCausalLM"], "dtype": "float32", "use_cache": True,
                 "output_router_logits": False, **self.FIXED, **official, **ours}
 
 
@@ -573,46 +628,54 @@ class Zaya(nn.Module):
         """Sample on from each row: (B, S) int64 -> (B, S + new).
 
         temperature 0 is greedy.  Runs to max_new_tokens unless `eos_token_id` (an id or several) ends a row, which
-        then leaves the batch and is filled up with pad_token_id.  Left padding goes through `attention_mask` (B, S).
+        then leaves the batch and is filled up with pad_token_id (None: with the first of these, as HF).  Left padding
+        goes through `attention_mask` (B, S).
         A row's tokens depend on the seed in `generator` and its place in the batch, not on when others end.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
-            raise ValueError(f"generate needs temperature >= 0, 0 < top_p <= 1 and at least one token of prompt; got "
-                             f"temperature={temperature}, top_p={top_p}, prompt of {input_ids.shape[1]} tokens")
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
+            raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more, "
+                             f"not {temperature}, {top_p} and {input_ids.shape[1]} tokens")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not (real[:, -1].all() and (real.diff(dim=1) >= 0).all()):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
-        cache, length = Cache(len(self.layers)), input_ids.shape[1]
-        # Equal rows are prefilled once: N candidates for one prompt cost the prompt of one.
-        prefill, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
-        shared = len(prefill) < len(input_ids)
-        ids, mask = prefill.split(length, 1) if shared else (input_ids, real)
-        for start in range(0, length, prefill_chunk):
-            part = slice(start, start + prefill_chunk)
-            hidden = self.hidden_states(ids[:, part], None if attention_mask is None else mask[:, part], cache=cache)
-        if shared:
-            cache.select(copies)
-            hidden = hidden[copies]
-        B, device = input_ids.shape[0], input_ids.device
-        eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
-        rows, token = torch.arange(B, device=device), None
-        columns = [input_ids]
-        for step in range(max_new_tokens):
-            if step:
-                hidden = self.hidden_states(token[:, None], cache=cache)
-            uniform = torch.rand(B, generator=generator, device=generator.device if generator else device)
-            token = self.sample(self.logits(hidden[:, -1]), temperature, top_p, uniform.to(device)[rows])
-            columns.append(input_ids.new_full((B, 1), self.config.pad_token_id))
-            columns[-1][rows, 0] = token
-            going = ~torch.isin(token, eos)
-            if len(eos) and not going.all():
-                token, rows = token[going], rows[going]
-                cache.select(going.nonzero()[:, 0])
-                if len(rows) == 0:
-                    break
-        self.train(was_training)
+        try:
+            cache, length = Cache(len(self.layers)), input_ids.shape[1]
+            # Equal rows are prefilled once: N candidates for one prompt cost the prompt of one.
+            prefill, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
+            shared = len(prefill) < len(input_ids)
+            ids, mask = prefill.split(length, 1) if shared else (input_ids, real)
+            for start in range(0, length, prefill_chunk):
+                part = slice(start, start + prefill_chunk)
+                some = None if attention_mask is None else mask[:, part]
+                hidden = self.hidden_states(ids[:, part], some, cache=cache)
+            if shared:
+                cache.select(copies)
+                hidden = hidden[copies]
+            B, device = input_ids.shape[0], input_ids.device
+            eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
+            pad = self.config.pad_token_id
+            if pad is None:                                     # as HF: nobody reads what follows a row's end
+                pad = eos[0].item() if len(eos) else 0
+            rows, token = torch.arange(B, device=device), None
+            columns = [input_ids]
+            for step in range(max_new_tokens):
+                if step:
+                    hidden = self.hidden_states(token[:, None], cache=cache)
+                uniform = torch.rand(B, generator=generator, device=generator.device if generator else device)
+                token = self.sample(self.logits(hidden[:, -1]), temperature, top_p, uniform.to(device)[rows])
+                columns.append(input_ids.new_full((B, 1), pad))
+                columns[-1][rows, 0] = token
+                going = ~torch.isin(token, eos)
+                if len(eos) and not going.all():
+                    token, rows = token[going], rows[going]
+                    cache.select(going.nonzero()[:, 0])
+                    if len(rows) == 0:
+                        break
+        finally:                                                # also after an exception, or Ctrl-C in a notebook
+            for module, mode in modes.items():
+                module.training = mode
         return torch.cat(columns, 1)
 
     @staticmethod
@@ -680,7 +743,7 @@ class Zaya(nn.Module):
             os.replace(path + ".tmp", path)
         for name, text in texts.items():
             path = os.path.join(directory, name)
-            with open(path + ".tmp", "w") as file:
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
                 json.dump(text, file, indent=2)
             os.replace(path + ".tmp", path)
         for name in os.listdir(directory):                      # an earlier save's shards, a killed one's leavings
@@ -692,57 +755,39 @@ class Zaya(nn.Module):
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
         """Read config.json and *.safetensors (or a .pt file of the same tensors) in the official layout.
 
+        model.safetensors is the model.  Without it the index says which file a tensor is read from; without that
+        all files of the folder are read, and none may hold a tensor of another.
         The weights stay memory-mapped until they are written to or moved: no second copy, and nothing is read that
         is not used.  `dtype` converts them one by one.  Raises FileNotFoundError or ValueError naming the file or
         tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
         """
-        from safetensors import SafetensorError, safe_open
         path = os.path.join(directory, "config.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} is no checkpoint in the official layout")
-        with open(path) as file:
-            config = ZayaConfig.from_dict(json.load(file))
+        try:
+            config = ZayaConfig.from_dict(cls.read_json(path))
+        except ValueError as error:
+            raise error if path in str(error) else ValueError(f"{path}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
         expected = {cls.official_name(name): name for name in model.state_dict()}
-        wanted, state = model.state_dict(), {}
-
-        def take(official, tensor, file):
-            if official == "lm_head.weight" and config.tie_word_embeddings:
-                return
-            if official not in expected:
-                raise ValueError(f"{file}: tensor {official!r} has no place in this config")
-            name = expected[official]
-            if tensor.shape != wanted[name].shape:
-                raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
-                                 f"the config needs {tuple(wanted[name].shape)}")
-            # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
-            state[name] = tensor.to(device, torch.float32 if "balancing_biases" in name else dtype)
-
-        names = sorted(os.listdir(directory))
-        index = os.path.join(directory, "model.safetensors.index.json")
-        if os.path.exists(index):                               # only what the index names: a folder may hold more
-            with open(index) as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-        files = [name for name in names if name.endswith(".safetensors")]
-        for name in files:
-            if not os.path.exists(os.path.join(directory, name)):
-                raise FileNotFoundError(f"{index} names {name}, which is not in {directory!r}")
-            try:
-                opened = safe_open(os.path.join(directory, name), "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{os.path.join(directory, name)} is damaged: {error}") from None
-            with opened as file:
-                for official in file.keys():
-                    take(official, file.get_tensor(official), name)
-        if not files:
-            files = [name for name in names if name.endswith(".pt") and name != "trainer.pt"]
-            for name in files:
-                loaded = torch.load(os.path.join(directory, name), weights_only=True, mmap=True, map_location="cpu")
-                for official, tensor in loaded.items():
-                    take(official, tensor, name)
-        if not files:
-            raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors and no *.pt")
+        wanted, state, source = model.state_dict(), {}, {}
+        for file, named in cls.weight_files(directory).items():
+            for official, tensor in cls.read_tensors(os.path.join(directory, file), named):
+                if official in source:
+                    raise ValueError(f"{directory}: tensor {official!r} is in both {source[official]} and {file}: "
+                                     "move one of the files away")
+                source[official] = file
+                if official == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                if official not in expected:
+                    raise ValueError(f"{file}: tensor {official!r} has no place in this config")
+                name = expected[official]
+                if tensor.shape != wanted[name].shape:
+                    raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
+                                     f"the config needs {tuple(wanted[name].shape)}")
+                # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
+                state[name] = tensor.to(device, torch.float32 if "balancing_biases" in name else dtype)
         missing = [official for official, name in expected.items() if name not in state]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -753,6 +798,58 @@ class Zaya(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return model.eval()
+
+    @staticmethod
+    def read_json(path):
+        """The JSON object in a file -> dict.  ValueError naming the file if it is damaged."""
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                content = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged: it must hold a JSON object, not a {type(content).__name__}")
+        return content
+
+    @classmethod
+    def weight_files(cls, directory):
+        """The files that hold a checkpoint's weights -> {file name: the tensors to read from it, None for all}."""
+        names = sorted(os.listdir(directory))
+        if "model.safetensors" in names:                        # the model, whatever else lies beside it
+            return {"model.safetensors": None}
+        index, files = os.path.join(directory, "model.safetensors.index.json"), {}
+        if os.path.exists(index):
+            places = cls.read_json(index).get("weight_map")
+            if not (places and isinstance(places, dict) and all(isinstance(file, str) for file in places.values())):
+                raise ValueError(f"{index} is damaged: weight_map must name a file for each tensor")
+            for tensor, file in places.items():
+                if not os.path.exists(os.path.join(directory, file)):
+                    raise FileNotFoundError(f"{index} names {file}, which is not in {directory!r}")
+                files.setdefault(file, []).append(tensor)
+            return files
+        files = [name for name in names if name.endswith(".safetensors")] or \
+            [name for name in names if name.endswith(".pt") and name != "trainer.pt"]
+        if not files:
+            raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors and no *.pt")
+        return dict.fromkeys(files)
+
+    @staticmethod
+    def read_tensors(path, named=None):
+        """Yield (official name, tensor), of all tensors in a file or of the `named` ones."""
+        if path.endswith(".pt"):
+            yield from torch.load(path, weights_only=True, mmap=True, map_location="cpu").items()
+            return
+        from safetensors import SafetensorError, safe_open
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        with opened as file:
+            held = set(file.keys())
+            for name in named or sorted(held):
+                if name not in held:
+                    raise ValueError(f"{path} lacks the tensor {name!r}, which model.safetensors.index.json puts there")
+                yield name, file.get_tensor(name)
 
 
 class PIDBalancer:
