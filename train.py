@@ -2317,7 +2317,7 @@ def roll_out(model, prompts, group_size, context, end, generator, among=None):
     of it (leaving costs a copy of the cache); every token's expert is recorded for the replay.
     """
     device, layers = model.norm.weight.device, len(model.layers)
-    ids, mask = left_padded(prompts, model.config.pad_token_id, device)
+    ids, mask = left_padded(prompts, model.config.pad_token_id or 0, device)
     width = ids.shape[1]
     model.eval()
     cache, routing = Cache(layers), []
@@ -2574,7 +2574,7 @@ def rl_step(model, optimizers, balancer, groups, advantages, config, dtype, lr, 
     model.train()
     total, kept, tokens, gap = 0.0, 0, 0, (None, None, None)
     for i, part in enumerate(parts if mine else ()):
-        batch = collate(part, model.config.pad_token_id, device)
+        batch = collate(part, model.config.pad_token_id or 0, device)
         inputs, targets, positions, choices, sampled, advantage = batch
         if measure and first() and i == len(parts) // 2:        # under its own autocast, whose cache has no gradients
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
