@@ -44,8 +44,6 @@ class ZayaConfig:
     num_experts: int = 16
     moe_intermediate_size: int = 2048
     router_hidden_size: int = 256
-    cca_time0: int = 2                      # kernel of the depthwise convolution
-    cca_time1: int = 2                      # kernel of the convolution inside each head
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     layer_types: list | None = None         # one of "hybrid", "hybrid_sliding" per layer
@@ -59,8 +57,9 @@ class ZayaConfig:
     eos_token_id: int | list | None = 106
 
     # What HF writes too and no published ZAYA varies.  A file that does is refused rather than computed wrongly.
+    # cca_time0 and cca_time1 are the taps of CCA's convolutions.
     FIXED = dict(model_type="zaya", hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
-                 attention_dropout=0.0)
+                 attention_dropout=0.0, cca_time0=2, cca_time1=2)
     # What HF's base config writes about the file, its classes' outputs and its generate, which changes no logit; names
     # that begin with _ or end with _token_id are of the same kind.  Any other unknown field may change one: refused.
     DESCRIPTIVE = set("""
@@ -75,8 +74,8 @@ class ZayaConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size", "cca_time0",
-                     "cca_time1", "max_position_embeddings"):
+                     "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size",
+                     "max_position_embeddings"):
             value = getattr(self, name)
             self._require(type(value) is int and value > 0, f"{name} must be a positive integer, not {value!r}")
         for name in ("rms_norm_eps", "initializer_range"):
@@ -225,60 +224,105 @@ class CCA(nn.Module):
         q, k  <- sqrt(D) q / |q|,  temp_k sqrt(D) k / |k|,  then RoPE on their first channels
         out    = Wo softmax(q k^T / sqrt(D)) v
 
-    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  `rope`: the two tables of `rope_table`, (B, S, R/2).
-    `reach` (B, S) int64: how many tokens each token may look back; -1 for padding; None: back to the start.
-    `mask` (B, 1, S, T) bool: the same rule for attention, made once per model by `attention_mask`; None: causal.
-    `cache`: a LayerCache, read and advanced.  Equals HF ZayaAttention (ZayaCCAProjection and ZayaQKNorm within).
-    We differ: one code path for packed, padded and cached rows (HF cannot pack), convolutions written as a sum over
-    taps, fp32 from q-k-mean to RoPE in any dtype, temperature initialised to 1 (HF's 0 would make every key zero).
+    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  `positions` says where the tokens stand, and thereby
+    what they may see: position ids (B, S) int64, 0 where a sample begins and -1 for padding; None where each row is
+    one sample; or the `Positions` that `CCA.positions` makes of either, once for all layers of a model.
+    `cache`: a LayerCache, read and advanced.  `rope_parameters`: {"rope_theta", "partial_rotary_factor"}.
+    ValueError for ids of another shape.  Equals HF ZayaAttention (ZayaCCAProjection and ZayaQKNorm within).
+    We differ: one code path for packed, padded and cached rows (HF cannot pack), convolutions of two taps only, written
+    as a sum, fp32 from q-k-mean to RoPE in any dtype, temperature initialised to 1 (HF's 0 would make every key zero).
     """
 
-    def __init__(self, hidden_size, num_attention_heads, num_key_value_heads, head_dim, cca_time0=2, cca_time1=2,
+    class Positions:
+        """Where the tokens of one call stand, and the whole of what follows from it; `CCA.positions` makes them.
+
+        position_ids (B, S) int64, None for rows of one sample each; cos, sin (B or 1, S, R/2) fp32; mask (B, 1, S, T)
+        bool, True where a query sees a key, None for causal attention.
+        """
+
+        def __init__(self, position_ids, cos, sin, mask):
+            self.position_ids, self.cos, self.sin, self.mask = position_ids, cos, sin, mask
+
+    def __init__(self, hidden_size, num_attention_heads, num_key_value_heads, head_dim, rope_parameters=None,
                  sliding_window=None):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = num_attention_heads, num_key_value_heads, head_dim
+        self.rope_parameters = rope_parameters or {"rope_theta": 5e6, "partial_rotary_factor": 0.5}
         self.sliding_window = sliding_window
         q_size, kv_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_size, bias=False)
         self.v_proj_current = nn.Linear(hidden_size, kv_size // 2, bias=False)
         self.v_proj_delayed = nn.Linear(hidden_size, kv_size // 2, bias=False)
-        self.conv_qk_depthwise = nn.Conv1d(q_size + kv_size, q_size + kv_size, cca_time0, groups=q_size + kv_size)
-        self.conv_qk_grouped = nn.Conv1d(q_size + kv_size, q_size + kv_size, cca_time1,
+        self.conv_qk_depthwise = nn.Conv1d(q_size + kv_size, q_size + kv_size, 2, groups=q_size + kv_size)
+        self.conv_qk_grouped = nn.Conv1d(q_size + kv_size, q_size + kv_size, 2,
                                          groups=num_attention_heads + num_key_value_heads)
         self.temp = nn.Parameter(torch.ones(num_key_value_heads))
         self.o_proj = nn.Linear(q_size, hidden_size, bias=False)
 
-    def forward(self, x, rope, reach=None, mask=None, cache=None):
+    def forward(self, x, positions=None, cache=None):
         B, S, _ = x.shape
+        positions = self.locate(x, positions, cache)
         packed = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                    # (B, S, C)
         delayed = self.v_proj_delayed(x)                                            # (B, S, K*D/2)
-        history = self.conv_qk_depthwise.kernel_size[0] + self.conv_qk_grouped.kernel_size[0] - 2
         if cache is not None and cache.packed is not None:
             before, value_before = cache.packed, cache.delayed
         else:
-            before = packed.new_zeros(B, history, packed.shape[-1])
+            before = packed.new_zeros(B, 2, packed.shape[-1])
             value_before = delayed.new_zeros(B, 1, delayed.shape[-1])
-        seen = torch.cat([before.to(packed.dtype), packed], 1)                      # (B, history + S, C)
+        seen = torch.cat([before.to(packed.dtype), packed], 1)                      # (B, 2 + S, C)
         shifted = torch.cat([value_before.to(delayed.dtype), delayed], 1)           # (B, 1 + S, K*D/2)
         if cache is not None:                                                       # the decode state, kept in fp32
             cache.packed = seen[:, S:].float()
             cache.delayed = shifted[:, S:].float()
         shifted = shifted[:, :S]
-        if reach is not None:
-            shifted = shifted * (reach >= 1)[..., None]
+        if positions.position_ids is not None:
+            shifted = shifted * (positions.position_ids >= 1)[..., None]
         v = torch.cat([self.v_proj_current(x), shifted], -1).view(B, S, self.kv_heads, self.head_dim)
 
         q_mean, k_mean = self.qk_mean(packed.float())
-        mixed = self.convolve(seen, S, reach).float()                               # (B, S, H + K, D)
+        mixed = self.convolve(seen, positions.position_ids).float()                 # (B, S, H + K, D)
         q = self.unit(mixed[:, :, :self.heads] + q_mean)                            # (B, S, H, D) fp32
         k = self.unit(mixed[:, :, self.heads:] + k_mean) * self.temp.float()[:, None]
-        q, k = self.rotate(q, *rope).to(v.dtype), self.rotate(k, *rope).to(v.dtype)
+        q = self.apply_rotary(q, positions.cos, positions.sin).to(v.dtype)
+        k = self.apply_rotary(k, positions.cos, positions.sin).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
             k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
+        causal = positions.mask is None and S > 1
+        out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+    @classmethod
+    def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
+        """The Positions of x (B, S, …), whose tokens follow `columns` cached ones in each row.
+
+        position_ids (B, S), or None for tokens `columns` … `columns` + S - 1 of one sample a row; rotated: channels.
+        """
+        B, S = x.shape[:2]
+        plain = position_ids is None
+        position = torch.arange(columns, columns + S, device=x.device)[None] if plain else position_ids
+        cos, sin = cls.rope_table(position, rope_theta, rotated)
+        keys = (min(columns, sliding_window - 1) if sliding_window else columns) + S
+        # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
+        masked = not plain or (S > 1 and columns) or (sliding_window and keys > sliding_window)
+        mask = cls.attention_mask(position.expand(B, S), keys, sliding_window) if masked else None
+        return cls.Positions(position_ids, cos, sin, mask)
+
+    def locate(self, x, positions=None, cache=None):
+        """`positions` in any form that `forward` takes -> Positions."""
+        if positions is not None and not isinstance(positions, torch.Tensor):
+            return positions
+        if positions is not None and positions.shape != x.shape[:2]:
+            raise ValueError(f"CCA: position ids must have the shape (B, S) of x, {tuple(x.shape[:2])}, not "
+                             f"{tuple(positions.shape)}")
+        if cache is not None:
+            if positions is None and not cache.plain:
+                raise ValueError("CCA: the tokens in this cache came with position ids, so the next ones need theirs")
+            cache.plain = positions is None
+        rotated = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+        return self.positions(x, positions, self.rope_parameters["rope_theta"], rotated, self.sliding_window,
+                              cache.columns if cache is not None else 0)
 
     def qk_mean(self, packed):
         """(B, S, C) latents before the convolutions -> m_q (B, S, H, D), m_k (B, S, K, D)."""
@@ -289,35 +333,27 @@ class CCA(nn.Module):
         q_mean = (q + k) / 2
         return q_mean.flatten(2, 3), q_mean.mean(3)
 
-    def convolve(self, seen, S, reach=None):
-        """Both causal convolutions on `seen` (B, history + S, C) -> (B, S, H + K, D) for the last S tokens.
+    def convolve(self, seen, position_ids=None):
+        """Both causal convolutions on `seen` (B, 2 + S, C) -> (B, S, H + K, D) for the last S tokens.
 
         The latents are padded by zeros once, before the first convolution; so what the second one sees before a
         sample's first token is the first one's bias, not zero.
         """
-        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
-        taps0, taps1 = depthwise.kernel_size[0], grouped.kernel_size[0]
-        middle = S + taps1 - 1                                 # the second convolution reads taps1 - 1 extra columns
-        if reach is not None:                                  # extend backwards: one token earlier, one less to see
-            earlier = reach[:, :1] - torch.arange(taps1 - 1, 0, -1, device=reach.device)
-            reach_middle = torch.cat([earlier, reach], 1)[..., None]
-        weight = depthwise.weight[:, 0]                        # (C, taps0), the last column for the newest token
-        y = depthwise.bias.expand(seen.shape[0], middle, -1)
-        for back in range(taps0):
-            tap = seen[:, taps0 - 1 - back:][:, :middle]
-            if reach is not None and back:
-                tap = tap * (reach_middle >= back)
-            y = torch.addcmul(y, tap, weight[:, taps0 - 1 - back])
-        y = y.unflatten(-1, (-1, self.head_dim))               # (B, middle, H + K, D)
-        bias = depthwise.bias.unflatten(-1, (-1, self.head_dim)).to(y.dtype)
-        weight = grouped.weight.unflatten(0, (-1, self.head_dim))                   # (H + K, D out, D in, taps1)
-        out = grouped.bias.unflatten(-1, (-1, self.head_dim))
-        for back in range(taps1):
-            tap = y[:, taps1 - 1 - back:][:, :S]
-            if reach is not None and back:
-                tap = torch.where((reach >= back)[..., None, None], tap, bias)
-            out = out + torch.einsum("bshi,hoi->bsho", tap, weight[..., taps1 - 1 - back])
-        return out
+        depthwise, grouped, by_head = self.conv_qk_depthwise, self.conv_qk_grouped, (-1, self.head_dim)
+        previous, newest = seen[:, :-1], seen[:, 1:]                                # (B, 1 + S, C)
+        if position_ids is not None:                           # the column before the first token is one token earlier
+            position = torch.cat([position_ids[:, :1] - 1, position_ids], 1)
+            previous = previous * (position >= 1)[..., None]
+        weight = depthwise.weight[:, 0]                        # (C, 2), the last column for the newest token
+        middle = torch.addcmul(depthwise.bias, newest, weight[:, 1])
+        middle = torch.addcmul(middle, previous, weight[:, 0]).unflatten(-1, by_head)
+        previous, newest = middle[:, :-1], middle[:, 1:]                            # (B, S, H + K, D)
+        if position_ids is not None:
+            bias = depthwise.bias.unflatten(-1, by_head).to(middle.dtype)
+            previous = torch.where((position_ids >= 1)[..., None, None], previous, bias)
+        weight = grouped.weight.unflatten(0, by_head)                               # (H + K, D out, D in, 2)
+        out = grouped.bias.unflatten(-1, by_head) + torch.einsum("bshi,hoi->bsho", newest, weight[..., 1])
+        return out + torch.einsum("bshi,hoi->bsho", previous, weight[..., 0])
 
     @staticmethod
     def unit(x):
@@ -332,7 +368,7 @@ class CCA(nn.Module):
         return angle.cos(), angle.sin()
 
     @staticmethod
-    def rotate(x, cos, sin):
+    def apply_rotary(x, cos, sin):
         """RoPE on the first 2 * cos.shape[-1] channels of x (B, S, heads, D), channel i paired with i + half."""
         half = cos.shape[-1]
         a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
@@ -340,15 +376,15 @@ class CCA(nn.Module):
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     @staticmethod
-    def attention_mask(reach, T, sliding_window=None):
-        """(B, S) reach of the newest S of T columns -> (B, 1, S, T) bool, True where a query sees a key.
+    def attention_mask(position_ids, T, sliding_window=None):
+        """(B, S) position ids of the newest S of T columns -> (B, 1, S, T) bool, True where a query sees a key.
 
-        Padding (reach -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
+        Padding (position -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
         """
-        S = reach.shape[1]
-        column = torch.arange(T, device=reach.device)
+        S = position_ids.shape[1]
+        column = torch.arange(T, device=position_ids.device)
         back = column[T - S:, None] - column                                        # (S, T)
-        farthest = reach.clamp(0, (sliding_window or T) - 1)[..., None]             # (B, S, 1)
+        farthest = position_ids.clamp(0, (sliding_window or T) - 1)[..., None]      # (B, S, 1)
         return ((back >= 0) & (back <= farthest))[:, None]
 
 
@@ -453,18 +489,19 @@ class Layer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         E, eps = config.hidden_size, config.rms_norm_eps
-        window = config.sliding_window if config.layer_types[index] == "hybrid_sliding" else None
+        kind = config.layer_types[index]
+        window = config.sliding_window if kind == "hybrid_sliding" else None
         self.input_layernorm = RMSNorm(E, eps)
         self.self_attn = CCA(E, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                             config.cca_time0, config.cca_time1, window)
+                             config.rope_parameters[kind], window)
         self.post_attention_residual_scale = ResidualScaling(E)
         self.post_attention_layernorm = RMSNorm(E, eps)
         self.gate = Router(E, config.router_hidden_size, config.router_classes, index > 0, config.skip_expert, eps)
         self.experts = Experts(E, config.moe_intermediate_size, config.num_experts)
         self.post_mlp_residual_scale = ResidualScaling(E)
 
-    def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
-        x = self.post_attention_residual_scale(x, self.self_attn(self.input_layernorm(x), rope, reach, mask, cache))
+    def forward(self, x, r, positions=None, cache=None, choice=None, count=None):
+        x = self.post_attention_residual_scale(x, self.self_attn(self.input_layernorm(x), positions, cache))
         h = self.post_attention_layernorm(x)
         weight, choice, r = self.gate(h, r, choice, count)
         y = self.experts(h.flatten(0, 1), choice.flatten(), weight.flatten()).view_as(h)
@@ -475,13 +512,15 @@ class LayerCache:
     """What one layer remembers of a row: keys and values, the last packed latents, the last delayed value.
 
     k, v: (B, K, T, D), kept in buffers that double when full, so a token costs no copy of the past.
-    packed (B, history, C) and delayed (B, 1, K*D/2), both fp32 and *projected*: caching the raw x instead has the
+    packed (B, 2, C) and delayed (B, 1, K*D/2), both fp32 and *projected*: caching the raw x instead has the
     same rank and dtype, and is silently wrong.
     """
 
     def __init__(self):
         self.k = self.v = self.packed = self.delayed = None
         self.start = self.end = 0                               # the live columns of k and v
+        self.columns = 0                                        # tokens and padding seen so far, the same in each row
+        self.plain = True                                       # whether CCA was given no position ids of them
 
     def append(self, k, v, sliding_window=None):
         """Add (B, K, S, D) keys and values; return all that the new tokens may see, (B, K, T, D).
@@ -504,6 +543,7 @@ class LayerCache:
         self.k[:, :, self.end:self.end + S] = k
         self.v[:, :, self.end:self.end + S] = v
         self.end += S
+        self.columns += S
         return self.k[:, :, self.start:self.end], self.v[:, :, self.start:self.end]
 
     def select(self, rows):
@@ -522,8 +562,11 @@ class Cache:
 
     def __init__(self, num_hidden_layers):
         self.layers = [LayerCache() for _ in range(num_hidden_layers)]
-        self.columns = 0                                        # tokens and padding seen so far, the same in each row
         self.position = None                                    # (B,) int64; None: no row has padding
+
+    @property
+    def columns(self):
+        return self.layers[0].columns
 
     def select(self, rows):
         """Keep these rows (an index tensor), in this order; a row named twice is continued twice."""
@@ -581,43 +624,33 @@ class Zaya(nn.Module):
         cache: continue from it, and advance it.
         routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
         """
-        B, S = input_ids.shape
+        B = len(input_ids)
         columns = cache.columns if cache is not None else 0
         offset = cache.position if cache is not None else None
-        reach = position_ids
-        if reach is None and (attention_mask is not None or offset is not None):
+        if position_ids is None and (attention_mask is not None or offset is not None):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             if offset is None:
                 offset = real.new_full((B,), columns)
-            reach = offset[:, None] + real.cumsum(1) - 1
-            reach = reach.masked_fill(real == 0, -1)
+            position_ids = (offset[:, None] + real.cumsum(1) - 1).masked_fill(real == 0, -1)
             if cache is not None:
                 cache.position = offset + real.sum(1)
-        elif reach is not None and cache is not None:
-            cache.position = reach[:, -1] + 1
-        plain = reach is None
-        position = torch.arange(columns, columns + S, device=input_ids.device)[None] if plain else reach
-        if cache is not None:
-            cache.columns += S
+        elif position_ids is not None and cache is not None:
+            cache.position = position_ids[:, -1] + 1
 
-        rope, mask = {}, {}
+        positions = {}                                          # made once for all layers of a type
         for kind in set(self.config.layer_types):
-            table = self.config.rope_parameters[kind]
-            rotated = int(self.config.head_dim * table["partial_rotary_factor"])
-            rope[kind] = CCA.rope_table(position, table["rope_theta"], rotated)
+            rope = self.config.rope_parameters[kind]
+            rotated = int(self.config.head_dim * rope["partial_rotary_factor"])
             window = self.config.sliding_window if kind == "hybrid_sliding" else None
-            keys = columns + S if window is None else min(columns, window - 1) + S
-            # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
-            if not plain or (S > 1 and columns) or (window and keys > window):
-                mask[kind] = CCA.attention_mask(position.expand(B, S), keys, window)
+            positions[kind] = CCA.positions(input_ids, position_ids, rope["rope_theta"], rotated, window, columns)
 
         x = self.embed_tokens(input_ids)
         x = (x.float() + self.input_hidden_states_bias) * self.input_hidden_states_scale
-        count = None if plain else reach >= 0                   # padding is no expert's load
+        count = None if position_ids is None else position_ids >= 0                 # padding is no expert's load
         r, replay = None, list(routing) if routing else [None] * len(self.layers)
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
             layer_cache = cache.layers[index] if cache is not None else None
-            x, r, choice = layer(x, r, rope[kind], reach, mask.get(kind), layer_cache, replay[index], count)
+            x, r, choice = layer(x, r, positions[kind], layer_cache, replay[index], count)
             if routing is not None and replay[index] is None:
                 routing.append(choice)
         return self.norm(x)

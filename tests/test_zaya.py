@@ -27,10 +27,9 @@ SHAPES = {
     "full": {},
     "sliding": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=5),
     "window_of_one": dict(layer_types=[FULL, SLIDING, FULL], sliding_window=1, num_key_value_heads=1),
-    "long_kernels": dict(cca_time0=3, cca_time1=4, num_attention_heads=6, num_key_value_heads=3,
-                         layer_types=[FULL, FULL, SLIDING], sliding_window=4),
-    "no_kernels": dict(cca_time0=1, cca_time1=1, num_key_value_heads=4),
-    "one_sided_kernels": dict(cca_time0=1, cca_time1=3, num_hidden_layers=1),
+    "three_kv_heads": dict(num_attention_heads=6, num_key_value_heads=3, layer_types=[FULL, FULL, SLIDING],
+                           sliding_window=4),
+    "no_groups": dict(num_key_value_heads=4, num_hidden_layers=1),
     "no_skip": dict(skip_expert=False, num_hidden_layers=2, tie_word_embeddings=False),
 }
 
@@ -132,12 +131,11 @@ def test_gradients_do_not_leak_between_packed_samples(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("kernels", [(2, 2), (1, 1), (3, 4)])
-def test_sliding_window_forgets(window, kernels):
+def test_sliding_window_forgets(window):
     """One layer sees window - 1 tokens back, of which the oldest was itself convolved with those before it."""
-    changes = dict(num_hidden_layers=1, cca_time0=kernels[0], cca_time1=kernels[1], sliding_window=window)
+    changes = dict(num_hidden_layers=1, sliding_window=window)
     sliding, full = build(layer_types=[SLIDING], **changes), build(layer_types=[FULL], **changes)
-    history = max(sum(kernels) - 2, 1) if window > 1 else 1     # 1: the delayed value; one key alone weighs 1
+    history = 2 if window > 1 else 1                            # 1: the delayed value; one key alone weighs 1
     reach = window - 1 + history
     ids = tokens(4, 20)
     changed = ids.clone()
@@ -145,6 +143,73 @@ def test_sliding_window_forgets(window, kernels):
     difference = (sliding(ids) - sliding(changed)).abs().amax((0, 2))
     assert (difference[3 + reach + 1:] < 4e-6).all() and difference[3 + reach] > 1e-4
     assert (full(ids) - full(changed)).abs().amax((0, 2))[3 + reach + 1:].min() > 1e-4
+
+
+def cca(window=None, seed=0):
+    attention = CCA(32, 4, 2, 8, {"rope_theta": 100.0, "partial_rotary_factor": 0.5}, window)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return attention
+
+
+@pytest.mark.parametrize("form", ["ids", "Positions"])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_cca_keeps_packed_samples_apart(window, form):
+    """One argument, in any form, is the whole rule: values and gradients of each sample are what it gets alone."""
+    ids, where = pack(PACKED, 24)
+    attention, x = cca(window), torch.randn(*ids.shape, 32, requires_grad=True)
+    positions = ids if form == "ids" else CCA.positions(x, ids, 100.0, 4, window)
+    out = attention(x, positions)
+    assert out.isfinite().all()
+    for row, part in where:
+        alone = x[row:row + 1, part].detach().requires_grad_()
+        close(out[row, part], attention(alone)[0])
+        weight = torch.randn_like(alone)
+        gradient, = torch.autograd.grad((out[row, part] * weight[0]).sum(), x, retain_graph=True)
+        expected = torch.zeros_like(x)
+        expected[row, part], = torch.autograd.grad((attention(alone) * weight).sum(), alone)
+        close(gradient, expected, 5e-4)                         # of size 50
+        assert (gradient.abs().sum(-1) > 0).sum() == alone.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[24], [1] * 24, [5, 1, 10, 8]], ids=["at_once", "one_by_one", "chunks"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_cca_alone_with_a_cache(window, sizes):
+    """Packed and padded rows go on by their ids, plain rows by nothing."""
+    ids, _ = pack(PACKED, 24)
+    attention, x, packed, plain = cca(window), torch.randn(*ids.shape, 32), LayerCache(), LayerCache()
+    parts = torch.arange(24).split(sizes)
+    close(torch.cat([attention(x[:, part], cache=plain) for part in parts], 1), attention(x))
+    chunked = torch.cat([attention(x[:, part], ids[:, part], packed) for part in parts], 1)
+    close(chunked[ids >= 0], attention(x, ids)[ids >= 0])
+    assert packed.columns == plain.columns == 24
+    with pytest.raises(ValueError, match="position ids"):
+        attention(x[:, :1], cache=packed)
+
+
+def test_cca_refuses_ids_of_another_shape():
+    for shape in ((3, 24), (4, 23), (24,), (4, 24, 1)):
+        with pytest.raises(ValueError, match=r"\(4, 24\)"):
+            cca()(torch.randn(4, 24, 32), torch.zeros(shape, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_a_layers_cca_has_the_models_rope():
+    """A stage that raises rope_theta in the config reaches the layers too, also those of a copy."""
+    model = copy.deepcopy(build(**SHAPES["sliding"]))
+    for theta in (50.0, 1e6):
+        for kind in (FULL, SLIDING):
+            model.config.rope_parameters[kind]["rope_theta"] = theta
+        given, layer = [], model.layers[1].self_attn
+        hook = layer.register_forward_hook(lambda module, args, out, given=given: given.append((*args, out)))
+        model(tokens(2, 9))
+        hook.remove()
+        (x, positions, _, out), = given
+        close(layer(x), out)
+        close(layer.locate(x).cos, CCA.rope_table(torch.arange(9)[None], theta, 4)[0])
+        assert torch.equal(positions.cos, layer.locate(x).cos)
 
 
 @torch.no_grad()
@@ -161,10 +226,11 @@ def test_sliding_layers_have_their_own_rope():
 def test_value_shift_and_qk_mean_by_hand():
     """CCA on one token with random weights, written out with loops from the formulas of the report."""
     H, K, D = 4, 2, 8
-    cca, x = CCA(32, H, K, D), torch.randn(1, 5, 32)
+    nothing = {"rope_theta": 1e4, "partial_rotary_factor": 0.0}                     # no channel is rotated
+    cca, x = CCA(32, H, K, D, nothing), torch.randn(1, 5, 32)
     for parameter in cca.parameters():
         nn.init.normal_(parameter, std=0.3)
-    out = cca(x, CCA.rope_table(torch.zeros(1, 5, dtype=torch.long), 1e4, 4))       # position 0: no rotation
+    out = cca(x)
 
     q_latent, k_latent = cca.q_proj(x[0]), cca.k_proj(x[0])
     packed = F.pad(torch.cat([q_latent, k_latent], 1).T, (2, 0))
@@ -189,7 +255,7 @@ def test_rope_turns_the_first_channels_by_their_angle():
     position = torch.tensor([[0, 3, 100]])
     cos, sin = CCA.rope_table(position, 100.0, 4)
     x = torch.randn(1, 3, 2, 8)
-    turned = CCA.rotate(x, cos, sin)
+    turned = CCA.apply_rotary(x, cos, sin)
     for s, p in enumerate([0, 3, 100]):
         for i in range(2):                                      # channel i is the real, i + 2 the imaginary part
             angle = p / 100.0 ** (2 * i / 4)
@@ -330,7 +396,7 @@ def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
         monkeypatch.setattr(CCA, name, staticmethod(lambda *given: seen.setdefault(name, given) and exact(*given)))
 
     watch("unit")
-    watch("rotate")
+    watch("apply_rotary")
     model = model if autocast else model.to(torch.bfloat16)
     for name, module in model.named_modules():
         if isinstance(module, zaya.RMSNorm):                    # they read the residual stream
@@ -605,8 +671,7 @@ def test_presets_run(name):
 
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "num_experts", "moe_intermediate_size", "router_hidden_size", "cca_time0", "cca_time1",
-         "max_position_embeddings"]
+         "num_experts", "moe_intermediate_size", "router_hidden_size", "max_position_embeddings"]
 
 
 @pytest.mark.parametrize("changes, word", [
@@ -629,6 +694,7 @@ SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
     (dict(quantization_config={"quant_method": "fp8"}), "quantization_config"), (dict(rope_theta=1e4), "rope_theta"),
     (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping"), (dict(router_scale=2.0), "router_scale"),
     (dict(final_logit_softcapping=30.0), "final_logit_softcapping"), (dict(use_qk_norm=False), "use_qk_norm"),
+    (dict(cca_time0=3), "cca_time0 3.*only 2"), (dict(cca_time1=1), "cca_time1 1.*only 2"),
     (dict(zaya_layers=["a", 16]), "zaya_layers"), (dict(model_type="llama"), "model_type.*llama"),
     (dict(num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
     (dict(num_key_value_heads=1, head_dim=7), "head_dim"),
@@ -1430,11 +1496,11 @@ def paste_norm():
 def paste_cca():
     Attention, = paste("CCA")
     attention, x = Attention(32, 4, 2, 8), torch.randn(2, 6, 32)
-    rope = Attention.rope_table(torch.arange(6)[None], 1e4, 4)
-    backward(attention, attention(x, rope))
-    reach = torch.tensor([[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, 4, 5]])
-    mask = Attention.attention_mask(reach, 6, 3)
-    assert attention(x, Attention.rope_table(reach, 1e4, 4), reach, mask).isfinite().all()
+    backward(attention, attention(x))
+    ids = torch.tensor([[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, 4, 5]])
+    packed = attention(x, ids)
+    assert torch.equal(packed, attention(x, Attention.positions(x, ids, 5e6, 4))) and packed.isfinite().all()
+    close(packed[0, 3:5], attention(x[:1, 3:5])[0])
 
 
 def paste_router():
@@ -1501,8 +1567,7 @@ def paste_layer():
     config, x = ZayaConfig(**BASE), torch.randn(2, 6, 32)
     layer = Block(config, 1)
     nn.init.normal_(layer.self_attn.temp)
-    rope = CCA.rope_table(torch.arange(6)[None], 1e4, 4)
-    out, r, choice = layer(x, torch.randn(2, 6, 12), rope, choice=torch.arange(12).view(2, 6) % 5)
+    out, r, choice = layer(x, torch.randn(2, 6, 12), choice=torch.arange(12).view(2, 6) % 5)
     assert choice.max() == 4 and r.shape == (2, 6, 12)
     backward(layer, out)
 
