@@ -201,29 +201,28 @@ def mixing_weights(cca):
     """A CCA's convolutions and temperature, fp32: w (C, 2), b (C,), weight (G, D out, D in, 2), bias (C,), temp (K,).
     """
     depthwise, grouped = cca.conv_qk_depthwise, cca.conv_qk_grouped
-    if depthwise.kernel_size[0] != 2 or grouped.kernel_size[0] != 2:
-        raise ValueError(f"this path is written for cca_time0 = cca_time1 = 2, not {depthwise.kernel_size[0]} and "
-                         f"{grouped.kernel_size[0]}; use zaya.CCA itself")
     return (depthwise.weight[:, 0].float(), depthwise.bias.float(),
             grouped.weight.unflatten(0, (-1, cca.head_dim)).float(), grouped.bias.float(), cca.temp.float())
 
 
-def cca_mix(packed, cca, rope, reach=None):
+def cca_mix(packed, cca, positions):
     """What zaya.CCA.forward does from `packed` to the rotated q (B, S, H, D) and k (B, S, K, D), fp32, without a cache.
 
-    packed (B, S, C) any float; rope: two tables (B, S, R/2); reach (B, S) as in CCA.
+    packed (B, S, C) any float; positions: CCA.Positions.
     """
-    link = torch.ones(packed.shape[:2], device=packed.device) if reach is None else (reach >= 1).float()
+    ids = positions.position_ids
+    link = torch.ones(packed.shape[:2], device=packed.device) if ids is None else (ids >= 1).float()
     with torch.autocast(packed.device.type, enabled=False):
-        return CCAMix.apply(packed, *mixing_weights(cca), *rope, link, cca.kv_heads)
+        return CCAMix.apply(packed, *mixing_weights(cca), positions.cos, positions.sin, link, cca.kv_heads)
 
 
-def cca_mix_step(seen, cca, rope, reach=None):
+def cca_mix_step(seen, cca, positions):
     """`cca_mix` for the newest of three tokens, seen (B, 3, C), the others from the cache -> q (B, 1, H, D), k."""
     B, H, K, D = len(seen), cca.heads, cca.kv_heads, cca.head_dim
     depthwise, grouped = cca.conv_qk_depthwise, cca.conv_qk_grouped
-    if reach is not None:
-        seen = seen * (reach >= reach.new_tensor([2, 1, 0]))[..., None]
+    ids, rope = positions.position_ids, (positions.cos, positions.sin)
+    if ids is not None:
+        seen = seen * (ids >= ids.new_tensor([2, 1, 0]))[..., None]
     if one_row(seen[:, 2], depthwise.weight):
         seen, out = seen.float().contiguous(), torch.empty(1, 1, H + K, D)
         weights = depthwise.weight, depthwise.bias, grouped.weight, grouped.bias, cca.temp, *rope, out
@@ -246,19 +245,19 @@ def cca_mix_step(seen, cca, rope, reach=None):
         return s[:, :, :H], s[:, :, H:]
 
 
-def sample_lengths(reach):
-    """(B, S) reach -> the lengths of the samples in the flattened batch, a list; None if they are no clean packing."""
-    before = F.pad(reach, (1, 0), value=-2)[:, :-1]
-    starts = (reach == 0) | ((reach != before + 1) & ((reach != -1) | (before != -1)))      # padding is one sample
+def sample_lengths(ids):
+    """(B, S) position ids -> the lengths of the samples in the flattened batch, a list; None if they are no packing."""
+    before = F.pad(ids, (1, 0), value=-2)[:, :-1]
+    starts = (ids == 0) | ((ids != before + 1) & ((ids != -1) | (before != -1)))    # padding is one sample
     starts[:, 0] = True
-    if (starts[:, 1:] & (reach[:, 1:] > 0)).any():
+    if (starts[:, 1:] & (ids[:, 1:] > 0)).any():
         return None
     bounds = starts.flatten().nonzero()[:, 0]
-    return torch.diff(bounds, append=bounds.new_tensor([reach.numel()])).tolist()
+    return torch.diff(bounds, append=bounds.new_tensor([ids.numel()])).tolist()
 
 
 def packed_attention(q, k, v, lengths):
-    """Causal attention within each sample: equals scaled_dot_product_attention under CCA.attention_mask(reach, S).
+    """Causal attention within each sample: equals scaled_dot_product_attention under CCA.attention_mask.
 
     q (B, S, H, D), k and v (B, S, K, D) with samples of `lengths` (they sum to B * S) -> (B, S, H * D).
     The work is the samples' squares instead of the row's.
@@ -272,52 +271,53 @@ def packed_attention(q, k, v, lengths):
 class FusedCCA(zaya.CCA):
     """zaya.CCA for whole samples and for one new token a row; everything else is zaya.CCA's own forward."""
 
-    def forward(self, x, rope, reach=None, mask=None, cache=None):
+    def forward(self, x, positions=None, cache=None):
         B, S, _ = x.shape
-        step = cache is not None and S == 1 and cache.packed is not None and not torch.is_grad_enabled()
-        taps = self.conv_qk_depthwise.kernel_size[0], self.conv_qk_grouped.kernel_size[0]
-        if step and taps == (2, 2):
-            return self.step(x, rope, reach, mask, cache)
-        if taps != (2, 2) or cache is not None or isinstance(self.q_proj, Int8Linear):
-            return super().forward(x, rope, reach, mask, cache)
+        positions = self.locate(x, positions, cache)
+        if cache is not None and S == 1 and cache.packed is not None and not torch.is_grad_enabled():
+            return self.step(x, positions, cache)
+        if cache is not None or isinstance(self.q_proj, Int8Linear):
+            return super().forward(x, positions, cache)
+        ids, mask = positions.position_ids, positions.mask
         projections = (self.q_proj, self.k_proj, self.v_proj_current, self.v_proj_delayed)
         q_size, k_size, *v_sizes = (m.weight.shape[0] for m in projections)
         together = F.linear(x, torch.cat([m.weight for m in projections]))
         packed, current, delayed = together.split([q_size + k_size, *v_sizes], -1)
         if traced(x):
-            return self.o_proj(traced_cca(self, packed, current, delayed, rope, reach, mask))
+            return self.o_proj(traced_cca(self, packed, current, delayed, positions))
         if on_gpu(x) and self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0:
             depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
             q, k, v = triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
-                                     grouped.weight.to(packed.dtype), grouped.bias, self.temp, *rope, reach)
+                                     grouped.weight.to(packed.dtype), grouped.bias, self.temp, positions.cos,
+                                     positions.sin, ids)
             out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
             return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
         shifted = F.pad(delayed[:, :-1], (0, 0, 1, 0))
-        if reach is not None:
-            shifted = shifted * (reach >= 1)[..., None]
+        if ids is not None:
+            shifted = shifted * (ids >= 1)[..., None]
         v = torch.cat([current, shifted], -1).view(B, S, self.kv_heads, self.head_dim)
-        q, k = (t.to(v.dtype) for t in cca_mix(packed, self, rope, reach))
-        lengths = sample_lengths(reach) if reach is not None and x.device.type == "cpu" else None
+        q, k = (t.to(v.dtype) for t in cca_mix(packed, self, positions))
+        lengths = sample_lengths(ids) if ids is not None and x.device.type == "cpu" else None
         if lengths and not (self.sliding_window and max(lengths) > self.sliding_window):
             return self.o_proj(packed_attention(q, k, v, lengths))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
 
-    def step(self, x, rope, reach, mask, cache):
+    def step(self, x, positions, cache):
         """One new token a row.  The query heads of a KV head are queries on the same keys, so they go as one block."""
         B = len(x)
         packed = torch.cat([linear(self.q_proj, x), linear(self.k_proj, x)], -1)    # (B, 1, C)
         current, delayed = linear(self.v_proj_current, x), linear(self.v_proj_delayed, x)
         shifted = cache.delayed.to(delayed.dtype)
-        if reach is not None:
-            shifted = shifted * (reach >= 1)[..., None]
+        if positions.position_ids is not None:
+            shifted = shifted * (positions.position_ids >= 1)[..., None]
         v = torch.cat([current, shifted], -1).view(B, self.kv_heads, 1, self.head_dim)
         seen = torch.cat([cache.packed.to(packed.dtype), packed], 1)                # (B, 3, C)
         cache.packed, cache.delayed = seen[:, 1:].float(), delayed.float()
-        q, k = (t.to(v.dtype) for t in cca_mix_step(seen, self, rope, reach))
+        q, k = (t.to(v.dtype) for t in cca_mix_step(seen, self, positions))
         k, v = cache.append(k.transpose(1, 2), v, self.sliding_window)              # (B, K, T, D)
-        out = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, mask)
+        out = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, positions.mask)
         return linear(self.o_proj, out.reshape(B, 1, -1))
 
 
@@ -645,20 +645,22 @@ class FusedZaya(zaya.Zaya):
         if not (self.decoding_backend and cache is not None and cache.columns and input_ids.shape[1] == 1
                 and attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()):
             return super().hidden_states(input_ids, attention_mask, position_ids, cache, routing)
-        reach = torch.full_like(input_ids, cache.columns) if cache.position is None else cache.position[:, None]
+        position_ids = cache.position
+        position_ids = torch.full_like(input_ids, cache.columns) if position_ids is None else position_ids[:, None]
         for slot in cache.layers:
             self.make_room(slot)
         column = torch.full((1,), cache.layers[0].end, device=input_ids.device)
         buffers = [(slot.k, slot.v, slot.packed, slot.delayed) for slot in cache.layers]
-        for tensor in (input_ids, reach, *(tensor for layer in buffers for tensor in layer)):
+        for tensor in (input_ids, position_ids, *(tensor for layer in buffers for tensor in layer)):
             torch._dynamo.maybe_mark_dynamic(tensor, [0, 2] if tensor.ndim == 4 else 0)
         # Two sizes that happen to be equal at the first call, rows and columns, are not the same size.
         with torch.fx.experimental._config.patch(use_duck_shape=False):
-            hidden, choices = compiled_decode_step(self.decoding_backend)(self, input_ids, reach, column, buffers)
-        cache.columns += 1
+            hidden, choices = compiled_decode_step(self.decoding_backend)(self, input_ids, position_ids, column,
+                                                                              buffers)
         cache.position = None if cache.position is None else cache.position + 1
         for slot in cache.layers:
             slot.end += 1
+            slot.columns += 1
         if routing is not None:
             routing.extend(choices)
         return hidden
@@ -1004,11 +1006,12 @@ class Attention(torch.autograd.Function):
         return torch.cat(g_q, 2), sum(g_k).view(B, K, S, D), sum(g_v).view(B, K, S, D), None, None
 
 
-def traced_cca(cca, packed, current, delayed, rope, reach, mask):
+def traced_cca(cca, packed, current, delayed, positions):
     """zaya.CCA.forward between its projections, without a cache: packed (B, S, C), current and delayed (B, S, K*D/2)
     -> (B, S, H*D)."""
     (B, S, _), H, K, D, dtype = packed.shape, cca.heads, cca.kv_heads, cca.head_dim, packed.dtype
-    link = torch.ones(1, S, device=packed.device) if reach is None else (reach >= 1).float()
+    ids, mask, rope = positions.position_ids, positions.mask, (positions.cos, positions.sin)
+    link = torch.ones(1, S, device=packed.device) if ids is None else (ids >= 1).float()
     link = torch.cat([torch.zeros_like(link[:, :1]), link[:, 1:]], 1)               # nothing is before a row's start
 
     def before(x):
@@ -1368,14 +1371,14 @@ class TritonMix(torch.autograd.Function):
 
 
 def triton_cca_mix(packed, current, delayed, depthwise_weight, depthwise_bias, grouped_weight, grouped_bias, temp, cos,
-                   sin, reach=None):
+                   sin, position_ids=None):
     """What CCA does between its projections and attention.
 
         [q; k] = conv_in_head(conv_per_channel(packed)) + q-k-mean(packed),   v_t = [current_t ; delayed_(t-1)]
         q, k  <- rope(sqrt(D) q / |q|), rope(temp_k sqrt(D) k / |k|)
 
     packed (B, S, C), current and delayed (B, S, K*D/2), fp32 or bf16; the weights and biases of the two nn.Conv1d,
-    temp (K,); cos and sin (B, S, R/2) fp32, reach (B, S) int64 or None, as in CCA -> q (B, H, S, D), k, v (B, K, S, D)
+    temp (K,); cos and sin (B, S, R/2) fp32, position_ids (B, S) int64 or None -> q (B, H, S, D), k, v (B, K, S, D)
     in packed's dtype.  Equals zaya.py's CCA.forward from `packed` to the cache; it takes no cache: rows start here.
     Raises ValueError for kernels other than the published 2 and 2, a D that is no power of two, and mixed dtypes.
     """
@@ -1389,9 +1392,9 @@ def triton_cca_mix(packed, current, delayed, depthwise_weight, depthwise_bias, g
         raise ValueError(f"triton_cca_mix: packed ({packed.dtype}), current ({current.dtype}), delayed "
                          f"({delayed.dtype}) and grouped_weight ({grouped_weight.dtype}) must have one dtype")
     B, S, _ = packed.shape
-    cos, sin = (table.expand(B, S, -1) for table in (cos, sin))                     # one row serves all without reach
+    cos, sin = (table.expand(B, S, -1) for table in (cos, sin))                     # one row serves all without ids
     link = (torch.arange(S, device=packed.device) > 0).expand(B, S)
-    link = (link if reach is None else link & (reach >= 1)).flatten().to(torch.int8)
+    link = (link if position_ids is None else link & (position_ids >= 1)).flatten().to(torch.int8)
     tensors = (packed, current, delayed, depthwise_weight[:, 0].T, depthwise_bias, grouped_weight.permute(2, 0, 1),
                grouped_bias, temp, cos, sin, link)
     return tuple(out.transpose(1, 2) for out in TritonMix.apply(*(tensor.contiguous() for tensor in tensors)))
@@ -1541,18 +1544,18 @@ def triton_experts(x, gate_up_proj, down_proj, choice, weight):
 class FusedLayer(zaya.Layer):
     """zaya.Layer with path 1 between its two halves."""
 
-    def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
+    def forward(self, x, r, positions=None, cache=None, choice=None, count=None):
         if one_row(x, self.input_layernorm.weight) and choice is None and not self.gate.training:
-            return self.step(x, r, rope, reach, mask, cache)
-        y = self.self_attn(self.input_layernorm(x), rope, reach, mask, cache)
+            return self.step(x, r, positions, cache)
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
         x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
         weight, choice, r = self.gate(h, r, choice, count)
         y = self.experts(h.flatten(0, 1), choice.flatten(), weight.flatten()).view_as(h)
         return self.post_mlp_residual_scale(x, y), r, choice
 
-    def step(self, x, r, rope, reach, mask, cache):
+    def step(self, x, r, positions, cache):
         """One token of one row with bf16 weights: of 200 small operations, those that C does not do."""
-        y = self.self_attn(norm_row(x, norm=self.input_layernorm)[1], rope, reach, mask, cache)
+        y = self.self_attn(norm_row(x, norm=self.input_layernorm)[1], positions, cache)
         x, h = norm_row(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
         weight, choice, r = route_row(self.gate, h, r)
         y = self.experts(h[0], choice[0], weight[0])
@@ -1569,21 +1572,22 @@ class Slot:
         return self.k.index_copy_(2, self.column, k), self.v.index_copy_(2, self.column, v)
 
 
-def decode_step(model, token, reach, column, buffers):
+def decode_step(model, token, position_ids, column, buffers):
     """zaya.Zaya.hidden_states for one new token a row, with nothing in it that changes from step to step but tensors.
 
-    token (B, 1), reach (B, 1), column (1,) int64; buffers: per layer k, v (B, K, T, D), packed, delayed, all written in
-    place -> hidden (B, 1, E), choices (L, B, 1).
+    token (B, 1), position_ids (B, 1), column (1,) int64; buffers: per layer k, v (B, K, T, D), packed, delayed, all
+    written in place -> hidden (B, 1, E), choices (L, B, 1).
     """
     theta, share = (model.config.rope_parameters["hybrid"][key] for key in ("rope_theta", "partial_rotary_factor"))
-    rope = zaya.CCA.rope_table(reach, theta, int(model.config.head_dim * share))
+    rope = zaya.CCA.rope_table(position_ids, theta, int(model.config.head_dim * share))
     back = column - torch.arange(buffers[0][0].shape[2], device=token.device)                       # (T,)
-    mask = ((back >= 0) & (back <= reach))[:, None, None]                                           # (B, 1, 1, T)
+    mask = ((back >= 0) & (back <= position_ids))[:, None, None]                                    # (B, 1, 1, T)
+    positions = zaya.CCA.Positions(position_ids, *rope, mask)
     x = (model.embed_tokens(token).float() + model.input_hidden_states_bias) * model.input_hidden_states_scale
     r, choices = None, []
     for layer, (k, v, packed, delayed) in zip(model.layers, buffers):
         slot = Slot(column, k, v, packed, delayed)
-        x, r, choice = layer(x, r, rope, reach, mask, slot)
+        x, r, choice = layer(x, r, positions, slot)
         packed.copy_(slot.packed)
         delayed.copy_(slot.delayed)
         choices.append(choice)
@@ -1676,8 +1680,8 @@ class DenseLayer(FusedLayer):
     """A layer whose one SwiGLU network serves all tokens, without a router: what top-1 experts cost is measured by it.
     """
 
-    def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
-        y = self.self_attn(self.input_layernorm(x), rope, reach, mask, cache)
+    def forward(self, x, r, positions=None, cache=None, choice=None, count=None):
+        y = self.self_attn(self.input_layernorm(x), positions, cache)
         x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
         gate, up = F.linear(h, self.experts.gate_up_proj[0]).chunk(2, -1)
         return self.post_mlp_residual_scale(x, F.linear(F.silu(gate) * up, self.experts.down_proj[0])), r, choice
@@ -1715,9 +1719,9 @@ def benchmark(B=16, S=256):
     plain = zaya.Zaya(config).train()
     fused = fuse(copy.deepcopy(plain))
     layer, fast, rows = plain.layers[1], fused.layers[1], []
-    reach = torch.arange(S).remainder(S // 4).expand(B, S).contiguous()             # four samples a row
-    rope, mask = zaya.CCA.rope_table(reach, 5e6, 16), zaya.CCA.attention_mask(reach, S)
+    position_ids = torch.arange(S).remainder(S // 4).expand(B, S).contiguous()      # four samples a row
     x, y = torch.randn(B, S, 256), torch.randn(B, S, 256)
+    positions = layer.self_attn.locate(x, position_ids)
     choice, weight = torch.randint(0, 8, (B * S,)), torch.rand(B * S)
     ids, targets = torch.randint(0, 512, (B, S)), torch.randint(0, 512, (B * S,))
     bar = tqdm(total=6, desc="paths", leave=False, disable=None)
@@ -1738,8 +1742,8 @@ def benchmark(B=16, S=256):
 
     compare("residual scaling + norm", (pair(layer), pair(fast)), joined,
             lambda x, y: residual_norm(x, y, *pair(fast)), (x, y))
-    compare("CCA, packed rows", (layer.self_attn, fast.self_attn), lambda x: [layer.self_attn(x, rope, reach, mask)],
-            lambda x: [fast.self_attn(x, rope, reach, mask)], (x,))
+    compare("CCA, packed rows", (layer.self_attn, fast.self_attn), lambda x: [layer.self_attn(x, positions)],
+            lambda x: [fast.self_attn(x, positions)], (x,))
     compare("experts", (layer.experts, fast.experts), lambda x, w: [layer.experts(x, choice, w)],
             lambda x, w: [fast.experts(x, choice, w)], (x.flatten(0, 1), weight))
     heads = [torch.nn.Linear(256, 512, bias=False) for _ in range(2)]
@@ -1750,7 +1754,7 @@ def benchmark(B=16, S=256):
     def step(model):
         def run():
             model.zero_grad()
-            hidden = model.hidden_states(ids, position_ids=reach).flatten(0, 1)
+            hidden = model.hidden_states(ids, position_ids=position_ids).flatten(0, 1)
             (F.cross_entropy(model.logits(hidden), targets) if model is plain else
              linear_cross_entropy(hidden, model.output_weight, targets) / len(targets)).backward()
             return [p.grad for p in model.parameters()]
@@ -1981,9 +1985,10 @@ class MultiHead(torch.nn.Module):
         super().__init__()
         self.heads, self.qkv, self.out = size // head_dim, torch.nn.Linear(size, 3 * size), torch.nn.Linear(size, size)
 
-    def forward(self, x, rope):
+    def forward(self, x, positions):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k, v = (t.transpose(1, 2) for t in (zaya.CCA.rotate(q, *rope), zaya.CCA.rotate(k, *rope), v))
+        q, k = (zaya.CCA.apply_rotary(t, positions.cos, positions.sin) for t in (q, k))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
@@ -1994,8 +1999,9 @@ def context_times(lengths=(1024, 2048, 4096, 8192, 16384), size=256, rounds=5):
     cca, mha, rows = zaya.CCA(size, size // 64, size // 256, 32), MultiHead(size, 32), []
     cca.__class__ = FusedCCA
     for S in tqdm(lengths, desc="prefill", leave=False, disable=None):
-        x, rope = torch.randn(1, S, size), zaya.CCA.rope_table(torch.arange(S)[None], 5e6, 16)
-        times = medians(lambda: cca(x, rope), lambda: mha(x, rope), rounds=rounds)      # noqa: B023, called here
+        x = torch.randn(1, S, size)
+        where = cca.locate(x)
+        times = medians(lambda: cca(x, where), lambda: mha(x, where), rounds=rounds)    # noqa: B023, called here
         rows.append({"tokens": S, **dict(zip(("cca_ms", "mha_ms"), times))})
     return rows
 

@@ -416,8 +416,13 @@ class ChatTokenizer:
         self.inner.no_padding()
         self.inner.no_truncation()
         settings, config = self.read(folder, "tokenizer_config.json"), self.read(folder, "config.json")
-        ends = self.read(folder, "generation_config.json").get("eos_token_id", config.get("eos_token_id", 106))
-        self.end, self.pad = [ends] if isinstance(ends, int) else ends, config.get("pad_token_id") or 0
+        ends = self.read(folder, "generation_config.json").get("eos_token_id")
+        ends = config.get("eos_token_id", 106) if ends is None else ends
+        self.end, self.pad = ends if isinstance(ends, list) else [ends], config.get("pad_token_id") or 0
+        self.end = [token for token in self.end if token is not None]
+        if not all(type(token) is int for token in (*self.end, self.pad)):
+            raise ValueError(f"generation_config.json or config.json in {folder!r}: eos_token_id and pad_token_id must "
+                             f"be numbers of tokens or null, not {ends!r} and {self.pad!r}")
         template = settings.get("chat_template")
         if isinstance(template, list):                          # several, by name
             template = {entry["name"]: entry["template"] for entry in template}.get("default")

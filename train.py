@@ -1275,7 +1275,7 @@ def roll_out(model, prompts, group_size, context, end, generator, among=None):
     of it (leaving costs a copy of the cache); every token's expert is recorded for the replay.
     """
     device, layers = model.norm.weight.device, len(model.layers)
-    ids, mask = left_padded(prompts, model.config.pad_token_id, device)
+    ids, mask = left_padded(prompts, model.config.pad_token_id or 0, device)
     width = ids.shape[1]
     model.eval()
     cache, routing = Cache(layers), []

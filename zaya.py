@@ -32,8 +32,8 @@ class ZayaConfig:
 
     TR table I.  Sizes are in channels, positions in tokens.  `rope_parameters` maps a layer type ("hybrid", or
     "hybrid_sliding" with `sliding_window`) to its `rope_theta` and `partial_rotary_factor`.  Raises ValueError, naming
-    the field, for shapes that cannot work.  We differ: `skip_expert=False` removes the router's extra class, and then
-    HF cannot load the checkpoint.
+    the field, for values of a wrong type and shapes that cannot work.  We differ: `skip_expert=False` removes the
+    router's extra class, and then HF cannot load the checkpoint.
     """
     vocab_size: int = 262272
     hidden_size: int = 2048
@@ -44,8 +44,6 @@ class ZayaConfig:
     num_experts: int = 16
     moe_intermediate_size: int = 2048
     router_hidden_size: int = 256
-    cca_time0: int = 2                      # kernel of the depthwise convolution
-    cca_time1: int = 2                      # kernel of the convolution inside each head
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     layer_types: list | None = None         # one of "hybrid", "hybrid_sliding" per layer
@@ -54,27 +52,49 @@ class ZayaConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    pad_token_id: int = 0
-    bos_token_id: int = 2
-    eos_token_id: int | list = 106
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 2
+    eos_token_id: int | list | None = 106
 
     # What HF writes too and no published ZAYA varies.  A file that does is refused rather than computed wrongly.
-    FIXED = dict(hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
-                 attention_dropout=0.0)
+    # cca_time0 and cca_time1 are the taps of CCA's convolutions.
+    FIXED = dict(model_type="zaya", hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
+                 attention_dropout=0.0, cca_time0=2, cca_time1=2)
+    # What HF's base config writes about the file, its classes' outputs and its generate, which changes no logit; names
+    # that begin with _ or end with _token_id are of the same kind.  Any other unknown field may change one: refused.
+    DESCRIPTIVE = set("""
+        architectures auto_map dtype torch_dtype transformers_version unsloth_version unsloth_fixed name_or_path
+        tokenizer_class finetuning_task problem_type num_labels id2label label2id task_specific_params prefix
+        use_cache return_dict return_dict_in_generate output_attentions output_hidden_states output_router_logits
+        output_scores chunk_size_feed_forward is_decoder is_encoder_decoder add_cross_attention tie_encoder_decoder
+        torchscript tf_legacy_loss use_bfloat16 attn_implementation experts_implementation
+        do_sample temperature top_k top_p typical_p max_length min_length num_beams num_beam_groups early_stopping
+        num_return_sequences repetition_penalty diversity_penalty length_penalty no_repeat_ngram_size
+        encoder_no_repeat_ngram_size remove_invalid_values""".split())
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size", "cca_time0",
-                     "cca_time1"):
+                     "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size",
+                     "max_position_embeddings"):
             value = getattr(self, name)
-            self._require(isinstance(value, int) and value > 0, f"{name} must be a positive integer, not {value!r}")
+            self._require(type(value) is int and value > 0, f"{name} must be a positive integer, not {value!r}")
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            self._require(type(value) in (int, float) and 0 < value < math.inf,
+                          f"{name} must be a positive number, not {value!r}")
+        for name in ("tie_word_embeddings", "skip_expert"):
+            value = getattr(self, name)
+            self._require(type(value) is bool, f"{name} must be true or false, not {value!r}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and type(value) is list else [value]
+            self._require(value is None or all(type(i) is int and i >= 0 for i in ids),
+                          f"{name} must be null or a token's number, not {value!r}")
+        self._require(self.sliding_window is None or type(self.sliding_window) is int and self.sliding_window > 0,
+                      f"sliding_window must be null or a positive number of tokens, not {self.sliding_window!r}")
+        self._require(self.layer_types is None or isinstance(self.layer_types, (list, tuple)),
+                      f"layer_types must be a list with a layer type per layer, not {self.layer_types!r}")
         self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
-        rope, given = {"hybrid": {"rope_theta": 5e6}, "hybrid_sliding": {"rope_theta": 1e4}}, self.rope_parameters or {}
-        self._require(not given or set(rope) & set(given),
-                      f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
-        for kind in rope:
-            rope[kind] = {"rope_type": "default", "partial_rotary_factor": 0.5, **rope[kind], **(given.get(kind) or {})}
-        self.rope_parameters = rope
         self._require(self.num_attention_heads % self.num_key_value_heads == 0,
                       f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                       f"({self.num_key_value_heads}): each KV head serves a group of query heads of one size")
@@ -83,16 +103,40 @@ class ZayaConfig:
                       "half of the value channels come from the previous token")
         self._require(len(self.layer_types) == self.num_hidden_layers,
                       f"layer_types names {len(self.layer_types)} layers, num_hidden_layers {self.num_hidden_layers}")
-        unknown = set(self.layer_types) - set(rope)
-        self._require(not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {sorted(unknown)}")
-        self._require("hybrid_sliding" not in self.layer_types or (self.sliding_window or 0) > 0,
+        unknown = [kind for kind in self.layer_types if kind not in ("hybrid", "hybrid_sliding")]
+        self._require(not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {unknown[:1]}")
+        self._require("hybrid_sliding" not in self.layer_types or self.sliding_window,
                       "layer_types has 'hybrid_sliding' layers: set sliding_window to the number of tokens they see")
-        for kind in set(self.layer_types):
-            rotated = self.head_dim * rope[kind]["partial_rotary_factor"]
-            self._require(rope[kind]["rope_type"] == "default",
-                          f"rope_type {rope[kind]['rope_type']!r} is not implemented, only 'default'")
-            self._require(rotated == int(rotated) and rotated % 2 == 0,
-                          f"head_dim * partial_rotary_factor ({rotated}) must be an even number of rotated channels")
+        self._fill_rope_parameters()
+
+    def _fill_rope_parameters(self):
+        """Complete `rope_parameters` by the published values, and refuse every other kind of RoPE."""
+        given = self.rope_parameters or {}
+        self._require(not given or isinstance(given, dict) and ("hybrid" in given or "hybrid_sliding" in given),
+                      f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
+        # The file on the hub has a "rope_type" beside the layer types, which HF ignores.
+        self._only_default_rope("rope_parameters", given, {"hybrid", "hybrid_sliding"})
+        self.rope_parameters = {}
+        for kind, theta in (("hybrid", 5e6), ("hybrid_sliding", 1e4)):
+            inner, where = given.get(kind) or {}, f"rope_parameters[{kind!r}]"
+            self._require(isinstance(inner, dict), f"{where} must be a dict, not {inner!r}")
+            inner = {name: value for name, value in inner.items() if value is not None}
+            rope = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": theta, **inner}
+            self.rope_parameters[kind] = rope
+            if kind not in self.layer_types:
+                continue
+            self._only_default_rope(where, rope, {"partial_rotary_factor", "rope_theta"})
+            theta, share = rope["rope_theta"], rope["partial_rotary_factor"]
+            self._require(type(theta) in (int, float) and 0 < theta < math.inf,
+                          f"{where}: rope_theta must be a positive number, not {theta!r}")
+            self._require(type(share) in (int, float) and 0 <= share <= 1 and self.head_dim * share % 2 == 0,
+                          f"{where}: partial_rotary_factor {share!r} must make head_dim ({self.head_dim}) times it an "
+                          "even number of rotated channels")
+
+    def _only_default_rope(self, where, values, known):
+        for name, value in values.items():
+            self._require(name in known or value is None or (name == "rope_type" and value == "default"),
+                          f"{where}: {name} {value!r} is not implemented, only the rope_type 'default'")
 
     @staticmethod
     def _require(condition, message):
@@ -128,17 +172,27 @@ class ZayaConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """Read an official config.json; what we do not implement is an error, what only describes the file is not."""
-        for name, only in cls.FIXED.items():
-            given = values.get(name, only)
-            cls._require(given == only, f"{name}={given!r} is not implemented, only {only!r}")
+        """Read an official config.json.  ValueError for a field that may change the numbers and is not implemented:
+        one that is neither ours nor descriptive, unless it is null or empty."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        for name, value in values.items():
+            if name in cls.FIXED:
+                cls._require(value in (None, cls.FIXED[name]),
+                             f"{name} {value!r} is not implemented, only {cls.FIXED[name]!r}")
+            elif not (name in known or name in cls.DESCRIPTIVE or name.startswith("_") or name.endswith("_token_id")):
+                cls._require(value in (None, {}, []), f"the field {name!r} is not implemented: set it to null if the "
+                             "model computes the same without it")
+        values = {name: value for name, value in values.items() if name in known}
+        rope = values.get("rope_parameters")
+        if isinstance(rope, dict):                              # HF rotates all channels where a file names no share
+            values["rope_parameters"] = {kind: {"partial_rotary_factor": 1.0, **inner} if isinstance(inner, dict)
+                                         else inner for kind, inner in rope.items()}
+        return cls(**values)
 
     def to_dict(self):
         official = {name: value for name, value in asdict(self).items() if name != "skip_expert"}
         ours = {} if self.skip_expert else {"skip_expert": False}
-        return {"architectures": ["ZayaForCausalLM"], "model_type": "zaya", "dtype": "float32", "use_cache": True,
+        return {"architectures": ["ZayaForCausalLM"], "dtype": "float32", "use_cache": True,
                 "output_router_logits": False, **self.FIXED, **official, **ours}
 
 
@@ -170,60 +224,105 @@ class CCA(nn.Module):
         q, k  <- sqrt(D) q / |q|,  temp_k sqrt(D) k / |k|,  then RoPE on their first channels
         out    = Wo softmax(q k^T / sqrt(D)) v
 
-    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  `rope`: the two tables of `rope_table`, (B, S, R/2).
-    `reach` (B, S) int64: how many tokens each token may look back; -1 for padding; None: back to the start.
-    `mask` (B, 1, S, T) bool: the same rule for attention, made once per model by `attention_mask`; None: causal.
-    `cache`: a LayerCache, read and advanced.  Equals HF ZayaAttention (ZayaCCAProjection and ZayaQKNorm within).
-    We differ: one code path for packed, padded and cached rows (HF cannot pack), convolutions written as a sum over
-    taps, fp32 from q-k-mean to RoPE in any dtype, temperature initialised to 1 (HF's 0 would make every key zero).
+    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  `positions` says where the tokens stand, and thereby
+    what they may see: position ids (B, S) int64, 0 where a sample begins and -1 for padding; None where each row is
+    one sample; or the `Positions` that `CCA.positions` makes of either, once for all layers of a model.
+    `cache`: a LayerCache, read and advanced.  `rope_parameters`: {"rope_theta", "partial_rotary_factor"}.
+    ValueError for ids of another shape.  Equals HF ZayaAttention (ZayaCCAProjection and ZayaQKNorm within).
+    We differ: one code path for packed, padded and cached rows (HF cannot pack), convolutions of two taps only, written
+    as a sum, fp32 from q-k-mean to RoPE in any dtype, temperature initialised to 1 (HF's 0 would make every key zero).
     """
 
-    def __init__(self, hidden_size, num_attention_heads, num_key_value_heads, head_dim, cca_time0=2, cca_time1=2,
+    class Positions:
+        """Where the tokens of one call stand, and the whole of what follows from it; `CCA.positions` makes them.
+
+        position_ids (B, S) int64, None for rows of one sample each; cos, sin (B or 1, S, R/2) fp32; mask (B, 1, S, T)
+        bool, True where a query sees a key, None for causal attention.
+        """
+
+        def __init__(self, position_ids, cos, sin, mask):
+            self.position_ids, self.cos, self.sin, self.mask = position_ids, cos, sin, mask
+
+    def __init__(self, hidden_size, num_attention_heads, num_key_value_heads, head_dim, rope_parameters=None,
                  sliding_window=None):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = num_attention_heads, num_key_value_heads, head_dim
+        self.rope_parameters = rope_parameters or {"rope_theta": 5e6, "partial_rotary_factor": 0.5}
         self.sliding_window = sliding_window
         q_size, kv_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_size, bias=False)
         self.v_proj_current = nn.Linear(hidden_size, kv_size // 2, bias=False)
         self.v_proj_delayed = nn.Linear(hidden_size, kv_size // 2, bias=False)
-        self.conv_qk_depthwise = nn.Conv1d(q_size + kv_size, q_size + kv_size, cca_time0, groups=q_size + kv_size)
-        self.conv_qk_grouped = nn.Conv1d(q_size + kv_size, q_size + kv_size, cca_time1,
+        self.conv_qk_depthwise = nn.Conv1d(q_size + kv_size, q_size + kv_size, 2, groups=q_size + kv_size)
+        self.conv_qk_grouped = nn.Conv1d(q_size + kv_size, q_size + kv_size, 2,
                                          groups=num_attention_heads + num_key_value_heads)
         self.temp = nn.Parameter(torch.ones(num_key_value_heads))
         self.o_proj = nn.Linear(q_size, hidden_size, bias=False)
 
-    def forward(self, x, rope, reach=None, mask=None, cache=None):
+    def forward(self, x, positions=None, cache=None):
         B, S, _ = x.shape
+        positions = self.locate(x, positions, cache)
         packed = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                    # (B, S, C)
         delayed = self.v_proj_delayed(x)                                            # (B, S, K*D/2)
-        history = self.conv_qk_depthwise.kernel_size[0] + self.conv_qk_grouped.kernel_size[0] - 2
         if cache is not None and cache.packed is not None:
             before, value_before = cache.packed, cache.delayed
         else:
-            before = packed.new_zeros(B, history, packed.shape[-1])
+            before = packed.new_zeros(B, 2, packed.shape[-1])
             value_before = delayed.new_zeros(B, 1, delayed.shape[-1])
-        seen = torch.cat([before.to(packed.dtype), packed], 1)                      # (B, history + S, C)
+        seen = torch.cat([before.to(packed.dtype), packed], 1)                      # (B, 2 + S, C)
         shifted = torch.cat([value_before.to(delayed.dtype), delayed], 1)           # (B, 1 + S, K*D/2)
         if cache is not None:                                                       # the decode state, kept in fp32
             cache.packed = seen[:, S:].float()
             cache.delayed = shifted[:, S:].float()
         shifted = shifted[:, :S]
-        if reach is not None:
-            shifted = shifted * (reach >= 1)[..., None]
+        if positions.position_ids is not None:
+            shifted = shifted * (positions.position_ids >= 1)[..., None]
         v = torch.cat([self.v_proj_current(x), shifted], -1).view(B, S, self.kv_heads, self.head_dim)
 
         q_mean, k_mean = self.qk_mean(packed.float())
-        mixed = self.convolve(seen, S, reach).float()                               # (B, S, H + K, D)
+        mixed = self.convolve(seen, positions.position_ids).float()                 # (B, S, H + K, D)
         q = self.unit(mixed[:, :, :self.heads] + q_mean)                            # (B, S, H, D) fp32
         k = self.unit(mixed[:, :, self.heads:] + k_mean) * self.temp.float()[:, None]
-        q, k = self.rotate(q, *rope).to(v.dtype), self.rotate(k, *rope).to(v.dtype)
+        q = self.apply_rotary(q, positions.cos, positions.sin).to(v.dtype)
+        k = self.apply_rotary(k, positions.cos, positions.sin).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
             k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and S > 1, enable_gqa=True)
+        causal = positions.mask is None and S > 1
+        out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+
+    @classmethod
+    def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
+        """The Positions of x (B, S, …), whose tokens follow `columns` cached ones in each row.
+
+        position_ids (B, S), or None for tokens `columns` … `columns` + S - 1 of one sample a row; rotated: channels.
+        """
+        B, S = x.shape[:2]
+        plain = position_ids is None
+        position = torch.arange(columns, columns + S, device=x.device)[None] if plain else position_ids
+        cos, sin = cls.rope_table(position, rope_theta, rotated)
+        keys = (min(columns, sliding_window - 1) if sliding_window else columns) + S
+        # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
+        masked = not plain or (S > 1 and columns) or (sliding_window and keys > sliding_window)
+        mask = cls.attention_mask(position.expand(B, S), keys, sliding_window) if masked else None
+        return cls.Positions(position_ids, cos, sin, mask)
+
+    def locate(self, x, positions=None, cache=None):
+        """`positions` in any form that `forward` takes -> Positions."""
+        if positions is not None and not isinstance(positions, torch.Tensor):
+            return positions
+        if positions is not None and positions.shape != x.shape[:2]:
+            raise ValueError(f"CCA: position ids must have the shape (B, S) of x, {tuple(x.shape[:2])}, not "
+                             f"{tuple(positions.shape)}")
+        if cache is not None:
+            if positions is None and not cache.plain:
+                raise ValueError("CCA: the tokens in this cache came with position ids, so the next ones need theirs")
+            cache.plain = positions is None
+        rotated = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+        return self.positions(x, positions, self.rope_parameters["rope_theta"], rotated, self.sliding_window,
+                              cache.columns if cache is not None else 0)
 
     def qk_mean(self, packed):
         """(B, S, C) latents before the convolutions -> m_q (B, S, H, D), m_k (B, S, K, D)."""
@@ -234,35 +333,27 @@ class CCA(nn.Module):
         q_mean = (q + k) / 2
         return q_mean.flatten(2, 3), q_mean.mean(3)
 
-    def convolve(self, seen, S, reach=None):
-        """Both causal convolutions on `seen` (B, history + S, C) -> (B, S, H + K, D) for the last S tokens.
+    def convolve(self, seen, position_ids=None):
+        """Both causal convolutions on `seen` (B, 2 + S, C) -> (B, S, H + K, D) for the last S tokens.
 
         The latents are padded by zeros once, before the first convolution; so what the second one sees before a
         sample's first token is the first one's bias, not zero.
         """
-        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
-        taps0, taps1 = depthwise.kernel_size[0], grouped.kernel_size[0]
-        middle = S + taps1 - 1                                 # the second convolution reads taps1 - 1 extra columns
-        if reach is not None:                                  # extend backwards: one token earlier, one less to see
-            earlier = reach[:, :1] - torch.arange(taps1 - 1, 0, -1, device=reach.device)
-            reach_middle = torch.cat([earlier, reach], 1)[..., None]
-        weight = depthwise.weight[:, 0]                        # (C, taps0), the last column for the newest token
-        y = depthwise.bias.expand(seen.shape[0], middle, -1)
-        for back in range(taps0):
-            tap = seen[:, taps0 - 1 - back:][:, :middle]
-            if reach is not None and back:
-                tap = tap * (reach_middle >= back)
-            y = torch.addcmul(y, tap, weight[:, taps0 - 1 - back])
-        y = y.unflatten(-1, (-1, self.head_dim))               # (B, middle, H + K, D)
-        bias = depthwise.bias.unflatten(-1, (-1, self.head_dim)).to(y.dtype)
-        weight = grouped.weight.unflatten(0, (-1, self.head_dim))                   # (H + K, D out, D in, taps1)
-        out = grouped.bias.unflatten(-1, (-1, self.head_dim))
-        for back in range(taps1):
-            tap = y[:, taps1 - 1 - back:][:, :S]
-            if reach is not None and back:
-                tap = torch.where((reach >= back)[..., None, None], tap, bias)
-            out = out + torch.einsum("bshi,hoi->bsho", tap, weight[..., taps1 - 1 - back])
-        return out
+        depthwise, grouped, by_head = self.conv_qk_depthwise, self.conv_qk_grouped, (-1, self.head_dim)
+        previous, newest = seen[:, :-1], seen[:, 1:]                                # (B, 1 + S, C)
+        if position_ids is not None:                           # the column before the first token is one token earlier
+            position = torch.cat([position_ids[:, :1] - 1, position_ids], 1)
+            previous = previous * (position >= 1)[..., None]
+        weight = depthwise.weight[:, 0]                        # (C, 2), the last column for the newest token
+        middle = torch.addcmul(depthwise.bias, newest, weight[:, 1])
+        middle = torch.addcmul(middle, previous, weight[:, 0]).unflatten(-1, by_head)
+        previous, newest = middle[:, :-1], middle[:, 1:]                            # (B, S, H + K, D)
+        if position_ids is not None:
+            bias = depthwise.bias.unflatten(-1, by_head).to(middle.dtype)
+            previous = torch.where((position_ids >= 1)[..., None, None], previous, bias)
+        weight = grouped.weight.unflatten(0, by_head)                               # (H + K, D out, D in, 2)
+        out = grouped.bias.unflatten(-1, by_head) + torch.einsum("bshi,hoi->bsho", newest, weight[..., 1])
+        return out + torch.einsum("bshi,hoi->bsho", previous, weight[..., 0])
 
     @staticmethod
     def unit(x):
@@ -277,7 +368,7 @@ class CCA(nn.Module):
         return angle.cos(), angle.sin()
 
     @staticmethod
-    def rotate(x, cos, sin):
+    def apply_rotary(x, cos, sin):
         """RoPE on the first 2 * cos.shape[-1] channels of x (B, S, heads, D), channel i paired with i + half."""
         half = cos.shape[-1]
         a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
@@ -285,15 +376,15 @@ class CCA(nn.Module):
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     @staticmethod
-    def attention_mask(reach, T, sliding_window=None):
-        """(B, S) reach of the newest S of T columns -> (B, 1, S, T) bool, True where a query sees a key.
+    def attention_mask(position_ids, T, sliding_window=None):
+        """(B, S) position ids of the newest S of T columns -> (B, 1, S, T) bool, True where a query sees a key.
 
-        Padding (reach -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
+        Padding (position -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
         """
-        S = reach.shape[1]
-        column = torch.arange(T, device=reach.device)
+        S = position_ids.shape[1]
+        column = torch.arange(T, device=position_ids.device)
         back = column[T - S:, None] - column                                        # (S, T)
-        farthest = reach.clamp(0, (sliding_window or T) - 1)[..., None]             # (B, S, 1)
+        farthest = position_ids.clamp(0, (sliding_window or T) - 1)[..., None]      # (B, S, 1)
         return ((back >= 0) & (back <= farthest))[:, None]
 
 
@@ -398,18 +489,19 @@ class Layer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         E, eps = config.hidden_size, config.rms_norm_eps
-        window = config.sliding_window if config.layer_types[index] == "hybrid_sliding" else None
+        kind = config.layer_types[index]
+        window = config.sliding_window if kind == "hybrid_sliding" else None
         self.input_layernorm = RMSNorm(E, eps)
         self.self_attn = CCA(E, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-                             config.cca_time0, config.cca_time1, window)
+                             config.rope_parameters[kind], window)
         self.post_attention_residual_scale = ResidualScaling(E)
         self.post_attention_layernorm = RMSNorm(E, eps)
         self.gate = Router(E, config.router_hidden_size, config.router_classes, index > 0, config.skip_expert, eps)
         self.experts = Experts(E, config.moe_intermediate_size, config.num_experts)
         self.post_mlp_residual_scale = ResidualScaling(E)
 
-    def forward(self, x, r, rope, reach=None, mask=None, cache=None, choice=None, count=None):
-        x = self.post_attention_residual_scale(x, self.self_attn(self.input_layernorm(x), rope, reach, mask, cache))
+    def forward(self, x, r, positions=None, cache=None, choice=None, count=None):
+        x = self.post_attention_residual_scale(x, self.self_attn(self.input_layernorm(x), positions, cache))
         h = self.post_attention_layernorm(x)
         weight, choice, r = self.gate(h, r, choice, count)
         y = self.experts(h.flatten(0, 1), choice.flatten(), weight.flatten()).view_as(h)
@@ -420,13 +512,15 @@ class LayerCache:
     """What one layer remembers of a row: keys and values, the last packed latents, the last delayed value.
 
     k, v: (B, K, T, D), kept in buffers that double when full, so a token costs no copy of the past.
-    packed (B, history, C) and delayed (B, 1, K*D/2), both fp32 and *projected*: caching the raw x instead has the
+    packed (B, 2, C) and delayed (B, 1, K*D/2), both fp32 and *projected*: caching the raw x instead has the
     same rank and dtype, and is silently wrong.
     """
 
     def __init__(self):
         self.k = self.v = self.packed = self.delayed = None
         self.start = self.end = 0                               # the live columns of k and v
+        self.columns = 0                                        # tokens and padding seen so far, the same in each row
+        self.plain = True                                       # whether CCA was given no position ids of them
 
     def append(self, k, v, sliding_window=None):
         """Add (B, K, S, D) keys and values; return all that the new tokens may see, (B, K, T, D).
@@ -449,6 +543,7 @@ class LayerCache:
         self.k[:, :, self.end:self.end + S] = k
         self.v[:, :, self.end:self.end + S] = v
         self.end += S
+        self.columns += S
         return self.k[:, :, self.start:self.end], self.v[:, :, self.start:self.end]
 
     def select(self, rows):
@@ -467,8 +562,11 @@ class Cache:
 
     def __init__(self, num_hidden_layers):
         self.layers = [LayerCache() for _ in range(num_hidden_layers)]
-        self.columns = 0                                        # tokens and padding seen so far, the same in each row
         self.position = None                                    # (B,) int64; None: no row has padding
+
+    @property
+    def columns(self):
+        return self.layers[0].columns
 
     def select(self, rows):
         """Keep these rows (an index tensor), in this order; a row named twice is continued twice."""
@@ -526,43 +624,33 @@ class Zaya(nn.Module):
         cache: continue from it, and advance it.
         routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
         """
-        B, S = input_ids.shape
+        B = len(input_ids)
         columns = cache.columns if cache is not None else 0
         offset = cache.position if cache is not None else None
-        reach = position_ids
-        if reach is None and (attention_mask is not None or offset is not None):
+        if position_ids is None and (attention_mask is not None or offset is not None):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             if offset is None:
                 offset = real.new_full((B,), columns)
-            reach = offset[:, None] + real.cumsum(1) - 1
-            reach = reach.masked_fill(real == 0, -1)
+            position_ids = (offset[:, None] + real.cumsum(1) - 1).masked_fill(real == 0, -1)
             if cache is not None:
                 cache.position = offset + real.sum(1)
-        elif reach is not None and cache is not None:
-            cache.position = reach[:, -1] + 1
-        plain = reach is None
-        position = torch.arange(columns, columns + S, device=input_ids.device)[None] if plain else reach
-        if cache is not None:
-            cache.columns += S
+        elif position_ids is not None and cache is not None:
+            cache.position = position_ids[:, -1] + 1
 
-        rope, mask = {}, {}
+        positions = {}                                          # made once for all layers of a type
         for kind in set(self.config.layer_types):
-            table = self.config.rope_parameters[kind]
-            rotated = int(self.config.head_dim * table["partial_rotary_factor"])
-            rope[kind] = CCA.rope_table(position, table["rope_theta"], rotated)
+            rope = self.config.rope_parameters[kind]
+            rotated = int(self.config.head_dim * rope["partial_rotary_factor"])
             window = self.config.sliding_window if kind == "hybrid_sliding" else None
-            keys = columns + S if window is None else min(columns, window - 1) + S
-            # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
-            if not plain or (S > 1 and columns) or (window and keys > window):
-                mask[kind] = CCA.attention_mask(position.expand(B, S), keys, window)
+            positions[kind] = CCA.positions(input_ids, position_ids, rope["rope_theta"], rotated, window, columns)
 
         x = self.embed_tokens(input_ids)
         x = (x.float() + self.input_hidden_states_bias) * self.input_hidden_states_scale
-        count = None if plain else reach >= 0                   # padding is no expert's load
+        count = None if position_ids is None else position_ids >= 0                 # padding is no expert's load
         r, replay = None, list(routing) if routing else [None] * len(self.layers)
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
             layer_cache = cache.layers[index] if cache is not None else None
-            x, r, choice = layer(x, r, rope[kind], reach, mask.get(kind), layer_cache, replay[index], count)
+            x, r, choice = layer(x, r, positions[kind], layer_cache, replay[index], count)
             if routing is not None and replay[index] is None:
                 routing.append(choice)
         return self.norm(x)
@@ -573,46 +661,54 @@ class Zaya(nn.Module):
         """Sample on from each row: (B, S) int64 -> (B, S + new).
 
         temperature 0 is greedy.  Runs to max_new_tokens unless `eos_token_id` (an id or several) ends a row, which
-        then leaves the batch and is filled up with pad_token_id.  Left padding goes through `attention_mask` (B, S).
+        then leaves the batch and is filled up with pad_token_id (None: with the first of these, as HF).  Left padding
+        goes through `attention_mask` (B, S).
         A row's tokens depend on the seed in `generator` and its place in the batch, not on when others end.
         """
-        if temperature < 0 or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
-            raise ValueError(f"generate needs temperature >= 0, 0 < top_p <= 1 and at least one token of prompt; got "
-                             f"temperature={temperature}, top_p={top_p}, prompt of {input_ids.shape[1]} tokens")
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
+            raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more, "
+                             f"not {temperature}, {top_p} and {input_ids.shape[1]} tokens")
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not (real[:, -1].all() and (real.diff(dim=1) >= 0).all()):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
-        was_training = self.training
+        modes = {module: module.training for module in self.modules()}
         self.eval()
-        cache, length = Cache(len(self.layers)), input_ids.shape[1]
-        # Equal rows are prefilled once: N candidates for one prompt cost the prompt of one.
-        prefill, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
-        shared = len(prefill) < len(input_ids)
-        ids, mask = prefill.split(length, 1) if shared else (input_ids, real)
-        for start in range(0, length, prefill_chunk):
-            part = slice(start, start + prefill_chunk)
-            hidden = self.hidden_states(ids[:, part], None if attention_mask is None else mask[:, part], cache=cache)
-        if shared:
-            cache.select(copies)
-            hidden = hidden[copies]
-        B, device = input_ids.shape[0], input_ids.device
-        eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
-        rows, token = torch.arange(B, device=device), None
-        columns = [input_ids]
-        for step in range(max_new_tokens):
-            if step:
-                hidden = self.hidden_states(token[:, None], cache=cache)
-            uniform = torch.rand(B, generator=generator, device=generator.device if generator else device)
-            token = self.sample(self.logits(hidden[:, -1]), temperature, top_p, uniform.to(device)[rows])
-            columns.append(input_ids.new_full((B, 1), self.config.pad_token_id))
-            columns[-1][rows, 0] = token
-            going = ~torch.isin(token, eos)
-            if len(eos) and not going.all():
-                token, rows = token[going], rows[going]
-                cache.select(going.nonzero()[:, 0])
-                if len(rows) == 0:
-                    break
-        self.train(was_training)
+        try:
+            cache, length = Cache(len(self.layers)), input_ids.shape[1]
+            # Equal rows are prefilled once: N candidates for one prompt cost the prompt of one.
+            prefill, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
+            shared = len(prefill) < len(input_ids)
+            ids, mask = prefill.split(length, 1) if shared else (input_ids, real)
+            for start in range(0, length, prefill_chunk):
+                part = slice(start, start + prefill_chunk)
+                some = None if attention_mask is None else mask[:, part]
+                hidden = self.hidden_states(ids[:, part], some, cache=cache)
+            if shared:
+                cache.select(copies)
+                hidden = hidden[copies]
+            B, device = input_ids.shape[0], input_ids.device
+            eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
+            pad = self.config.pad_token_id
+            if pad is None:                                     # as HF: nobody reads what follows a row's end
+                pad = eos[0].item() if len(eos) else 0
+            rows, token = torch.arange(B, device=device), None
+            columns = [input_ids]
+            for step in range(max_new_tokens):
+                if step:
+                    hidden = self.hidden_states(token[:, None], cache=cache)
+                uniform = torch.rand(B, generator=generator, device=generator.device if generator else device)
+                token = self.sample(self.logits(hidden[:, -1]), temperature, top_p, uniform.to(device)[rows])
+                columns.append(input_ids.new_full((B, 1), pad))
+                columns[-1][rows, 0] = token
+                going = ~torch.isin(token, eos)
+                if len(eos) and not going.all():
+                    token, rows = token[going], rows[going]
+                    cache.select(going.nonzero()[:, 0])
+                    if len(rows) == 0:
+                        break
+        finally:                                                # also after an exception, or Ctrl-C in a notebook
+            for module, mode in modes.items():
+                module.training = mode
         return torch.cat(columns, 1)
 
     @staticmethod
@@ -693,57 +789,39 @@ class Zaya(nn.Module):
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
         """Read config.json and *.safetensors (or a .pt file of the same tensors) in the official layout.
 
+        model.safetensors is the model.  Without it the index says which file a tensor is read from; without that
+        all files of the folder are read, and none may hold a tensor of another.
         The weights stay memory-mapped until they are written to or moved: no second copy, and nothing is read that
         is not used.  `dtype` converts them one by one.  Raises FileNotFoundError or ValueError naming the file or
         tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
         """
-        from safetensors import SafetensorError, safe_open
         path = os.path.join(directory, "config.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} is no checkpoint in the official layout")
-        with open(path, encoding="utf-8") as file:
-            config = ZayaConfig.from_dict(json.load(file))
+        try:
+            config = ZayaConfig.from_dict(cls.read_json(path))
+        except ValueError as error:
+            raise error if path in str(error) else ValueError(f"{path}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
         expected = {cls.official_name(name): name for name in model.state_dict()}
-        wanted, state = model.state_dict(), {}
-
-        def take(official, tensor, file):
-            if official == "lm_head.weight" and config.tie_word_embeddings:
-                return
-            if official not in expected:
-                raise ValueError(f"{file}: tensor {official!r} has no place in this config")
-            name = expected[official]
-            if tensor.shape != wanted[name].shape:
-                raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
-                                 f"the config needs {tuple(wanted[name].shape)}")
-            # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
-            state[name] = tensor.to(device, torch.float32 if "balancing_biases" in name else dtype)
-
-        names = sorted(os.listdir(directory))
-        index = os.path.join(directory, "model.safetensors.index.json")
-        if os.path.exists(index):                               # only what the index names: a folder may hold more
-            with open(index, encoding="utf-8") as file:
-                names = sorted(set(json.load(file)["weight_map"].values()))
-        files = [name for name in names if name.endswith(".safetensors")]
-        for name in files:
-            if not os.path.exists(os.path.join(directory, name)):
-                raise FileNotFoundError(f"{index} names {name}, which is not in {directory!r}")
-            try:
-                opened = safe_open(os.path.join(directory, name), "pt")
-            except SafetensorError as error:
-                raise ValueError(f"{os.path.join(directory, name)} is damaged: {error}") from None
-            with opened as file:
-                for official in file.keys():
-                    take(official, file.get_tensor(official), name)
-        if not files:
-            files = [name for name in names if name.endswith(".pt") and name != "trainer.pt"]
-            for name in files:
-                loaded = torch.load(os.path.join(directory, name), weights_only=True, mmap=True, map_location="cpu")
-                for official, tensor in loaded.items():
-                    take(official, tensor, name)
-        if not files:
-            raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors and no *.pt")
+        wanted, state, source = model.state_dict(), {}, {}
+        for file, named in cls.weight_files(directory).items():
+            for official, tensor in cls.read_tensors(os.path.join(directory, file), named):
+                if official in source:
+                    raise ValueError(f"{directory}: tensor {official!r} is in both {source[official]} and {file}: "
+                                     "move one of the files away")
+                source[official] = file
+                if official == "lm_head.weight" and config.tie_word_embeddings:
+                    continue
+                if official not in expected:
+                    raise ValueError(f"{file}: tensor {official!r} has no place in this config")
+                name = expected[official]
+                if tensor.shape != wanted[name].shape:
+                    raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
+                                     f"the config needs {tuple(wanted[name].shape)}")
+                # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
+                state[name] = tensor.to(device, torch.float32 if "balancing_biases" in name else dtype)
         missing = [official for official, name in expected.items() if name not in state]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -754,6 +832,58 @@ class Zaya(nn.Module):
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         return model.eval()
+
+    @staticmethod
+    def read_json(path):
+        """The JSON object in a file -> dict.  ValueError naming the file if it is damaged."""
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                content = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} is damaged: it must hold a JSON object, not a {type(content).__name__}")
+        return content
+
+    @classmethod
+    def weight_files(cls, directory):
+        """The files that hold a checkpoint's weights -> {file name: the tensors to read from it, None for all}."""
+        names = sorted(os.listdir(directory))
+        if "model.safetensors" in names:                        # the model, whatever else lies beside it
+            return {"model.safetensors": None}
+        index, files = os.path.join(directory, "model.safetensors.index.json"), {}
+        if os.path.exists(index):
+            places = cls.read_json(index).get("weight_map")
+            if not (places and isinstance(places, dict) and all(isinstance(file, str) for file in places.values())):
+                raise ValueError(f"{index} is damaged: weight_map must name a file for each tensor")
+            for tensor, file in places.items():
+                if not os.path.exists(os.path.join(directory, file)):
+                    raise FileNotFoundError(f"{index} names {file}, which is not in {directory!r}")
+                files.setdefault(file, []).append(tensor)
+            return files
+        files = [name for name in names if name.endswith(".safetensors")] or \
+            [name for name in names if name.endswith(".pt") and name != "trainer.pt"]
+        if not files:
+            raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors and no *.pt")
+        return dict.fromkeys(files)
+
+    @staticmethod
+    def read_tensors(path, named=None):
+        """Yield (official name, tensor), of all tensors in a file or of the `named` ones."""
+        if path.endswith(".pt"):
+            yield from torch.load(path, weights_only=True, mmap=True, map_location="cpu").items()
+            return
+        from safetensors import SafetensorError, safe_open
+        try:
+            opened = safe_open(path, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        with opened as file:
+            held = set(file.keys())
+            for name in named or sorted(held):
+                if name not in held:
+                    raise ValueError(f"{path} lacks the tensor {name!r}, which model.safetensors.index.json puts there")
+                yield name, file.get_tensor(name)
 
 
 class PIDBalancer:

@@ -3,7 +3,7 @@
     python notebooks/cca.py --seed 0 1 2     # writes notebooks/results/cca/seed-N.json, goes on where it stopped
     python notebooks/cca.py --table          # the tables, over all seeds that are there
 
-Every arm is one module in the place of a layer's `self_attn`, with CCA's own signature.  All are trained on the same
+Every arm is one module in the place of a layer's `self_attn`, called with CCA's Positions.  All are trained on the same
 batches at the same rates, and begin with the same numbers in every tensor of the same name and shape.  What an arm's
 attention has less in parameters, its experts get in width.  02_cca.ipynb runs a smaller ladder live.
 """
@@ -59,13 +59,14 @@ class Attention(nn.Module):
         self.temp = nn.Parameter(torch.ones(kv_heads))
         self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x, rope, reach=None, mask=None, cache=None):
+    def forward(self, x, positions, cache=None):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = CCA.rotate(CCA.unit(q), *rope), CCA.rotate(CCA.unit(k) * self.temp[:, None], *rope)
+        rope = positions.cos, positions.sin
+        q, k = CCA.apply_rotary(CCA.unit(q), *rope), CCA.apply_rotary(CCA.unit(k) * self.temp[:, None], *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(attend(q, k, v, positions.mask).transpose(1, 2).flatten(2))
 
 
 class MLA(nn.Module):
@@ -88,11 +89,12 @@ class MLA(nn.Module):
         self.up_v = nn.Linear(latent, heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, hidden_size, bias=False)
 
-    def forward(self, x, rope, reach=None, mask=None, cache=None):
+    def forward(self, x, positions, cache=None):
+        mask, rope = positions.mask, (positions.cos, positions.sin)
         q = self.q_proj(x).unflatten(-1, (self.heads, -1))                          # (B, S, H, D + R)
-        q, q_rope = q[..., :self.head_dim], CCA.rotate(q[..., self.head_dim:], *rope)
+        q, q_rope = q[..., :self.head_dim], CCA.apply_rotary(q[..., self.head_dim:], *rope)
         latent = self.norm(self.down_proj(x))                                       # (B, S, r)
-        k_rope = CCA.rotate(self.rope_proj(x)[:, :, None], *rope)                   # (B, S, 1, R)
+        k_rope = CCA.apply_rotary(self.rope_proj(x)[:, :, None], *rope)             # (B, S, 1, R)
         up_k, up_v = (up.weight.unflatten(0, (self.heads, -1)) for up in (self.up_k, self.up_v))    # (H, D, r)
         scale = (self.head_dim + self.rotated) ** -0.5
         if cache is None:
@@ -105,11 +107,6 @@ class MLA(nn.Module):
         key, _ = cache.append(key, key[..., :0])
         out = attend(q, key, key, mask, scale)[..., :self.latent]                   # (B, H, S, r)
         return self.o_proj(torch.einsum("bhsr,hdr->bshd", out, up_v).flatten(2))
-
-
-class NoConv(nn.Module):
-    """Stands for a convolution that is not there."""
-    kernel_size = (1,)
 
 
 class NoChannels(nn.Module):
@@ -134,12 +131,12 @@ class OneConv(TwoConvs):
 
     def __init__(self, *shape):
         super().__init__(*shape)
-        self.conv_qk_grouped = NoConv()
+        del self.conv_qk_grouped
 
-    def convolve(self, seen, S, reach=None):
-        now, before, conv = seen[:, -S:], seen[:, -S - 1:-1], self.conv_qk_depthwise
-        if reach is not None:
-            before = before * (reach >= 1)[..., None]
+    def convolve(self, seen, position_ids=None):
+        now, before, conv = seen[:, 2:], seen[:, 1:-1], self.conv_qk_depthwise
+        if position_ids is not None:
+            before = before * (position_ids >= 1)[..., None]
         return (now * conv.weight[:, 0, 1] + before * conv.weight[:, 0, 0] + conv.bias).unflatten(
             -1, (-1, self.head_dim))
 

@@ -41,10 +41,12 @@ def saved_bytes(tokens):
         return tensor
 
     position = torch.arange(tokens)[None]
+    # No mask: the row is one sample, which the packed path finds by its position ids.
     rope = layer.self_attn.rope_table(position, 1e4, CONFIG.head_dim // 2)
+    positions = layer.self_attn.Positions(position, *rope, None)
     x = torch.randn(1, tokens, CONFIG.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
-        out = layer(x, None, rope, position)
+        out = layer(x, None, positions)
     return sum(kept.values()), out                              # `out` keeps the storages alive until here
 
 

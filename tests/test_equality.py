@@ -5,6 +5,7 @@ bias of 0.  The official model is saved and ours is loaded from the file: the la
 """
 import copy
 import inspect
+import json
 import os
 
 import pytest
@@ -34,7 +35,8 @@ CASES = {                                   # changes to BASE, seed of the weigh
     "sliding": (dict(num_hidden_layers=4, layer_types=[SLIDING, FULL, SLIDING, FULL], sliding_window=5,
                      rope_parameters={FULL: {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
                                       SLIDING: {"rope_theta": 100.0, "partial_rotary_factor": 0.25}}), 4),
-    "long_kernels": (dict(cca_time0=3, cca_time1=4, num_attention_heads=6, num_key_value_heads=3), 1),
+    "three_kv_heads": (dict(num_attention_heads=6, num_key_value_heads=3, sliding_window=4,
+                            layer_types=[FULL, FULL, SLIDING]), 1),
     "skip": (dict(num_hidden_layers=2, sliding_window=3, layer_types=[FULL, SLIDING]), 4),
     "untied": (dict(tie_word_embeddings=False, num_attention_heads=2, head_dim=12, num_experts=7), 4),
 }
@@ -209,6 +211,37 @@ def test_round_trip_ours_official_ours(tmp_path):
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
     close(first(tokens()), official(tokens()).logits)
+
+
+@torch.no_grad()
+def test_a_rope_without_a_share_rotates_all_channels(tmp_path):
+    """What the official config reads where partial_rotary_factor is left out."""
+    randomise(official_model(ZayaConfig(**BASE))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {FULL: {"rope_type": "default", "rope_theta": 100.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    official, ours = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path), Zaya.from_pretrained(tmp_path)
+    restore_last_biases(official, ours)
+    close(ours(tokens()), official(tokens()).logits)
+
+
+@torch.no_grad()
+def test_a_model_without_special_tokens(tmp_path):
+    """Null ids: the official model loads them, and both fill up ended rows with the first token that ends one."""
+    randomise(official_model(ZayaConfig(**{**BASE, "pad_token_id": None, "eos_token_id": None}))).save_pretrained(
+        tmp_path / "a")
+    ours = Zaya.from_pretrained(tmp_path / "a")
+    assert (ours.config.pad_token_id, ours.config.eos_token_id) == (None, None)
+    ours.save_pretrained(tmp_path / "b")
+    official = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path / "b")
+    restore_last_biases(official, ours)
+    ids = tokens(3, 10)
+    free = ours.generate(ids, max_new_tokens=20, temperature=0)
+    stops = [free[0, 14].item(), free[1, 20].item()]
+    theirs = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
+                               eos_token_id=stops)
+    mine = ours.generate(ids, max_new_tokens=20, temperature=0, eos_token_id=stops)
+    assert torch.equal(mine, theirs) and not torch.equal(mine, free[:, :mine.shape[1]])
 
 
 def test_fresh_models_are_alike():

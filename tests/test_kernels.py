@@ -72,43 +72,37 @@ def test_residual_norm(dtype, bound):
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
-@pytest.mark.parametrize("reach", [packing(), None], ids=["packed", "whole rows"])
-def test_cca(dtype, bound, reach):
+@pytest.mark.parametrize("ids", [packing(), None], ids=["packed", "whole rows"])
+def test_cca(dtype, bound, ids):
     """Convolutions, means, norms, temperature, RoPE, value shift, attention: the module's own forward and backward."""
     plain = small().layers[1].self_attn.to(dtype)
     fast = copy.deepcopy(plain)
     fast.__class__ = kernels.FusedCCA
-    position = torch.arange(40)[None].expand(2, -1) if reach is None else reach
-    rope = zaya.CCA.rope_table(position, 1e4, 8)
-    mask = None if reach is None else zaya.CCA.attention_mask(reach, 40)
-    real = torch.ones(2, 40, 1) if reach is None else (reach >= 0)[..., None]
+    real = torch.ones(2, 40, 1) if ids is None else (ids >= 0)[..., None]
     results = []
-    for module in (fast, plain):
+    for module, positions in ((fast, ids), (plain, plain.locate(real, ids))):
         x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(2)).to(dtype).requires_grad_()
-        out = module(x, rope, reach, mask) * real                # nobody reads what stands at padding
+        out = module(x, positions) * real                       # nobody reads what stands at padding
         out.float().square().sum().backward()
         results.append([out.detach(), x.grad * real, *(p.grad for p in module.parameters())])
     for got, want in zip(*results):
         close(got, want, bound)
 
 
-def test_cca_mix_alone_and_its_limits():
+def test_cca_mix_alone():
     cca = small().layers[0].self_attn
-    reach = packing()
-    rope = zaya.CCA.rope_table(reach, 1e4, 8)
     packed = torch.randn(2, 40, 6 * 16, requires_grad=True)
+    positions = cca.locate(packed, packing())
+    rope = positions.cos, positions.sin
 
     def plain(packed):
         seen = torch.cat([packed.new_zeros(2, 2, packed.shape[-1]), packed], 1)
         q_mean, k_mean = cca.qk_mean(packed)
-        mixed = cca.convolve(seen, 40, reach)
+        mixed = cca.convolve(seen, positions.position_ids)
         q, k = cca.unit(mixed[:, :, :4] + q_mean), cca.unit(mixed[:, :, 4:] + k_mean) * cca.temp[:, None]
-        return cca.rotate(q, *rope), cca.rotate(k, *rope)
+        return cca.apply_rotary(q, *rope), cca.apply_rotary(k, *rope)
 
-    compare(lambda p: kernels.cca_mix(p, cca, rope, reach), plain, (packed,), cca, 2e-5)
-    wide = small(cca_time0=3).layers[0].self_attn
-    with pytest.raises(ValueError, match="cca_time0 = cca_time1 = 2, not 3 and 2"):
-        kernels.cca_mix(packed, wide, rope, reach)
+    compare(lambda p: kernels.cca_mix(p, cca, positions), plain, (packed,), cca, 2e-5)
 
 
 def test_samples_are_found_and_what_is_no_packing_is_refused():
@@ -155,10 +149,9 @@ def test_linear_cross_entropy(dtype, bound, chunk):
             (torch.randn(30, 48).to(dtype),), head, bound)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(cca_time0=3),
-                                     dict(tie_word_embeddings=False),
+@pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(tie_word_embeddings=False),
                                      dict(layer_types=["hybrid", "hybrid_sliding", "hybrid"], sliding_window=5)],
-                         ids=["two KV heads", "one", "three taps", "own head", "windows"])
+                         ids=["two KV heads", "one", "own head", "windows"])
 def test_the_whole_model(changes):
     plain = small(**changes).train()
     fast = kernels.fuse(copy.deepcopy(plain))
@@ -227,9 +220,9 @@ def test_traced_residual_norm(traced, dtype, bound):
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
-@pytest.mark.parametrize("reach", [packing(), None], ids=["packed", "whole rows"])
-def test_traced_cca(traced, dtype, bound, reach):
-    test_cca(dtype, bound, reach)
+@pytest.mark.parametrize("ids", [packing(), None], ids=["packed", "whole rows"])
+def test_traced_cca(traced, dtype, bound, ids):
+    test_cca(dtype, bound, ids)
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)

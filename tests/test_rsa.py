@@ -1181,6 +1181,19 @@ def test_what_an_official_folder_may_lack(tmp_path, monkeypatch):
         rsa.main(["x", "--quantize", "int8", "--endpoint", "http://localhost", "--model", "m"])
 
 
+def test_token_ids_of_an_official_folder_may_be_null(tmp_path):
+    folder = official_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"pad_token_id": None, "bos_token_id": None}
+    for generation, in_config, ends in ((None, None, []), (None, 7, [7]), (8, None, [8]), ([8, 9], 7, [8, 9])):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": in_config}))
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        source = Checkpoint.from_pretrained(folder)
+        assert source.tokenizer.end == ends and len(source(["3+4", "a longer problem"], 5, 0)) == 2
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "8"}))
+    with pytest.raises(ValueError, match="generation_config.json.*eos_token_id.*'8'"):
+        Checkpoint.from_pretrained(folder)
+
+
 def test_a_batch_is_as_large_as_the_memory_for_its_keys(folder):
     source = Checkpoint.from_pretrained(folder)
     a_token = 2 * 2 * 16 * 4                                    # keys and values, 2 layers, 1 KV head of 16, fp32

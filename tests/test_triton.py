@@ -65,14 +65,12 @@ class Columns(nn.Module):
         return x[..., self.start:self.end]
 
 
-def mix_case(B, S, H, K, D, rotated, reach=None):
+def mix_case(B, S, H, K, D, rotated, ids=None):
     C, V = (H + K) * D, K * D // 2
-    reach = None if reach is None else torch.tensor(reach)
+    ids = None if ids is None else torch.tensor(ids)
 
-    def shared(device):
-        position = torch.arange(S)[None] if reach is None else reach.clamp_min(0)   # one row serves all: as in Zaya
-        rope = zaya.CCA.rope_table(position.to(device), 100.0, rotated)
-        return rope, None if reach is None else reach.to(device)
+    def positions(x):
+        return zaya.CCA.positions(x, None if ids is None else ids.to(x.device), 100.0, rotated)
 
     def make(device):
         inputs = [noise(B, S, C + 2 * V, device=device)]
@@ -87,18 +85,18 @@ def mix_case(B, S, H, K, D, rotated, reach=None):
         cca.o_proj = nn.Identity()
         names = ("conv_qk_depthwise.weight", "conv_qk_depthwise.bias", "conv_qk_grouped.weight",
                  "conv_qk_grouped.bias", "temp")
-        rope, where = shared(x.device)
         attention = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = lambda q, k, v, *_, **__: seen.extend((q, k, v)) or q
         try:
-            torch.func.functional_call(cca, dict(zip(names, (w0, b0, w1, b1, temp))), (x, rope, where))
+            torch.func.functional_call(cca, dict(zip(names, (w0, b0, w1, b1, temp))), (x, positions(x)))
         finally:
             F.scaled_dot_product_attention = attention
         return seen
 
     def ours(x, *parameters):
-        rope, where = shared(x.device)
-        return kernels.triton_cca_mix(x[..., :C], x[..., C:C + V], x[..., C + V:], *parameters, *rope, where)
+        here = positions(x)
+        return kernels.triton_cca_mix(x[..., :C], x[..., C:C + V], x[..., C + V:], *parameters, here.cos, here.sin,
+                                      here.position_ids)
 
     return make, reference, ours
 
@@ -129,10 +127,10 @@ CASES = {
     "norm, E 40": norm_case(40, (37,)),
     "norm, E 64, a batch": norm_case(64, (2, 9)),
     "norm, one row": norm_case(16, (1,)),
-    "mix, no reach": mix_case(2, 21, 4, 2, 16, 8),
-    "mix, packed and padded": mix_case(2, 21, 4, 2, 16, 8, reach=[
+    "mix, no ids": mix_case(2, 21, 4, 2, 16, 8),
+    "mix, packed and padded": mix_case(2, 21, 4, 2, 16, 8, ids=[
         [*range(9), *range(1), *range(2), *range(9)], [-1, -1, -1, *range(4), *range(11), -1, -1, -1]]),
-    "mix, one KV head, all rotated": mix_case(1, 50, 3, 1, 64, 64, reach=[[-1, *range(31), *range(18)]]),
+    "mix, one KV head, all rotated": mix_case(1, 50, 3, 1, 64, 64, ids=[[-1, *range(31), *range(18)]]),
     "mix, one token": mix_case(1, 1, 2, 2, 16, 8),
     "experts, ragged": experts_case(72, 40, [70, 0, 64, 3, 11]),
     "experts, wider than a block": experts_case(16, 80, [5, 130, 0]),

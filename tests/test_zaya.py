@@ -27,10 +27,9 @@ SHAPES = {
     "full": {},
     "sliding": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=5),
     "window_of_one": dict(layer_types=[FULL, SLIDING, FULL], sliding_window=1, num_key_value_heads=1),
-    "long_kernels": dict(cca_time0=3, cca_time1=4, num_attention_heads=6, num_key_value_heads=3,
-                         layer_types=[FULL, FULL, SLIDING], sliding_window=4),
-    "no_kernels": dict(cca_time0=1, cca_time1=1, num_key_value_heads=4),
-    "one_sided_kernels": dict(cca_time0=1, cca_time1=3, num_hidden_layers=1),
+    "three_kv_heads": dict(num_attention_heads=6, num_key_value_heads=3, layer_types=[FULL, FULL, SLIDING],
+                           sliding_window=4),
+    "no_groups": dict(num_key_value_heads=4, num_hidden_layers=1),
     "no_skip": dict(skip_expert=False, num_hidden_layers=2, tie_word_embeddings=False),
 }
 
@@ -132,12 +131,11 @@ def test_gradients_do_not_leak_between_packed_samples(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("kernels", [(2, 2), (1, 1), (3, 4)])
-def test_sliding_window_forgets(window, kernels):
+def test_sliding_window_forgets(window):
     """One layer sees window - 1 tokens back, of which the oldest was itself convolved with those before it."""
-    changes = dict(num_hidden_layers=1, cca_time0=kernels[0], cca_time1=kernels[1], sliding_window=window)
+    changes = dict(num_hidden_layers=1, sliding_window=window)
     sliding, full = build(layer_types=[SLIDING], **changes), build(layer_types=[FULL], **changes)
-    history = max(sum(kernels) - 2, 1) if window > 1 else 1     # 1: the delayed value; one key alone weighs 1
+    history = 2 if window > 1 else 1                            # 1: the delayed value; one key alone weighs 1
     reach = window - 1 + history
     ids = tokens(4, 20)
     changed = ids.clone()
@@ -145,6 +143,73 @@ def test_sliding_window_forgets(window, kernels):
     difference = (sliding(ids) - sliding(changed)).abs().amax((0, 2))
     assert (difference[3 + reach + 1:] < 1e-5).all() and difference[3 + reach] > 1e-4       # rounding, not reading
     assert (full(ids) - full(changed)).abs().amax((0, 2))[3 + reach + 1:].min() > 1e-4
+
+
+def cca(window=None, seed=0):
+    attention = CCA(32, 4, 2, 8, {"rope_theta": 100.0, "partial_rotary_factor": 0.5}, window)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return attention
+
+
+@pytest.mark.parametrize("form", ["ids", "Positions"])
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_cca_keeps_packed_samples_apart(window, form):
+    """One argument, in any form, is the whole rule: values and gradients of each sample are what it gets alone."""
+    ids, where = pack(PACKED, 24)
+    attention, x = cca(window), torch.randn(*ids.shape, 32, requires_grad=True)
+    positions = ids if form == "ids" else CCA.positions(x, ids, 100.0, 4, window)
+    out = attention(x, positions)
+    assert out.isfinite().all()
+    for row, part in where:
+        alone = x[row:row + 1, part].detach().requires_grad_()
+        close(out[row, part], attention(alone)[0])
+        weight = torch.randn_like(alone)
+        gradient, = torch.autograd.grad((out[row, part] * weight[0]).sum(), x, retain_graph=True)
+        expected = torch.zeros_like(x)
+        expected[row, part], = torch.autograd.grad((attention(alone) * weight).sum(), alone)
+        close(gradient, expected, 5e-4)                         # of size 50
+        assert (gradient.abs().sum(-1) > 0).sum() == alone.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [[24], [1] * 24, [5, 1, 10, 8]], ids=["at_once", "one_by_one", "chunks"])
+@pytest.mark.parametrize("window", [None, 4])
+def test_cca_alone_with_a_cache(window, sizes):
+    """Packed and padded rows go on by their ids, plain rows by nothing."""
+    ids, _ = pack(PACKED, 24)
+    attention, x, packed, plain = cca(window), torch.randn(*ids.shape, 32), LayerCache(), LayerCache()
+    parts = torch.arange(24).split(sizes)
+    close(torch.cat([attention(x[:, part], cache=plain) for part in parts], 1), attention(x))
+    chunked = torch.cat([attention(x[:, part], ids[:, part], packed) for part in parts], 1)
+    close(chunked[ids >= 0], attention(x, ids)[ids >= 0])
+    assert packed.columns == plain.columns == 24
+    with pytest.raises(ValueError, match="position ids"):
+        attention(x[:, :1], cache=packed)
+
+
+def test_cca_refuses_ids_of_another_shape():
+    for shape in ((3, 24), (4, 23), (24,), (4, 24, 1)):
+        with pytest.raises(ValueError, match=r"\(4, 24\)"):
+            cca()(torch.randn(4, 24, 32), torch.zeros(shape, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_a_layers_cca_has_the_models_rope():
+    """A stage that raises rope_theta in the config reaches the layers too, also those of a copy."""
+    model = copy.deepcopy(build(**SHAPES["sliding"]))
+    for theta in (50.0, 1e6):
+        for kind in (FULL, SLIDING):
+            model.config.rope_parameters[kind]["rope_theta"] = theta
+        given, layer = [], model.layers[1].self_attn
+        hook = layer.register_forward_hook(lambda module, args, out, given=given: given.append((*args, out)))
+        model(tokens(2, 9))
+        hook.remove()
+        (x, positions, _, out), = given
+        close(layer(x), out)
+        close(layer.locate(x).cos, CCA.rope_table(torch.arange(9)[None], theta, 4)[0])
+        assert torch.equal(positions.cos, layer.locate(x).cos)
 
 
 @torch.no_grad()
@@ -161,10 +226,11 @@ def test_sliding_layers_have_their_own_rope():
 def test_value_shift_and_qk_mean_by_hand():
     """CCA on one token with random weights, written out with loops from the formulas of the report."""
     H, K, D = 4, 2, 8
-    cca, x = CCA(32, H, K, D), torch.randn(1, 5, 32)
+    nothing = {"rope_theta": 1e4, "partial_rotary_factor": 0.0}                     # no channel is rotated
+    cca, x = CCA(32, H, K, D, nothing), torch.randn(1, 5, 32)
     for parameter in cca.parameters():
         nn.init.normal_(parameter, std=0.3)
-    out = cca(x, CCA.rope_table(torch.zeros(1, 5, dtype=torch.long), 1e4, 4))       # position 0: no rotation
+    out = cca(x)
 
     q_latent, k_latent = cca.q_proj(x[0]), cca.k_proj(x[0])
     packed = F.pad(torch.cat([q_latent, k_latent], 1).T, (2, 0))
@@ -189,7 +255,7 @@ def test_rope_turns_the_first_channels_by_their_angle():
     position = torch.tensor([[0, 3, 100]])
     cos, sin = CCA.rope_table(position, 100.0, 4)
     x = torch.randn(1, 3, 2, 8)
-    turned = CCA.rotate(x, cos, sin)
+    turned = CCA.apply_rotary(x, cos, sin)
     for s, p in enumerate([0, 3, 100]):
         for i in range(2):                                      # channel i is the real, i + 2 the imaginary part
             angle = p / 100.0 ** (2 * i / 4)
@@ -332,7 +398,7 @@ def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
         monkeypatch.setattr(CCA, name, staticmethod(lambda *given: seen.setdefault(name, given) and exact(*given)))
 
     watch("unit")
-    watch("rotate")
+    watch("apply_rotary")
     model = model if autocast else model.to(torch.bfloat16)
     for name, module in model.named_modules():
         if isinstance(module, zaya.RMSNorm):                    # they read the residual stream
@@ -491,7 +557,8 @@ def test_left_padded_rows_generate_what_they_generate_alone(model, prefill_chunk
 
 
 @pytest.mark.parametrize("options, word", [
-    (dict(temperature=-0.1), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.1), "top_p"),
+    (dict(temperature=-0.1), "temperature"), (dict(temperature=math.nan), "temperature"),
+    (dict(top_p=0.0), "top_p"), (dict(top_p=1.1), "top_p"),
     (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "prompt"),
     (dict(attention_mask=torch.tensor([[1, 1, 0], [1, 1, 1]])), "left")])
 def test_generate_refuses(options, word):
@@ -506,6 +573,31 @@ def test_generate_restores_the_training_mode(training):
     assert model.training is training and all(module.training is training for module in model.modules())
     assert all((layer.gate.load == 0).all() for layer in model.layers), "generated tokens are no one's load"
     assert torch.equal(before, model.eval().generate(tokens(2, 3), 4, 0))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("calls", [0, 3], ids=["in the prefill", "while decoding"])
+def test_generate_restores_every_mode_after_an_exception(error, calls, monkeypatch):
+    """Each module's own mode: a layer that was frozen in eval mode stays so while the others train."""
+    model, done = build().train(), []
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    exact = model.hidden_states
+
+    def interrupted(*given, **options):
+        done.append(given)
+        if len(done) > calls:
+            assert not any(module.training for module in model.modules())
+            raise error("stop")
+        return exact(*given, **options)
+
+    monkeypatch.setattr(model, "hidden_states", interrupted)
+    with pytest.raises(error, match="stop"):
+        model.generate(tokens(2, 3), 9)
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+    monkeypatch.undo()
+    model.generate(tokens(2, 3), 2)
+    assert [module.training for module in model.modules()] == modes
 
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.0, -math.inf])
@@ -581,11 +673,31 @@ def test_presets_run(name):
 
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-         "num_experts", "moe_intermediate_size", "router_hidden_size", "cca_time0", "cca_time1"]
+         "num_experts", "moe_intermediate_size", "router_hidden_size", "max_position_embeddings"]
 
 
 @pytest.mark.parametrize("changes, word", [
-    *[({name: value}, name) for name in SIZES for value in (0, -2, 2.5)],
+    *[({name: value}, name) for name in SIZES for value in (0, -2, 2.5, 4.0, "4", True, None, [4])],
+    *[({name: value}, name) for name in ("rms_norm_eps", "initializer_range")
+      for value in (0, -1e-5, "1e-5", True, None, math.nan, math.inf)],
+    *[({name: value}, name) for name in ("tie_word_embeddings", "skip_expert") for value in (1, "false", None)],
+    *[({name: value}, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
+      for value in (-1, 2.0, "2", True, [-1], ["2"], [None], {})],
+    (dict(pad_token_id=[0]), "pad_token_id"), (dict(sliding_window="5"), "sliding_window"),
+    (dict(layer_types="hybrid"), "layer_types"), (dict(layer_types=[FULL, FULL, {}]), "layer_types"),
+    (dict(rope_parameters=[1]), "rope_parameters"), (dict(rope_parameters={FULL: 3}), "rope_parameters"),
+    (dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters"),
+    *[(dict(rope_parameters={FULL: {name: value}}), name) for name, value in
+      (("rope_theta", "1e4"), ("rope_theta", -1), ("partial_rotary_factor", "0.5"), ("partial_rotary_factor", 2.0),
+       ("factor", 8.0), ("type", "linear"), ("mrope_section", [1, 1]))],
+    (dict(rope_parameters={FULL: {}, "rope_type": "yarn"}), "rope_type.*yarn"),
+    (dict(rope_parameters={FULL: {}, "factor": 2.0}), "factor"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 8.0}), "rope_scaling"),
+    (dict(quantization_config={"quant_method": "fp8"}), "quantization_config"), (dict(rope_theta=1e4), "rope_theta"),
+    (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping"), (dict(router_scale=2.0), "router_scale"),
+    (dict(final_logit_softcapping=30.0), "final_logit_softcapping"), (dict(use_qk_norm=False), "use_qk_norm"),
+    (dict(cca_time0=3), "cca_time0 3.*only 2"), (dict(cca_time1=1), "cca_time1 1.*only 2"),
+    (dict(zaya_layers=["a", 16]), "zaya_layers"), (dict(model_type="llama"), "model_type.*llama"),
     (dict(num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
     (dict(num_key_value_heads=1, head_dim=7), "head_dim"),
     (dict(layer_types=[FULL]), "layer_types"),
@@ -618,6 +730,16 @@ def test_config_round_trip(changes):
     assert ZayaConfig.from_dict(written).to_dict() == config.to_dict()
     assert written["model_type"] == "zaya" and written["architectures"] == ["ZayaForCausalLM"]
     assert ("skip_expert" in written) == (not config.skip_expert), "the official config does not know it"
+
+
+@pytest.mark.parametrize("extra", [
+    dict(rope_scaling=None, quantization_config=None, attn_logit_softcapping=None, pruned_heads={}, hidden_act=None),
+    dict(architectures=["ZayaForCausalLM"], model_type="zaya", torch_dtype="bfloat16", transformers_version="4.57.0",
+         use_cache=False, output_hidden_states=True, return_dict=True, _name_or_path="x", _attn_implementation="sdpa",
+         auto_map={"AutoModel": "modeling.Zaya"}, id2label={"0": "A"}, sep_token_id=7, temperature=0.6, top_p=0.95,
+         is_encoder_decoder=False, chunk_size_feed_forward=0)], ids=["null", "descriptive"])
+def test_fields_that_change_no_number_are_accepted(extra):
+    assert ZayaConfig.from_dict({**BASE, **extra}) == ZayaConfig(**BASE)
 
 
 def test_config_reads_the_hub_style():
@@ -740,6 +862,91 @@ def test_a_wrong_tensor_is_named(tmp_path, saved_model, change, request):
     name = NAME.replace("layers.1", "layers.7") if "extra" in request.node.name else NAME
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         Zaya.from_pretrained(tmp_path)
+
+
+def save_file(directory, name, state):
+    safetensors.torch.save_file(state, os.path.join(directory, name))
+
+
+def test_only_the_model_is_read(tmp_path, saved_model):
+    """Beside model.safetensors: a backup of zeros before and after it in the alphabet, an index and a damaged file."""
+    saved_model.save_pretrained(tmp_path)
+    zeros = {name: 0 * tensor for name, tensor in safetensors.torch.load_file(tmp_path / "model.safetensors").items()}
+    save_file(tmp_path, "backup.safetensors", zeros)
+    save_file(tmp_path, "old.safetensors", zeros)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "old.safetensors"}}))
+    (tmp_path / "z.safetensors").write_bytes(b"cut")
+    same(saved_model, Zaya.from_pretrained(tmp_path))
+
+
+def test_the_index_decides_tensor_by_tensor(tmp_path, saved_model):
+    """Each of two files holds zeros of what the index takes from the other, and a third is not in the index."""
+    saved_model.save_pretrained(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    os.remove(tmp_path / "model.safetensors")
+    places = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(state)}
+    for file in ("a.safetensors", "b.safetensors", "c.safetensors"):
+        save_file(tmp_path, file, {name: tensor if places[name] == file else 0 * tensor
+                                   for name, tensor in state.items()} | {"another.model": torch.ones(3)})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    same(saved_model, Zaya.from_pretrained(tmp_path))
+    save_file(tmp_path, "b.safetensors", {name: state[name] for name in state if name != NAME})
+    index.write_text(json.dumps({"weight_map": places | {NAME: "b.safetensors"}}))
+    with pytest.raises(ValueError, match="b.safetensors lacks the tensor '" + NAME.replace(".", r"\.")):
+        Zaya.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_files_without_an_index_must_not_overlap(tmp_path, saved_model, ending):
+    saved_model.save_pretrained(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    os.remove(tmp_path / "model.safetensors")
+    names, save = list(state), safetensors.torch.save_file if ending == "safetensors" else torch.save
+    save({name: state[name].clone() for name in names[:9]}, tmp_path / f"one.{ending}")
+    save({name: state[name].clone() for name in names[9:]}, tmp_path / f"two.{ending}")
+    same(saved_model, Zaya.from_pretrained(tmp_path))
+    save({names[3]: state[names[3]].clone()}, tmp_path / f"three.{ending}")
+    with pytest.raises(ValueError, match=rf"{names[3]}' is in both one.{ending} and three.{ending}"):
+        Zaya.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"hidden_size": 3', b"[1]", b"null", b'"text"', b"\xff\xfe{\x00}\x00",
+                                     b"[" * 100_000, b'{"hidden_size": "64"}', b'{"weight_map": 3}'],
+                         ids=["empty", "cut", "list", "null", "text", "UTF-16", "deep", "wrong type", "wrong value"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_damaged_json_is_named(tmp_path, saved_model, name, content):
+    saved_model.save_pretrained(tmp_path, 20_000)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        Zaya.from_pretrained(tmp_path)
+    message = str(caught.value)
+    assert message.count(str(tmp_path / name)) == 1 and "\n" not in message and len(message) < 300
+
+
+def test_json_with_a_byte_order_mark(tmp_path, saved_model):
+    saved_model.save_pretrained(tmp_path, 20_000)
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    same(saved_model, Zaya.from_pretrained(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eos", [None, [5, 6], [], 7], ids=["null", "several", "none", "one"])
+def test_token_ids_may_be_null(tmp_path, eos):
+    model = build(num_hidden_layers=2, pad_token_id=None, bos_token_id=None, eos_token_id=eos)
+    model.save_pretrained(tmp_path)
+    written = json.load(open(tmp_path / "generation_config.json"))
+    assert written["pad_token_id"] is None and written["eos_token_id"] == eos
+    back = Zaya.from_pretrained(tmp_path)
+    assert back.config == model.config
+    ids = tokens(4, 6)
+    free = back.generate(ids, 20, generator=seeded())
+    stop = [free[0, 9].item(), free[1, 12].item()]
+    stopped = back.generate(ids, 20, generator=seeded(), eos_token_id=stop)
+    for row, alone in zip(stopped, free):
+        end = next((i + 1 for i in range(6, 26) if alone[i] in stop), 26)
+        assert torch.equal(row[:end], alone[:end]) and (row[end:] == stop[0]).all()
 
 
 def test_missing_files_are_named(tmp_path, saved_model):
@@ -1292,11 +1499,11 @@ def paste_norm():
 def paste_cca():
     Attention, = paste("CCA")
     attention, x = Attention(32, 4, 2, 8), torch.randn(2, 6, 32)
-    rope = Attention.rope_table(torch.arange(6)[None], 1e4, 4)
-    backward(attention, attention(x, rope))
-    reach = torch.tensor([[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, 4, 5]])
-    mask = Attention.attention_mask(reach, 6, 3)
-    assert attention(x, Attention.rope_table(reach, 1e4, 4), reach, mask).isfinite().all()
+    backward(attention, attention(x))
+    ids = torch.tensor([[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, 4, 5]])
+    packed = attention(x, ids)
+    assert torch.equal(packed, attention(x, Attention.positions(x, ids, 5e6, 4))) and packed.isfinite().all()
+    close(packed[0, 3:5], attention(x[:1, 3:5])[0])
 
 
 def paste_router():
@@ -1363,8 +1570,7 @@ def paste_layer():
     config, x = ZayaConfig(**BASE), torch.randn(2, 6, 32)
     layer = Block(config, 1)
     nn.init.normal_(layer.self_attn.temp)
-    rope = CCA.rope_table(torch.arange(6)[None], 1e4, 4)
-    out, r, choice = layer(x, torch.randn(2, 6, 12), rope, choice=torch.arange(12).view(2, 6) % 5)
+    out, r, choice = layer(x, torch.randn(2, 6, 12), choice=torch.arange(12).view(2, 6) % 5)
     assert choice.max() == 4 and r.shape == (2, 6, 12)
     backward(layer, out)
 
