@@ -980,7 +980,7 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     *((f"q --checkpoint x --request {names}", "argument --request: ") for names in (
         "n=2", "seed", "seed=,top_p", "=x", "seed=model", "max_tokens=messages", "seed=top_p", "seed=x,top_p=x", ",")),
     ("q --checkpoint MODEL --picture MODEL", ": that is no file to draw into"),
-    ("q --checkpoint MODEL --picture /dev/full", "/dev/full: that is no file to draw into"),
+    ("q --checkpoint MODEL --picture MODEL/pipe", "MODEL/pipe: that is no file to draw into"),
     ("q --checkpoint MODEL --trace MODEL", ": Is a directory"),
     ("q --checkpoint MODEL --trace MODEL --resume", ": Is a directory"),
     ("q --checkpoint MODEL --trace MODEL/config.json/x", "MODEL/config.json/x: Not a directory"),
@@ -993,11 +993,14 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     ("q --checkpoint MODEL --trace no/such/folder/x", "no/such/folder"),
     ("q --checkpoint MODEL --picture no/such/folder/x.png", "no/such/folder"),
     ("q --endpoint http://127.0.0.1:1/v1 --model m --tokenizer no/such/tokenizer", "--tokenizer no/such/tokenizer: ")])
-def test_mistakes_get_one_clear_sentence(folder, capsys, monkeypatch, arguments, says):
+def test_mistakes_get_one_clear_sentence(folder, tmp_path, capsys, monkeypatch, arguments, says):
     if "--endpoint http://127" in arguments:
         pytest.importorskip("openai")
         pytest.importorskip("transformers")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "pipe" in arguments:                                     # a device stands for it: never one that is needed
+        folder = str(tmp_path)
+        os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit) as stop:
         rsa.main(arguments.replace("MODEL", folder).split())
     said = capsys.readouterr().err
