@@ -36,7 +36,7 @@ CASES = {                                   # changes to BASE, seed of the weigh
                      rope_parameters={FULL: {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
                                       SLIDING: {"rope_theta": 100.0, "partial_rotary_factor": 0.25}}), 4),
     "three_kv_heads": (dict(num_attention_heads=6, num_key_value_heads=3, sliding_window=4,
-                            layer_types=[FULL, FULL, SLIDING]), 1),
+                            layer_types=[FULL, FULL, SLIDING]), 7),
     "skip": (dict(num_hidden_layers=2, sliding_window=3, layer_types=[FULL, SLIDING]), 4),
     "untied": (dict(tie_word_embeddings=False, num_attention_heads=2, head_dim=12, num_experts=7), 4),
 }
