@@ -180,8 +180,8 @@ def table(results, bases, columns, group="arms"):
     columns: {head: (measure(arm), form)}.  bases: {arm: the arm that it is a change of, or None}: how the first measure
     differs from that arm's, paired by seed, is the last column.
     """
-    rows = [["", *columns, f"{next(iter(columns))} minus [95 %]"]]
-    first = next(iter(columns.values()))[0]
+    (head, (first, _)), *_ = columns.items()
+    rows = [["", *columns, f"{head} minus [95 %]"]]
     for name, base in bases.items():
         row = [name]
         for measure, form in columns.values():
