@@ -28,8 +28,6 @@ RESULTS = os.path.join(ROOT, "notebooks", "results")
 # The 97.5 % quantile of Student's t by the number of seeds; from 9 seeds on 2.306, which is a little too wide.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
-# ---- seeds ----------------------------------------------------------------------------------------------------------
-
 
 def read_json(path):
     with open(path, encoding="utf-8") as file:
@@ -79,9 +77,6 @@ class Seed:
         train.write_json(self.path, self.result)                # to a temporary name, then renamed
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-
 class Setting(NamedTuple):
     """What the arms of a seed share."""
     config: object
@@ -122,9 +117,6 @@ def held_out(model, setting):
     _, stage, tokenizer, sources, _ = setting
     rows = train.held_out_loss(model, sources, stage, tokenizer.pad, stage.context)
     return {source: row["loss"] for source, row in rows.items()}
-
-
-# ---- over seeds -----------------------------------------------------------------------------------------------------
 
 
 def of(*keys):
@@ -190,9 +182,6 @@ def table(results, bases, columns, group="arms"):
             differences = [first(result[group][name]) - first(result[group][base]) for result in results]
         rows.append([*row, f"{base}: {paired(differences)}" if base else ""])
     return markdown(rows)
-
-
-# ---- the command line -----------------------------------------------------------------------------------------------
 
 
 def main(description, tables, measure=None, runs=False, steps=None):

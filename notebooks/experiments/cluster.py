@@ -46,16 +46,18 @@ def column(gpus):
     size["**peak in the backward pass**"] = sum(size.values())
     time["**a step**, nothing overlapping"] = step = sum(time.values())
     rows = {"GPUs": f"{gpus:,}", "tokens a GPU and step": f"{TOKENS // gpus:,}"}
-    rows |= {name: f"{count / 1e9:.1f} GB" for name, count in size.items()}
-    rows |= {name: f"{seconds:.2f} s" for name, seconds in time.items()}
+    for name, count in size.items():
+        rows[name] = f"{count / 1e9:.1f} GB"
+    for name, seconds in time.items():
+        rows[name] = f"{seconds:.2f} s"
     return {**rows, "tokens a second": f"{TOKENS / step:,.0f}"}
 
 
 def table():
-    columns = [column(gpus) for gpus in (1, 8, 1024)]
+    one, node, cluster = column(1), column(8), column(1024)
     said = f"Arithmetic, not measurement: {TOKENS:,} tokens a step, {MFU:.0%} of the peaks; P parameters, M of them in "
     said += "matrices, R others.\n\n"
-    return said + arms.markdown([[name, *(rows[name] for rows in columns)] for name in columns[0]])
+    return said + arms.markdown([[name, one[name], node[name], cluster[name]] for name in one])
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ CLAIMS = [                      # (claim, published, notebook, experiment, where
 
 def line(claim, published, measured, seeds, minutes, verdict, notebook):
     return [claim, published, "; ".join(measured), seeds, minutes, f"**{verdict}**",
-            f"[{notebook}.ipynb](../{notebook}.ipynb)"]         # as seen from notebooks/results
+            f"[{notebook}.ipynb](notebooks/{notebook}.ipynb)"]
 
 
 def verdict_of(held, count):

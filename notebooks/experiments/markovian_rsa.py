@@ -91,10 +91,14 @@ def by_rows(run, report, name):
     return {"seconds": state["seconds"], "rows": rows}
 
 
-def sweep(run, report, asked):
+def sweep(run, report, key, numbers, rounds):
     """The finished model under other settings of by_round."""
     model, tokenizer, _ = load(run, "final")
-    return [by_round(model, tokenizer, task, d, report["seed"], **more) for task, d in LATE for more in asked]
+    rows = []
+    for task, d in LATE:
+        for number in numbers:
+            rows.append(by_round(model, tokenizer, task, d, report["seed"], rounds=rounds, **{key: number}))
+    return rows
 
 
 def measure(run):
@@ -108,9 +112,9 @@ def measure(run):
         elif name in ROWS:
             found.add(name, by_rows(run, report, name))
         elif name == "population":
-            found.add(name, sweep(run, report, [dict(population=n, rounds=ROUNDS) for n in POPULATIONS]))
+            found.add(name, sweep(run, report, "population", POPULATIONS, ROUNDS))
         else:
-            found.add(name, sweep(run, report, [dict(tail=tail, rounds=2) for tail in TAILS]))
+            found.add(name, sweep(run, report, "tail", TAILS, 2))
 
 
 METHODS = {"single": "one sample", "greedy": "greedy", "maj@equal_tokens": "majority of equal tokens",
@@ -125,17 +129,21 @@ def table():
     rows, gains = [["mean (each seed)", *METHODS.values()]], [["after sft, T = 0 → T = 2"]]
     for when, key in (("after sft", "sft"), ("finished", "ttc")):
         for column in zip(*(result[key] for result in results)):
-            where = f"{column[0]['task']} at {column[0]['difficulty']}, {when}"
-            if column[0]["task"] != "column_sums":              # of one seed
-                rows.append([where, *(arms.by_seed([one.get(method) for one in column], ".2f") for method in METHODS)])
+            rows.append([f"{column[0]['task']} at {column[0]['difficulty']}, {when}"])
+            for method in METHODS:
+                rows[-1].append(arms.by_seed([one.get(method) for one in column], ".2f"))
     for task, d in EARLY:
         gains[0].append(f"{task} at {d}")
-    for name, subset in (*((name, 4) for name in ROWS), ("one candidate", 1)):
+    for name, subset in (*zip(ROWS, (4, 4, 4, 4)), ("one candidate", 1)):
         gains.append([f"trained with {name}, C = {subset}"])
-        for task in EARLY:
-            curves = [one["accuracy"] for result in results for one in result[name]["rows"]
-                      if (one["task"], one["difficulty"]) == task and one["subset"] == subset]
-            gains[-1].append(f"{np.mean(curves, 0)[0]:.2f} → {arms.by_seed([curve[2] for curve in curves], '.2f')}")
+        for task, d in EARLY:
+            before, after = [], []
+            for result in results:
+                for row in result[name]["rows"]:
+                    if (row["task"], row["difficulty"], row["subset"]) == (task, d, subset):
+                        before.append(row["accuracy"][0])
+                        after.append(row["accuracy"][2])
+            gains[-1].append(f"{np.mean(before):.2f} → {arms.by_seed(after, '.2f')}")
     return arms.markdown(rows) + "\n\n" + arms.markdown(gains)
 
 

@@ -115,9 +115,12 @@ def right(model, problems, samples=4):
 
 
 def right_replies(model, problems, samples=4):
-    many = [problem for problem in problems for _ in range(samples)]
+    many, found = np.repeat(problems, samples), []
     texts = train.reply(model, TOKENIZER, [problem.prompt for problem in many], RL.context, 0)
-    return [text for p, text in zip(many, texts) if train.find_task(p.task).verify(p, text)[0]]
+    for problem, text in zip(many, texts):
+        if train.find_task(problem.task).verify(problem, text)[0]:
+            found.append(text)
+    return found
 
 
 def true_steps(texts):

@@ -31,8 +31,6 @@ class Plan:
 PLAN = Plan(("sort", "add"), train.Stage(600, 64, 1e4, 1.0, 2e-2, 6e-3, difficulty=8, turns=1, mask_prompts=True),
             train.Stage(60, 256, 1e4, 1.0, 6e-3, 6e-4, difficulty=8, turns=1, mask_prompts=True))
 
-# ---- ways to make a conversation fit: (messages, context) -> (ids, which of them count), or None --------------------
-
 
 def whole(messages, context):
     return TOKENIZER.render(messages)
@@ -65,8 +63,6 @@ def drop_long(messages, context):
 ARMS = {"AP trimming": keep_answer, "cut the end": cut_end, "cut the middle": cut_middle, "drop long": drop_long,
         "whole, long context": whole,       # a reference: what a context that is long enough would give
         "no first phase": None}             # another: what the second phase teaches alone
-
-# ---- training and held-out answers ----------------------------------------------------------------------------------
 
 
 def conversation(problem, reply=None):
@@ -158,9 +154,6 @@ def measure(seed, steps):
     found = arms.Seed("trimming", seed, steps=steps, plan=asdict(plan))
     for arm in found.missing(ARMS):
         found.add(arm, fit(arm, plan, seed))
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------
 
 
 def read_results():
