@@ -37,8 +37,12 @@ def read_json(path):
 def read_results(name, group=None):
     """What results/<name>/seed-*.json hold; group: only those seeds that lack no arm which another seed has there."""
     results = [read_json(path) for path in sorted(glob.glob(os.path.join(RESULTS, name, "seed-*.json")))]
-    most = max((len(result[group or "seed"]) for result in results), default=0) if group else 0
-    return [result for result in results if not group or len(result[group]) == most]
+    if not results:
+        raise SystemExit(f"{RESULTS}/{name} has no seed yet: notebooks/experiments/{name}.py -h says how to get one")
+    if group:
+        most = max(len(result[group]) for result in results)
+        results = [result for result in results if len(result[group]) == most]
+    return results
 
 
 class Seed:
@@ -175,12 +179,15 @@ def table(results, bases, columns, group="arms"):
     (head, (first, _)), *_ = columns.items()
     rows = [["", *columns, f"{head} minus [95 %]"]]
     for name, base in bases.items():
+        if name not in results[0][group]:                       # of a seed that was stopped
+            continue
         row = [name]
         for measure, form in columns.values():
             row.append(by_seed([measure(result[group][name]) for result in results], form))
-        if base:
+        if base in results[0][group]:
             differences = [first(result[group][name]) - first(result[group][base]) for result in results]
-        rows.append([*row, f"{base}: {paired(differences)}" if base else ""])
+            row.append(f"{base}: {paired(differences)}")
+        rows.append(row + [""] * (len(rows[0]) - len(row)))
     return markdown(rows)
 
 
@@ -197,4 +204,4 @@ def main(description, tables, measure=None, runs=False, steps=None):
         measure(run)
     for seed in range(getattr(given, "seeds", 0)):
         measure(seed, given.steps)
-    print(tables() or "no seed was measured yet")
+    print(tables())

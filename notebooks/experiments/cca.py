@@ -244,9 +244,10 @@ def read_results():
     """All complete seeds, with the published losses beside ours; CCGQA is the ladder's last rung."""
     results = arms.read_results("cca", "arms")
     for result in results:
-        result["arms"]["CCGQA"] = dict(result["arms"]["+ q-k-mean"])
-        for kind, published in PUBLISHED.items():
-            result["arms"][kind]["published"] = published
+        if "+ q-k-mean" in result["arms"]:
+            result["arms"]["CCGQA"] = dict(result["arms"]["+ q-k-mean"])
+        for kind, arm in result["arms"].items():
+            arm["published"] = PUBLISHED[kind]
     return results
 
 
