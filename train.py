@@ -2190,7 +2190,8 @@ def shard_rows(batch):
 class OptimizerState:
     """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
     processes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    # Not strict: Muon without momentum, as in RL, keeps no state.
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 
     def __init__(self, model, optimizers):
         self.model, self.optimizers = model, optimizers
