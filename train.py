@@ -2190,11 +2190,11 @@ def shard_rows(batch):
 class OptimizerState:
     """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
     processes."""
-    # Not strict: Muon without momentum, as in RL, keeps no state.
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
     def __init__(self, model, optimizers):
-        self.model, self.optimizers = model, optimizers
+        # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
+        self.model, self.optimizers = model, [o for o in optimizers if o.defaults.get("momentum") != 0]
 
     def state_dict(self):
         """Whole in the first process, empty in the others."""
