@@ -46,7 +46,15 @@ def perturb_routers(model, size=0.5):
 
 
 def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
-    return train.roll_out(model, prompts, group_size, context, end, torch.Generator().manual_seed(seed))
+    uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
+    return train.roll_out(model, prompts, group_size, context, end, uniform)
+
+
+def grouped(rolled, prompts=PROMPTS):
+    groups = [Group(ADD, prompt) for prompt in prompts]
+    for group, rollouts in zip(groups, rolled):
+        group.tokens, group.logps, group.choices = (list(part) for part in zip(*rollouts))
+    return groups
 
 
 def collated(rolled, prompts=PROMPTS, advantage=1.0):
@@ -111,19 +119,15 @@ def test_policy_loss_by_hand():
     assert torch.allclose(grad, tensor(-20 / 9, -0.8, 1) / 128)
 
 
-def test_the_ratio_is_capped_and_carries_no_gradient():
-    _, grad = gradient(tensor(0.05), tensor(0.001), tensor(1), rollouts=1, divisor=1)
-    assert torch.allclose(grad, tensor(-20))                    # 50 without the cap; another factor with its gradient
-    _, grad = gradient(tensor(0.015), tensor(0.001), tensor(1), rollouts=1, divisor=1)
-    assert torch.allclose(grad, tensor(-15))
-
-
-def test_masked_tokens_teach_nothing_and_leave_the_others_alone():
-    loss, grad = gradient(tensor(0.7, 0.5, 0.7, 0.3), tensor(0.5, 0.5, 0.5, 0.5), tensor(1, 1, -1, -1), rollouts=1,
-                          divisor=1)
-    assert torch.allclose(grad, tensor(0, -1, 1.4, 0)) and abs(loss - (math.log(2) + 1.4 * math.log(0.7))) < 1e-6
-    _, grad = gradient(tensor(0.7), tensor(0.5), tensor(1), rollouts=1, divisor=1, delta=0.25)
-    assert torch.allclose(grad, tensor(-1.4))
+@pytest.mark.parametrize("pi, mu, advantage, more, expected", [
+    ((0.05,), (0.001,), (1,), {}, (-20,)),                      # the ratio is capped: 50 without it …
+    ((0.015,), (0.001,), (1,), {}, (-15,)),                     # … and carries no gradient
+    ((0.7, 0.5, 0.7, 0.3), (0.5,) * 4, (1, 1, -1, -1), {}, (0, -1, 1.4, 0)),        # masked tokens teach nothing
+    ((0.7,), (0.5,), (1,), {"delta": 0.25}, (-1.4,)),
+])
+def test_gradients_of_the_policy_loss(pi, mu, advantage, more, expected):
+    _, grad = gradient(tensor(*pi), tensor(*mu), tensor(*advantage), rollouts=1, divisor=1, **more)
+    assert torch.allclose(grad, tensor(*expected))
 
 
 def test_a_rollout_twice_as_long_counts_twice():
@@ -146,7 +150,6 @@ def test_repetition_is_seen_in_any_piece_of_a_text():
 
 def test_difficulty_follows_the_solve_rate():
     assert [train.next_difficulty(5, rate) for rate in (1.0, 0.71, 0.7, 0.5, 1 / 16, 0.0)] == [6, 6, 5, 5, 5, 4]
-    assert train.next_difficulty(1, 0.0) == 1
 
 
 @pytest.mark.parametrize("middle, slope", [(3, 2.0), (6, 1.0), (10, 1.0)])
@@ -200,27 +203,20 @@ def plain_forward(model, prompt, tokens, choices=None):
 
 
 @pytest.mark.parametrize("context", [24, 90])                   # 90: more than the caches hold at first
-def test_rollouts_are_what_a_plain_forward_says(context):
+@pytest.mark.parametrize("ends", [False, True])
+def test_rollouts_are_what_a_plain_forward_says(context, ends):
+    """Rows that leave the batch take their cache rows, positions and records with them."""
     model, used = sharp_model(), set()
-    for prompt, group in zip(PROMPTS, roll(model, context=context)):
-        for tokens, logps, choices in group:
-            logp, choice = plain_forward(model, prompt, tokens)
+    model = short_spoken(model) if ends else model
+    groups = grouped(roll(model, group_size=8 if ends else 4, context=context, end=BYTES.end if ends else -1))
+    for group in groups:
+        for tokens, logps, choices in zip(group.tokens, group.logps, group.choices):
+            logp, choice = plain_forward(model, group.prompt, tokens)
             assert torch.allclose(logps, logp, atol=2e-5) and logps.dtype == torch.float32
-            assert choices.shape == (2, len(prompt) + len(tokens) - 1) and choices.dtype == torch.uint8
-            assert torch.equal(choices.long(), choice)
+            assert choices.shape == (2, len(group.prompt) + len(tokens) - 1) and torch.equal(choices.long(), choice)
             used |= set(choice.flatten().tolist())
     assert len(used) >= 4                                       # else equal choices would say nothing
-
-
-def test_rollouts_of_ended_neighbours_are_what_a_plain_forward_says():
-    """Rows that leave the batch take their cache rows, positions and records with them."""
-    model = short_spoken(sharp_model())
-    rolled = roll(model, group_size=16, context=40, end=BYTES.end)
-    assert len({len(tokens) for group in rolled for tokens, *_ in group}) > 8
-    for prompt, group in zip(PROMPTS, rolled):
-        for tokens, logps, choices in group:
-            logp, choice = plain_forward(model, prompt, tokens)
-            assert torch.allclose(logps, logp, atol=2e-5) and torch.equal(choices.long(), choice)
+    assert not ends or len({length for group in groups for length in group.lengths()}) > 8
 
 
 def test_a_shared_prompt_is_the_same_as_a_repeated_one():
@@ -355,19 +351,12 @@ def test_flips_are_counted_among_real_tokens():
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
 
-def sampled_groups(model, prompts=PROMPTS[:2], group_size=2):
-    groups = []
-    for prompt, rollouts in zip(prompts, roll(model, prompts, group_size)):
-        groups.append(Group(ADD, prompt))
-        groups[-1].tokens, groups[-1].logps, groups[-1].choices = (list(part) for part in zip(*rollouts))
-    return groups
-
-
 def step(model, groups, advantages, lr=1e-3, micro_batch=10**6):
     config = train.resolve(train.TrainConfig(preset="smoke"))
-    config.micro_batch = micro_batch
     optimizers, balancer = train.make_optimizers(model, lr, momentum=0.0), PIDBalancer(model, 1e-4)
-    return train.rl_step(model, optimizers, balancer, groups, torch.tensor(advantages), config, torch.float32, lr)
+    batches = train.rl_batches(groups, torch.tensor(advantages), micro_batch, BYTES.pad, "cpu")
+    lengths = [length for group in groups for length in group.lengths()]
+    return train.rl_step(model, optimizers, balancer, batches, len(lengths), sum(lengths), config, torch.float32, lr)
 
 
 def log_probabilities(model, groups):
@@ -377,7 +366,7 @@ def log_probabilities(model, groups):
 
 def test_a_step_raises_the_good_and_lowers_the_bad():
     model = sharp_model()
-    groups = sampled_groups(model)
+    groups = grouped(roll(model, PROMPTS[:2], 2), PROMPTS[:2])
     before = log_probabilities(model, groups)
     row = step(model, groups, [[1.0, -1.0], [-1.0, 1.0]])
     change = np.array(log_probabilities(model, groups)) - before
@@ -389,7 +378,7 @@ def test_a_step_raises_the_good_and_lowers_the_bad():
 
 def test_a_step_replays_the_samplers_experts():
     """The loss by hand, for a trainer whose own routers would choose others."""
-    groups, other = sampled_groups(sharp_model()), perturb_routers(sharp_model(), 0.1)
+    groups, other = grouped(roll(sharp_model(), PROMPTS[:2], 2), PROMPTS[:2]), perturb_routers(sharp_model(), 0.1)
     total, live = 0.0, 0.0
     for group, sign in zip(groups, (1, -1)):
         for tokens, mu, choice in zip(group.tokens, group.logps, group.choices):
@@ -404,7 +393,7 @@ def test_a_step_replays_the_samplers_experts():
 
 def test_a_second_step_on_the_same_rollouts_is_off_policy():
     model = sharp_model()
-    groups = sampled_groups(model)
+    groups = grouped(roll(model, PROMPTS[:2], 2), PROMPTS[:2])
     advantages = [[1.0, -1.0], [-1.0, 1.0]]
     step(model, groups, advantages, lr=0.05)
     row = step(model, groups, advantages, lr=0.05)
@@ -414,11 +403,7 @@ def test_a_second_step_on_the_same_rollouts_is_off_policy():
 def test_every_row_of_a_step_keeps_its_own_advantage():
     """Rollouts are sorted by length into micro-batches of any size: the update is the same."""
     start = short_spoken(sharp_model())
-    rolled = roll(start, PROMPTS, 4, context=40, end=BYTES.end)
-    groups = []
-    for prompt, rollouts in zip(PROMPTS, rolled):
-        groups.append(Group(ADD, prompt))
-        groups[-1].tokens, groups[-1].logps, groups[-1].choices = (list(part) for part in zip(*rollouts))
+    groups = grouped(roll(start, PROMPTS, 4, context=40, end=BYTES.end))
     advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).tolist()
     before = log_probabilities(start, groups)
     rows = [step(short_spoken(sharp_model()), groups, advantages, micro_batch=size) for size in (10**6, 45)]
@@ -429,7 +414,7 @@ def test_every_row_of_a_step_keeps_its_own_advantage():
 
 def test_a_rollout_longer_than_a_micro_batch_is_trained_on_alone():
     model = sharp_model()
-    groups = sampled_groups(model)
+    groups = grouped(roll(model, PROMPTS[:2], 2), PROMPTS[:2])
     assert step(model, groups, [[1.0, -1.0], [-1.0, 1.0]], micro_batch=8)["norm"] > 0
 
 
@@ -560,10 +545,10 @@ def test_an_actor_goes_on_where_it_stopped():
 
 def test_aggregation_prompts_come_at_their_share(talk):
     actor, rng = make_actor(aggregation=0.3, context=300), random.Random(0)
-    assert train.prompt_ids(BYTES, ADD.prompt) != actor.pose(rng).prompt     # an empty pool: an ordinary problem
+    assert train.prompt_ids(BYTES, ADD.prompt) != actor.draw_prompt(rng).prompt     # an empty pool: an ordinary problem
     actor.pool = [(ADD, ["t1", "t2", "t3", "t4", "t5"]), (ADD, ["u"])]
     before = sum(environment["groups"] for environment in actor.environments.values())
-    texts = [BYTES.decode(actor.pose(rng).prompt) for _ in range(500)]
+    texts = [BYTES.decode(actor.draw_prompt(rng).prompt) for _ in range(500)]
     asked = [text for text in texts if text.startswith("<|user|>|")]
     assert 0.23 < len(asked) / 500 < 0.37
     assert all(text.endswith("|47+85<|end|><|assistant|>") for text in asked)
@@ -571,7 +556,7 @@ def test_aggregation_prompts_come_at_their_share(talk):
     after = sum(environment["groups"] for environment in actor.environments.values())
     assert after - before == 500 - len(asked)
     actor.stage.aggregation = 0.0
-    assert not any(BYTES.decode(actor.pose(rng).prompt).startswith("<|user|>|") for _ in range(50))
+    assert not any(BYTES.decode(actor.draw_prompt(rng).prompt).startswith("<|user|>|") for _ in range(50))
 
 
 def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
@@ -603,8 +588,7 @@ def test_a_dead_stage_stops_and_says_why(talk):
     with pytest.raises(SystemExit) as stop:
         actor.generate()
     message = str(stop.value)
-    for part in ("25 rounds", "add (difficulty", "sort (difficulty", "100% of its replies ended within 48 tokens",
-                 "75% had the form", "<think>one</think>1", "sft"):
+    for part in ("25 rounds of add, sort", "100% of the last replies ended within 48 tokens", "<think>one</think>1"):
         assert part in message
 
 
@@ -659,39 +643,39 @@ def test_preferences_are_about_warm_words():
 
 
 def test_a_score_does_not_depend_on_padding():
-    judge = train.RewardModel(sharp_model()).eval()
-    torch.nn.init.normal_(judge.head.weight)
+    scorer = train.RewardModel(sharp_model()).eval()
+    torch.nn.init.normal_(scorer.head.weight)
     conversations = [[65, 66, 67], list(range(70, 90)), [91]]
     with torch.no_grad():
-        together = judge(conversations)
-        alone = torch.cat([judge([ids]) for ids in conversations])
-        last = judge.backbone.hidden_states(torch.tensor([conversations[0]]))[0, -1]
+        together = scorer(conversations)
+        alone = torch.cat([scorer([ids]) for ids in conversations])
+        last = scorer.backbone.hidden_states(torch.tensor([conversations[0]]))[0, -1]
     assert together.shape == (3,) and torch.allclose(together, alone, atol=1e-4) and alone.std() > 0.1
-    assert torch.allclose(alone[0], judge.head(last)[0], atol=1e-4)             # of the last token
+    assert torch.allclose(alone[0], scorer.head(last)[0], atol=1e-4)            # of the last token
 
 
 def test_a_reward_model_starts_without_an_opinion_and_apart_from_the_policy():
     model = sharp_model()
-    judge = train.RewardModel(model)
-    assert judge([[65], [66, 67]]).tolist() == [0, 0]
-    assert not {id(p) for p in judge.parameters()} & {id(p) for p in model.parameters()}
+    scorer = train.RewardModel(model)
+    assert scorer([[65], [66, 67]]).tolist() == [0, 0]
+    assert not {id(p) for p in scorer.parameters()} & {id(p) for p in model.parameters()}
 
 
 def test_a_reward_model_learns_to_agree():
     torch.manual_seed(0)
     model = Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size))
     before = [tensor.clone() for tensor in model.state_dict().values()]
-    judge, agreement = train.train_reward_model(model, BYTES, 20, 1e-2, seed=0, pairs=8)
-    assert 0.55 < agreement <= 1 and not judge.training
+    scorer, agreement = train.train_reward_model(model, BYTES, 20, 1e-2, seed=0, pairs=8)
+    assert 0.55 < agreement <= 1 and not scorer.training
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values()))
 
 
 def test_the_gate_kills_the_score():
-    def judge(conversations):
+    def score(conversations):
         assert BYTES.decode(conversations[0]) == "<|user|>47+85<|end|><|assistant|><think></think>132<|end|>"
         return tensor(2, 5, -1)
     group = Group(ADD, [], texts=["<think></think>132", "<think></think>13", "<think></think>132"])
-    scores = train.JudgedReward(judge, BYTES)(group)
+    scores = train.GatedReward(score, BYTES)(group)
     assert np.allclose(scores, [0.880797, 0, 0.268941], atol=1e-5) and scores[1] == 0
-    scores = train.JudgedReward(judge, BYTES, gate=lambda group: [0, 1, 0])(group)
+    scores = train.GatedReward(score, BYTES, gate=lambda group: [0, 1, 0])(group)
     assert np.allclose(scores, [0, 0.993307, 0], atol=1e-5)
