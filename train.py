@@ -1094,7 +1094,7 @@ class Checkpointer:
         good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
         raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped before "
                          f"the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first samples of "
-                         f"this batch: {', '.join(samples[:6])}")
+                         f"this batch: {samples[:6]}")
 
     def check_data(self, sources):
         """Stop a run that would go on with other data than it began with."""
@@ -1138,7 +1138,7 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
         row = train_step(model, optimizers, balancer, shard_rows(batch), count, config, dtype, lr, loss_of)
         average_over_processes(row, "loss")
-        checkpointer.check(row, step, [f"{source} {number}" for source, number in origins])
+        checkpointer.check(row, step, origins)
         # One row of log.csv a step; a line, samples and a checkpoint now and then.
         seconds = time.perf_counter() - begun
         row |= {"lr": lr, "seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
@@ -1303,29 +1303,30 @@ class Group:
     rewards: list = field(default_factory=list)
 
     def lengths(self):
-        return [len(tokens) for tokens in self.tokens]
+        return list(map(len, self.tokens))
 
 
-def roll_out(model, prompts, group_size, context, end, uniform):
-    """Sample `group_size` replies of up to `context` tokens at temperature 1 to each prompt (lists of ids) -> per
-    prompt a list of (tokens, log probabilities, expert choices).
+def roll_out(model, groups, group_size, context, tokenizer, uniform):
+    """Sample `group_size` replies of up to `context` tokens to each group's prompt, at temperature 1, into the groups.
 
-    uniform (context, prompts * group_size): the random numbers, as in zaya.Zaya.generate.
+    uniform (context, len(groups) * group_size): the random numbers, as in zaya.Zaya.generate.
     """
-    repeated = [prompt for prompt in prompts for _ in range(group_size)]
-    inputs, mask = left_padded(repeated, model.config.pad_token_id, model.norm.weight.device)
-    sampled, logps, choices = model.generate(inputs, context, attention_mask=mask, eos_token_id=end, uniform=uniform,
+    owners = [group for group in groups for _ in range(group_size)]
+    prompts, mask = left_padded([group.prompt for group in owners], tokenizer.pad, model.norm.weight.device)
+    S, end = prompts.shape[1], tokenizer.end
+    sampled, logps, choices = model.generate(prompts, context, attention_mask=mask, eos_token_id=end, uniform=uniform,
                                              record=True)
-    sampled, logps, choices = sampled.cpu(), logps.cpu(), choices.cpu()
-    rollouts = []
-    for row, prompt in enumerate(repeated):
-        tokens = sampled[row, inputs.shape[1]:].tolist()
-        if end in tokens:
+    logps, choices = logps.cpu(), choices.cpu()
+    for row, (group, tokens) in enumerate(zip(owners, sampled[:, S:].tolist())):
+        ended = end in tokens
+        if ended:
             tokens = tokens[:tokens.index(end) + 1]
-        # The row begins with padding; the last token was sampled but not read, so it took no expert.
-        first, length = inputs.shape[1] - len(prompt), len(prompt) + len(tokens) - 1
-        rollouts.append((tokens, logps[row, :len(tokens)].clone(), choices[:, row, first:first + length].clone()))
-    return [rollouts[start:start + group_size] for start in range(0, len(rollouts), group_size)]
+        group.tokens.append(tokens)
+        group.ended.append(ended)
+        group.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
+        group.logps.append(logps[row, :len(tokens)].clone())
+        # Left of the prompt is padding; the last token was sampled but not read, so no expert saw it.
+        group.choices.append(choices[:, row, S - len(group.prompt):S + len(tokens) - 1].clone())
 
 
 def verifier_rewards(group):
@@ -1414,21 +1415,13 @@ class Actor:
         places = shard(torch.arange(len(groups) * group_size).view(len(groups), group_size)).flatten()
         uniform = torch.stack([torch.rand(len(groups) * group_size, generator=generator)[places]
                                for _ in range(self.stage.context)])
-        mine, rolled, end = shard(groups), [], self.tokenizer.end
-        with autocast(self.sampler, self.dtype):                # the same precision as the trainer's
-            if mine:
-                rolled = roll_out(self.sampler, [group.prompt for group in mine], group_size, self.stage.context, end,
-                                  uniform)
-        for group, rollouts in zip(mine, rolled):
+        mine = shard(groups)
+        if mine:
+            with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
+                roll_out(self.sampler, mine, group_size, self.stage.context, self.tokenizer, uniform)
+        # Rambling earns nothing: neither a reply without an end nor one that repeats itself.
+        for group in mine:
             group.version = self.version
-            for tokens, logps, choices in rollouts:
-                ended = tokens[-1] == end
-                group.tokens.append(tokens)
-                group.logps.append(logps)
-                group.choices.append(choices)
-                group.ended.append(ended)
-                group.texts.append(self.tokenizer.decode(tokens[:-1] if ended else tokens))
-            # Rambling earns nothing: neither a reply without an end nor one that repeats itself.
             for reward, ended, text in zip(self.score(group), group.ended, group.texts):
                 group.rewards.append(float(reward) if ended and not repetitive(text) else 0.0)
         self.rounds += 1
@@ -1542,9 +1535,8 @@ def collate(rollouts, pad, device):
         choices[:, row, :n] = choice
         logps[row, reply], advantages[row, reply] = logp, advantage
     real = targets >= 0
-    batch = inputs, targets, positions, choices, logps[real], advantages[real]
-    inputs, targets, positions, choices, logps, advantages = [part.to(device) for part in batch]
-    return inputs, targets, positions, list(choices), logps, advantages
+    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)),
+            logps[real].to(device), advantages[real].to(device))
 
 
 def token_logps(model, inputs, targets, positions, routing):
@@ -1676,15 +1668,22 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=
 
 def rollout_metrics(generated, taken, version):
     """What the log says of the rollouts just sampled (reward … zero_groups), and of those trained on (staleness)."""
-    row = {}
+    row, staleness = {}, [version - group.version for group in taken]
     if taken:
-        row["staleness"] = float(np.mean([version - group.version for group in taken]))
+        row["staleness"] = float(np.mean(staleness))
+    rewards, lengths, ended, repeats, silent = [], [], [], [], []
+    for group in generated:
+        rewards += group.rewards
+        lengths += group.lengths()
+        ended += group.ended
+        repeats += map(repetitive, group.texts)
+        silent.append(not has_signal(group.rewards))
     if generated:
-        row["reward"] = float(np.mean([group.rewards for group in generated]))
-        row["length"] = float(np.mean([group.lengths() for group in generated]))
-        row["no_end"] = 1 - float(np.mean([group.ended for group in generated]))
-        row["repetitive"] = float(np.mean([repetitive(text) for group in generated for text in group.texts]))
-        row["zero_groups"] = float(np.mean([not has_signal(group.rewards) for group in generated]))
+        row["reward"] = float(np.mean(rewards))
+        row["length"] = float(np.mean(lengths))
+        row["no_end"] = 1 - float(np.mean(ended))
+        row["repetitive"] = float(np.mean(repeats))
+        row["zero_groups"] = float(np.mean(silent))
     return row
 
 
@@ -1709,12 +1708,9 @@ class RewardModel(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, conversations):
-        width, device = max(map(len, conversations)), self.head.weight.device
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in conversations], device=device)
-        length = torch.tensor([len(ids) for ids in conversations], device=device)
-        column = torch.arange(width, device=device).expand(len(length), width)
-        hidden = self.backbone.hidden_states(ids, position_ids=column.where(column < length[:, None], -1))
-        return self.head(hidden[torch.arange(len(length)), length - 1].float())[:, 0]
+        ids, mask = left_padded(conversations, 0, self.head.weight.device)
+        hidden = self.backbone.hidden_states(ids, mask)[:, -1]                              # (B, E)
+        return self.head(hidden.float())[:, 0]
 
 
 def bradley_terry_loss(better, worse):

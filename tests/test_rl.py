@@ -2,6 +2,7 @@
 import io
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,20 +47,21 @@ def perturb_routers(model, size=0.5):
 
 
 def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
-    uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
-    return train.roll_out(model, prompts, group_size, context, end, uniform)
-
-
-def grouped(rolled, prompts=PROMPTS):
+    """A group for each prompt, rolled out."""
     groups = [Group(ADD, prompt) for prompt in prompts]
-    for group, rollouts in zip(groups, rolled):
-        group.tokens, group.logps, group.choices = (list(part) for part in zip(*rollouts))
+    uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
+    speaks = SimpleNamespace(end=end, pad=BYTES.pad, decode=BYTES.decode)
+    train.roll_out(model, groups, group_size, context, speaks, uniform)
     return groups
 
 
-def collated(rolled, prompts=PROMPTS, advantage=1.0):
-    rollouts = [(prompt, *rollout, advantage) for prompt, group in zip(prompts, rolled) for rollout in group]
-    return train.collate(rollouts, BYTES.pad, "cpu")
+def rollouts(groups):
+    """(prompt, tokens, log probabilities, choices) of each."""
+    return [(group.prompt, *rollout) for group in groups for rollout in zip(group.tokens, group.logps, group.choices)]
+
+
+def collated(groups, advantage=1.0):
+    return train.collate([(*rollout, advantage) for rollout in rollouts(groups)], BYTES.pad, "cpu")
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
@@ -208,49 +210,48 @@ def test_rollouts_are_what_a_plain_forward_says(context, ends):
     """Rows that leave the batch take their cache rows, positions and records with them."""
     model, used = sharp_model(), set()
     model = short_spoken(model) if ends else model
-    groups = grouped(roll(model, group_size=8 if ends else 4, context=context, end=BYTES.end if ends else -1))
-    for group in groups:
-        for tokens, logps, choices in zip(group.tokens, group.logps, group.choices):
-            logp, choice = plain_forward(model, group.prompt, tokens)
-            assert torch.allclose(logps, logp, atol=2e-5) and logps.dtype == torch.float32
-            assert choices.shape == (2, len(group.prompt) + len(tokens) - 1) and torch.equal(choices.long(), choice)
-            used |= set(choice.flatten().tolist())
+    groups = roll(model, group_size=8 if ends else 4, context=context, end=BYTES.end if ends else -1)
+    for prompt, tokens, logps, choices in rollouts(groups):
+        logp, choice = plain_forward(model, prompt, tokens)
+        assert torch.allclose(logps, logp, atol=2e-5) and logps.dtype == torch.float32
+        assert choices.shape == (2, len(prompt) + len(tokens) - 1) and torch.equal(choices.long(), choice)
+        used |= set(choice.flatten().tolist())
     assert len(used) >= 4                                       # else equal choices would say nothing
     assert not ends or len({length for group in groups for length in group.lengths()}) > 8
 
 
 def test_a_shared_prompt_is_the_same_as_a_repeated_one():
     model = sharp_model()
-    shared = sum(roll(model, PROMPTS, 3), [])
-    repeated = sum(roll(model, [prompt for prompt in PROMPTS for _ in range(3)], 1), [])
-    for (tokens, logps, choices), (tokens_, logps_, choices_) in zip(shared, repeated):
+    shared = roll(model, PROMPTS, 3)
+    repeated = roll(model, [prompt for prompt in PROMPTS for _ in range(3)], 1)
+    for (_, tokens, logps, choices), (_, tokens_, logps_, choices_) in zip(rollouts(shared), rollouts(repeated)):
         assert tokens == tokens_ and torch.allclose(logps, logps_, atol=1e-5) and torch.equal(choices, choices_)
 
 
 def test_rollouts_fill_the_context_or_end():
     model = sharp_model()
-    free = [[tokens for tokens, *_ in group] for group in roll(model, group_size=8, context=30)]
-    assert {len(tokens) for group in free for tokens in group} == {30}
-    flat = [token for group in free for tokens in group for token in tokens]
+    free = [tokens for _, tokens, *_ in rollouts(roll(model, group_size=8, context=30))]
+    assert set(map(len, free)) == {30}
+    flat = sum(free, [])
     end, ended = max(set(flat), key=flat.count), 0
-    for whole, group in zip(free, roll(model, group_size=8, context=30, end=end)):
-        for before, (tokens, logps, _) in zip(whole, group):
-            expected = before[:before.index(end) + 1] if end in before else before
-            assert tokens == expected and len(logps) == len(tokens)     # others that ended change nothing
-            ended += end in before
+    for before, (_, tokens, logps, _) in zip(free, rollouts(roll(model, group_size=8, context=30, end=end))):
+        expected = before[:before.index(end) + 1] if end in before else before
+        assert tokens == expected and len(logps) == len(tokens)     # others that ended change nothing
+        ended += end in before
     assert 4 < ended
 
 
 def test_all_rollouts_may_end_at_once():
     model = sharp_model()
-    end = roll(model, [PROMPTS[0]], 1)[0][0][0][0]
-    (tokens, logps, choices), = roll(model, [PROMPTS[0]], 1, end=end)[0]
-    assert tokens == [end] and logps.shape == (1,) and choices.shape == (2, 5)
+    end = roll(model, [PROMPTS[0]], 1)[0].tokens[0][0]
+    group, = roll(model, [PROMPTS[0]], 1, end=end)
+    assert group.tokens == [[end]] and group.ended == [True] and group.texts == [""]
+    assert group.logps[0].shape == (1,) and group.choices[0].shape == (2, 5)
 
 
 def test_rollouts_are_a_function_of_the_seed():
     model = sharp_model()
-    tokens = [[rollout[0] for rollout in sum(roll(model, seed=seed), [])] for seed in (3, 3, 4)]
+    tokens = [[tokens for group in roll(model, seed=seed) for tokens in group.tokens] for seed in (3, 3, 4)]
     assert tokens[0] == tokens[1] != tokens[2]
     assert len(set(map(tuple, tokens[0]))) == len(tokens[0])    # and each of a group its own
 
@@ -258,7 +259,7 @@ def test_rollouts_are_a_function_of_the_seed():
 def test_temperature_is_one():
     """Of 2,000 first tokens each likely one comes as often as the model says."""
     model = sharp_model()
-    first = [tokens[0] for tokens, *_ in roll(model, [PROMPTS[0]], 2000, context=6)[0]]
+    first = [tokens[0] for tokens in roll(model, [PROMPTS[0]], 2000, context=6)[0].tokens]
     with torch.no_grad():
         probability = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
     for token in probability.topk(5).indices.tolist():
@@ -292,7 +293,7 @@ def test_the_replay_knows_more_than_256_experts():
     model = Zaya(ZayaConfig.preset("smoke", vocab_size=BYTES.vocab_size, num_experts=300)).eval()
     for layer in model.layers:                                  # the last experts are the chosen ones
         layer.gate.balancing_biases[:-1] = torch.linspace(0, 1, 300)
-    (tokens, logps, choices), = roll(model, [PROMPTS[0]], 1, context=6)[0]
+    (_, tokens, logps, choices), = rollouts(roll(model, [PROMPTS[0]], 1, context=6))
     logp, choice = plain_forward(model, PROMPTS[0], tokens, choices)
     assert choices.min() > 255 and torch.equal(plain_forward(model, PROMPTS[0], tokens)[1], choices.long())
     assert torch.allclose(logps, logp, atol=2e-5) and torch.equal(choice, choices.long())
@@ -309,8 +310,7 @@ def test_other_weights_take_the_replayed_experts():
     assert all(torch.equal(a[positions >= 0], b[positions >= 0]) for a, b in zip(taken, choices))
     for hook in hooks:
         hook.remove()
-    alone = [plain_forward(other, prompt, tokens, choice)[0] for prompt, group in zip(PROMPTS, rolled)
-             for tokens, _, choice in group]
+    alone = [plain_forward(other, prompt, tokens, choice)[0] for prompt, tokens, _, choice in rollouts(rolled)]
     assert torch.allclose(logp, torch.cat(alone), atol=2e-5)
     with torch.no_grad():
         live = train.token_logps(other, inputs, targets, positions, [])
@@ -360,13 +360,13 @@ def step(model, groups, advantages, lr=1e-3, micro_batch=10**6):
 
 
 def log_probabilities(model, groups):
-    return [plain_forward(model, group.prompt, tokens, choice)[0].sum().item() for group in groups
-            for tokens, choice in zip(group.tokens, group.choices)]
+    return [plain_forward(model, prompt, tokens, choice)[0].sum().item()
+            for prompt, tokens, _, choice in rollouts(groups)]
 
 
 def test_a_step_raises_the_good_and_lowers_the_bad():
     model = sharp_model()
-    groups = grouped(roll(model, PROMPTS[:2], 2), PROMPTS[:2])
+    groups = roll(model, PROMPTS[:2], 2)
     before = log_probabilities(model, groups)
     row = step(model, groups, [[1.0, -1.0], [-1.0, 1.0]])
     change = np.array(log_probabilities(model, groups)) - before
@@ -378,7 +378,7 @@ def test_a_step_raises_the_good_and_lowers_the_bad():
 
 def test_a_step_replays_the_samplers_experts():
     """The loss by hand, for a trainer whose own routers would choose others."""
-    groups, other = grouped(roll(sharp_model(), PROMPTS[:2], 2), PROMPTS[:2]), perturb_routers(sharp_model(), 0.1)
+    groups, other = roll(sharp_model(), PROMPTS[:2], 2), perturb_routers(sharp_model(), 0.1)
     total, live = 0.0, 0.0
     for group, sign in zip(groups, (1, -1)):
         for tokens, mu, choice in zip(group.tokens, group.logps, group.choices):
@@ -393,7 +393,7 @@ def test_a_step_replays_the_samplers_experts():
 
 def test_a_second_step_on_the_same_rollouts_is_off_policy():
     model = sharp_model()
-    groups = grouped(roll(model, PROMPTS[:2], 2), PROMPTS[:2])
+    groups = roll(model, PROMPTS[:2], 2)
     advantages = [[1.0, -1.0], [-1.0, 1.0]]
     step(model, groups, advantages, lr=0.05)
     row = step(model, groups, advantages, lr=0.05)
@@ -403,7 +403,7 @@ def test_a_second_step_on_the_same_rollouts_is_off_policy():
 def test_every_row_of_a_step_keeps_its_own_advantage():
     """Rollouts are sorted by length into micro-batches of any size: the update is the same."""
     start = short_spoken(sharp_model())
-    groups = grouped(roll(start, PROMPTS, 4, context=40, end=BYTES.end))
+    groups = roll(start, PROMPTS, 4, context=40, end=BYTES.end)
     advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).tolist()
     before = log_probabilities(start, groups)
     rows = [step(short_spoken(sharp_model()), groups, advantages, micro_batch=size) for size in (10**6, 45)]
@@ -414,7 +414,7 @@ def test_every_row_of_a_step_keeps_its_own_advantage():
 
 def test_a_rollout_longer_than_a_micro_batch_is_trained_on_alone():
     model = sharp_model()
-    groups = grouped(roll(model, PROMPTS[:2], 2), PROMPTS[:2])
+    groups = roll(model, PROMPTS[:2], 2)
     assert step(model, groups, [[1.0, -1.0], [-1.0, 1.0]], micro_batch=8)["norm"] > 0
 
 
@@ -426,11 +426,14 @@ def tiny_stage(**changes):
     return RLStage(**{**usual, **changes})
 
 
-def say(text, end=True):
-    """A rollout's tokens, log probabilities and choices, as a model would give them that said this."""
+def say(group, text, end=True):
+    """Add a rollout to a group, as a model would that said this."""
     tokens = BYTES.render([{"role": "assistant", "content": text}])[0][1:]
-    tokens = tokens if end else tokens[:-1]
-    return tokens, torch.zeros(len(tokens)), torch.zeros(2, len(tokens), dtype=torch.uint8)
+    group.tokens.append(tokens if end else tokens[:-1])
+    group.texts.append(text)
+    group.ended.append(end)
+    group.logps.append(torch.zeros(group.lengths()[-1]))
+    group.choices.append(torch.zeros(2, group.lengths()[-1], dtype=torch.int16))
 
 
 @pytest.fixture
@@ -438,10 +441,11 @@ def talk(monkeypatch):
     """Rollouts from a list of texts instead of a model."""
     texts = ["<think>one</think>1", "<think>two</think>2", "<think>three</think>3", "no form"]
 
-    def roll_out(model, prompts, group_size, *_):
-        return [[say(texts[i % len(texts)]) for i in range(group_size)] for _ in prompts]
+    def roll_out(model, groups, group_size, *_):
+        for group in groups:
+            for i in range(group_size):
+                say(group, texts[i % len(texts)])
     monkeypatch.setattr(train, "roll_out", roll_out)
-    return texts
 
 
 def first_half(group):
@@ -454,14 +458,12 @@ def make_actor(score=first_half, seed="s", **changes):
 
 
 def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
-    rollouts = [say("<think>x</think>132"), say("<think>x</think>132", end=False), say("<think>x</think>131"),
-                say("132"), say("<think>" + "7+5=12," * 400 + "</think>132"), say("<think></think>132")]
-    monkeypatch.setattr(train, "roll_out", lambda *_: [rollouts])
-    actor = make_actor(score=train.verifier_rewards)
-    group, = actor.sample([Group(ADD, train.prompt_ids(BYTES, ADD.prompt))], 6)
+    texts = ["<think>x</think>132", "<think>x</think>132", "<think>x</think>131", "132",
+             "<think>" + "7+5=12," * 400 + "</think>132", "<think></think>132"]
+    monkeypatch.setattr(train, "roll_out", lambda model, groups, *_: [say(groups[0], text, end=i != 1)
+                                                                      for i, text in enumerate(texts)])
+    group, = make_actor(score=train.verifier_rewards).sample([Group(ADD, [65])], 6)
     assert group.rewards == [1, 0, 0, 0, 0, 1]
-    assert group.ended == [True, False, True, True, True, True]
-    assert group.texts[:2] == ["<think>x</think>132"] * 2 and group.tokens[0][-1] == BYTES.end
 
 
 def test_the_least_sampled_environment_is_asked_first(talk):
