@@ -1052,11 +1052,11 @@ class Checkpointer:
 
     step, seconds           steps done, and what they took, sampling and data included
     settings                of the run: one with other settings does not go on from here
-    parts                   state_dicts of the optimizers, the balancer, and the loader or the actor
+    parts                   state_dicts of the optimizers, the balancer, the loader or actor, and the reward model
     done                    True once the stage is finished
     data, before, after     supervised stages: fingerprints of the sources, and their held-out losses
     start, end              RL: each environment's difficulty at the first step and after the last
-    reward_model, judged    behavioral RL: its weights, and how many held-out preferences it agrees with
+    judged                  behavioral RL: the share of held-out preferences that the reward model agrees with
     """
 
     def __init__(self, name, config, tokenizer, state=None):
@@ -1606,17 +1606,22 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=
     state = checkpointer.state
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
-    score, advantage = verifier_rewards, maxrl_advantage
+    score, advantage, parts = verifier_rewards, maxrl_advantage, {}
     if stage.reward_model_steps:
-        reward_model = find_reward_model(model, tokenizer, stage, config, state)
-        score, advantage = GatedReward(reward_model, tokenizer, gate), grpo_advantage
+        parts["reward_model"] = RewardModel(model).to(device).eval()
+        score, advantage = GatedReward(parts["reward_model"], tokenizer, gate), grpo_advantage
     actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, adapt, dtype)
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the
     # specialisation learned earlier.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    resumed = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers))
+    resumed = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers),
+                                  **parts)
+    if stage.reward_model_steps and not resumed:
+        state["judged"] = train_reward_model(parts["reward_model"], tokenizer, stage.reward_model_steps,
+                                             config.lr["sft"] / 4, config.seed)
+        print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
     if stage.adaptive and not resumed:
         actor.init_difficulty()
         state["start"] = actor.difficulties()
@@ -1741,11 +1746,9 @@ def conversation(tokenizer, problem, text):
     return tokenizer.render([{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": text}])[0]
 
 
-def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
-    """Bradley-Terry on generated preferences -> the reward model, and its accuracy on held-out pairs."""
-    torch.manual_seed(seed)
-    rng, reward_model = random.Random(f"{seed} preferences"), RewardModel(model).to(model.norm.weight.device)
-    optimizers = make_optimizers(reward_model, lr)
+def train_reward_model(reward_model, tokenizer, steps, lr, seed, pairs=32):
+    """Bradley-Terry on generated preferences -> the share of 200 held-out ones that the reward model agrees with."""
+    rng, optimizers = random.Random(f"{seed} preferences"), make_optimizers(reward_model, lr)
 
     def scores(count, hold):
         """Of `count` new pairs: the preferred replies' (count,), and the others'."""
@@ -1763,20 +1766,7 @@ def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
     reward_model.eval()
     with torch.no_grad():
         better, worse = scores(200, hold=True)
-    return reward_model, (better > worse).float().mean().item()
-
-
-def find_reward_model(model, tokenizer, stage, config, state):
-    """The stage's reward model: from its checkpoint's state, or trained now and put there."""
-    if "reward_model" in state:
-        reward_model = RewardModel(model).to(model.norm.weight.device).eval()
-        reward_model.load_state_dict(state["reward_model"])
-        return reward_model
-    steps, lr = stage.reward_model_steps, config.lr["sft"] / 4
-    reward_model, state["judged"] = train_reward_model(model, tokenizer, steps, lr, config.seed)
-    state["reward_model"] = reward_model.state_dict()
-    print(f"behavior: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
-    return reward_model
+    return (better > worse).float().mean().item()
 
 
 class GatedReward:
