@@ -1000,13 +1000,14 @@ def optimizer_step(model, optimizers, clip, lr):
     return norm
 
 
-def train_step(model, optimizers, balancer, batch, count, config, dtype, lr, loss_of=summed_loss):
+def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss, count=None):
     """One optimizer step -> its row of the log: {"loss", "norm", "load", "entropy", "bias", "skip"}.
 
-    batch: input_ids, targets, position_ids (rows, S) int64; count: the number of targets that the summed loss is
-    divided by.  `loss_of`: kernels.summed_loss, or the same compiled.
+    batch: input_ids, targets, position_ids (rows, S) int64.  `loss_of`: kernels.summed_loss, or the same compiled.
+    count: what the summed loss is divided by; None: the batch's targets, or 1 if it has none.
     """
     inputs, targets, positions = batch
+    count = count or max(1, (targets >= 0).sum().item())
     device = model.norm.weight.device
     rows = max(1, config.micro_batch // inputs.shape[1])
     row = {"loss": 0.0}
@@ -1080,6 +1081,7 @@ class Checkpointer:
         return True
 
     def save(self, step, **more):
+        """Write the checkpoint of this step; `more` goes into the state too."""
         now = time.perf_counter()
         self.state["seconds"] += now - self.clock
         self.clock, self.saved = now, step
@@ -1115,11 +1117,12 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     sources = make_sources(config, stage, tokenizer)
     checkpointer.check_data(sources)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
-    # Model: the stage's RoPE base; held-out losses before it learns, sharded weights from here on.
-    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
+    # Held-out losses of the model as the last stage left it; `late` positions are those that pretraining never saw.
     late = config.context[STAGES[0]]
     if "before" not in state:
         state["before"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
+    # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
+    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
@@ -1132,11 +1135,11 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
         *batch, origins = loader.next()
-        # FSDP2 averages gradients over the processes, so the summed loss is divided by the targets that one of them
-        # has on average.  A batch without a target has loss 0.
-        count = (batch[1] >= 0).sum().clamp_min(1).item() / world_size()
+        # FSDP2 averages gradients over the processes, so a process divides its summed loss by the targets that one of
+        # them has on average.
+        count = max(1, (batch[1] >= 0).sum().item()) / world_size()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = train_step(model, optimizers, balancer, shard_rows(batch), count, config, dtype, lr, loss_of)
+        row = train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count)
         average_over_processes(row, "loss")
         checkpointer.check(row, step, origins)
         # One row of log.csv a step; a line, samples and a checkpoint now and then.
@@ -1411,10 +1414,11 @@ class Actor:
     def sample(self, groups, group_size):
         """Fill in the groups' rollouts and rewards -> the groups.  Every process samples its share, and gets all."""
         # A rollout's random numbers depend on its place among all, not on the process that samples it.
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} sample {self.rounds}").getrandbits(60))
-        places = shard(torch.arange(len(groups) * group_size).view(len(groups), group_size)).flatten()
-        uniform = torch.stack([torch.rand(len(groups) * group_size, generator=generator)[places]
-                               for _ in range(self.stage.context)])
+        rng = random.Random(f"{self.seed} sample {self.rounds}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        places = torch.arange(len(groups) * group_size).view(len(groups), group_size)
+        uniform = torch.rand(self.stage.context, places.numel(), generator=generator)
+        uniform = uniform[:, shard(places).flatten()]
         mine = shard(groups)
         if mine:
             with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
@@ -1450,9 +1454,10 @@ class Actor:
         """Set each environment's first difficulty to where half of the rollouts pass."""
         beliefs = {name: LogisticBelief() for name in self.environments}
         for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
-            rng = random.Random(f"{self.seed} start {i}")
-            groups = [self.new_group(name, min(find_task(name).hardest, belief.propose(rng)), rng)
-                      for name, belief in beliefs.items()]
+            rng, groups = random.Random(f"{self.seed} start {i}"), []
+            for name, belief in beliefs.items():
+                d = min(find_task(name).hardest, belief.propose(rng))
+                groups.append(self.new_group(name, d, rng))
             for group in self.sample(groups, group_size):
                 right = sum(reward > 0 for reward in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
@@ -1528,12 +1533,13 @@ def collate(rollouts, pad, device):
             continue
         # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
         n = len(prompt) + len(tokens) - 1
-        reply = slice(len(prompt) - 1, n)
+        predicting = slice(len(prompt) - 1, n)
         inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
-        targets[row, reply] = torch.tensor(tokens)
+        targets[row, predicting] = torch.tensor(tokens)
         positions[row, :n] = torch.arange(n)
         choices[:, row, :n] = choice
-        logps[row, reply], advantages[row, reply] = logp, advantage
+        logps[row, predicting] = logp
+        advantages[row, predicting] = advantage
     real = targets >= 0
     return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)),
             logps[real].to(device), advantages[real].to(device))

@@ -75,12 +75,11 @@ def rank_one(launcher):
     raise AssertionError(f"no worker with RANK=1 among {workers}")
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_make_the_run_of_one(one, tmp_path, processes):
-    printed = run_processes(*PRETRAIN, "--out", tmp_path, processes=processes)
+def test_four_processes_make_the_run_of_one(one, tmp_path):
+    printed = run_processes(*PRETRAIN, "--out", tmp_path, processes=4)
     assert one[0]["loss"] - one[-1]["loss"] > 0.5
     assert_equal_curves(curve(tmp_path), one)
-    assert printed.count("pretrain 12/12") == 1 and f"{processes} processes" in printed     # only the first one speaks
+    assert printed.count("pretrain 12/12") == 1 and "4 processes" in printed       # only the first process speaks
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".tmp", ".new", ".old")]
 
 
