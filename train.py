@@ -11,8 +11,8 @@ long chains of thought, each trimmed so that the answer survives, then SFT on ch
 reinforcement learning on one spine, in which Actor samples groups of rollouts and rl_step learns from them.  A run is a
 pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
 
-Read in this order: settings, tasks, data (trim, pack, sources), Muon, run_stage, the RL formulas, Actor, rl_step,
-run_rl, main; many processes when you need them.  Does NOT include: sharded weights, tensor or context parallelism.
+Read in this order: settings, tasks, data (trim, pack, sources), Muon, supervised_stage, the RL formulas, Actor,
+rl_step, rl_stage, main; many processes when you need them.  Does NOT include: tensor or context parallelism.
 """
 import argparse
 import codecs
@@ -54,13 +54,13 @@ import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, should_compile
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
                  reply, terse_prompt)
-from zaya import Cache, Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
+from zaya import Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -869,16 +869,17 @@ def orthogonalize(matrices, steps=5):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, polynomial, x, beta=3.4445)
-    return (x.mT if tall else x).to(matrices.dtype).reshape(matrices.shape)
+    x = x.mT if tall else x
+    return x.to(matrices.dtype).reshape(matrices.shape)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix moves by 0.2 sqrt(max(m, n)) lr U V^T, an AdamW update's usual size.
 
     TR section III ("AdamW-RMS matching": one learning rate serves both optimizers).  Parameters are matrices (m, n) or
-    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  Those of one shape are
-    orthogonalised in one batch.  `momentum` 0 is the RL stages'.  Under FSDP2 a process orthogonalises the experts that
-    it owns; other matrices are gathered, and each process keeps its rows of the result.
+    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  `momentum` 0 is the RL
+    stages'.  Under FSDP2 a process orthogonalises the experts that it owns; other matrices are gathered, and each
+    process keeps its rows of the result.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
@@ -894,45 +895,42 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            shapes = {}
+            by_shape = collections.defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    shapes.setdefault(parameter.shape[-2:], []).append(parameter)
-            for shape, parameters in shapes.items():
-                updates = [self.whole_matrices(self.update(p, group["momentum"])) for p in parameters]
+                    by_shape[parameter.shape[-2:]].append(parameter)
+            # Many small products are slow: all matrices of one shape are orthogonalised in one batch.
+            for shape, parameters in by_shape.items():
+                updates = [self.whole_update(parameter, group["momentum"]) for parameter in parameters]
                 moves = orthogonalize(torch.cat(updates)).split([len(update) for update in updates])
                 for parameter, move in zip(parameters, moves):
-                    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    own, move = self.own_part(parameter, move)
                     own.mul_(1 - group["lr"] * group["weight_decay"])
-                    own.add_(self.own_rows(move, parameter), alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
+                    own.add_(move, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
-    def update(self, parameter, momentum):
-        """The gradient with Nesterov momentum."""
-        if not momentum:
-            return parameter.grad
-        state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(state["momentum"], momentum)
-
-    @staticmethod
-    def whole_matrices(update):
-        """(m, n) -> (1, m, n), gathered;  (X, m, n) -> the experts of this process."""
+    def whole_update(self, parameter, momentum):
+        """The gradient with Nesterov momentum, as whole matrices: a gathered one (1, m, n), or this process' experts
+        (X, m, n)."""
+        update = parameter.grad
+        if momentum:
+            state = self.state[parameter]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(parameter)
+            state["momentum"].lerp_(parameter.grad, 1 - momentum)
+            update = parameter.grad.lerp(state["momentum"], momentum)
         if isinstance(update, DTensor):
             update = update.full_tensor() if update.ndim == 2 else update.to_local()
         return update if update.ndim == 3 else update[None]
 
     @staticmethod
-    def own_rows(move, parameter):
-        """What of an orthogonalised update belongs to this process' part of the parameter."""
-        if parameter.ndim == 2:
-            move = move[0]
-            if isinstance(parameter, DTensor):
-                mesh = parameter.device_mesh
-                whole = DTensor.from_local(move, mesh, [Replicate()] * mesh.ndim, run_check=False)
-                move = whole.redistribute(placements=parameter.placements).to_local()
-        return move
+    def own_part(parameter, move):
+        """-> what this process holds of a parameter, and of the move of its whole matrices."""
+        move = move[0] if parameter.ndim == 2 else move
+        if not isinstance(parameter, DTensor):
+            return parameter, move
+        if parameter.ndim == 2:                                 # every process has made the same move: none is sent
+            move = distribute_tensor(move, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        return parameter.to_local(), move
 
 
 def make_optimizers(model, lr, weight_decay=0.0, momentum=0.95):
@@ -961,32 +959,28 @@ def learning_rate(step, steps, peak, final):
 
 
 def choose_device(config):
-    """-> device, dtype, and the sentence that says why."""
-    device, because = config.device, "as asked"
+    """-> device, dtype, and the sentence that says so."""
+    device, dtype, processes = config.device, config.dtype, world_size()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        because = f"a {'ROCm' if torch.version.hip else 'CUDA'} GPU is there" if device == "cuda" else "no GPU is there"
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
-    ranks = world_size()
-    if config.shard and ranks % config.shard:
-        raise SystemExit(f"--shard {config.shard}: the {ranks} processes are no multiple of it")
-    if ranks > 1 and device == "mps":
-        raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
     if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise SystemExit(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
                          "--nproc_per_node says how many")
-    dtype, why = config.dtype, "as asked"
-    if dtype == "auto":
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
+    if device == "mps" and processes > 1:
+        raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
+    if config.shard and processes % config.shard:
+        raise SystemExit(f"--shard {config.shard}: the {processes} processes are no multiple of it")
+    if dtype == "auto":                                         # bfloat16 where it is known to be faster
         fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if fast else "float32"
-        why = "this GPU multiplies it fast" if fast else "nothing here is known to be faster in bfloat16"
     if dtype not in ("float32", "bfloat16"):
         raise SystemExit(f"--dtype {dtype}: there are float32 and bfloat16")
-    return device, getattr(torch, dtype), f"device {device} ({because}), dtype {dtype} ({why}), " \
-        f"{torch.get_num_threads()} threads" + (f", {ranks} processes" if ranks > 1 else "")
+    return device, getattr(torch, dtype), (f"device {device}, dtype {dtype}, {torch.get_num_threads()} threads, "
+                                           f"{processes} processes")
 
 
 def optimizer_step(model, optimizers, clip, lr):
@@ -1006,41 +1000,75 @@ def optimizer_step(model, optimizers, clip, lr):
     return norm
 
 
-def train_step(model, optimizers, balancer, batch, count, config, dtype, lr, loss_of=summed_loss):
-    """One optimizer step -> {"loss", "norm", "load", "entropy", "bias", "skip"}.
+def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss, count=None):
+    """One optimizer step -> its row of the log: {"loss", "norm", "load", "entropy", "bias", "skip"}.
 
-    batch: input_ids, targets, position_ids (rows, S) int64; count: the number of targets that the summed loss is
-    divided by.  `loss_of`: kernels.summed_loss, or the same compiled.
+    batch: input_ids, targets, position_ids (rows, S) int64.  `loss_of`: kernels.summed_loss, or the same compiled.
+    count: what the summed loss is divided by; None: the batch's targets, or 1 if it has none.
     """
+    inputs, targets, positions = batch
+    count = count or max(1, (targets >= 0).sum().item())
     device = model.norm.weight.device
-    rows = max(1, config.micro_batch // batch[0].shape[1])
-    loss, metrics = 0.0, {}
+    rows = max(1, config.micro_batch // inputs.shape[1])
+    row = {"loss": 0.0}
     model.train()
     # Gradients of the micro-batches add up to those of the whole batch.
-    for micro_batch in zip(*(part.split(rows) for part in batch)):
-        inputs, targets, positions = (part.to(device) for part in micro_batch)
-        part = loss_of(model, inputs, targets, positions, dtype) / count
-        part.backward()
-        loss += part.item()
-    norm = optimizer_step(model, optimizers, config.grad_clip, lr)
+    for start in range(0, len(inputs), rows):
+        part = slice(start, start + rows)
+        x, y, position = inputs[part].to(device), targets[part].to(device), positions[part].to(device)
+        loss = loss_of(model, x, y, position, dtype) / count
+        loss.backward()
+        row["loss"] += loss.item()
+    # Muon moves the matrices and AdamW the rest.
+    row["norm"] = optimizer_step(model, optimizers, config.grad_clip, lr)
     # The routers have counted their choices meanwhile: the balancer moves their biases.
-    if math.isfinite(norm):
-        metrics = balancer.step()
-    return {"loss": loss, "norm": norm, **metrics}
+    if math.isfinite(row["norm"]):
+        row |= balancer.step()
+    return row
+
+
+def average_over_processes(row, *keys):
+    """Replace these entries of this process' row, as far as there are such, by their mean over all processes."""
+    for key in keys:
+        if key in row:
+            row[key] = all_reduce(row[key])[0] / world_size()
+
+
+# How a line says what is in a row of log.csv.
+SAID = {"loss": "loss {:.3f}", "reward": "reward {:.3f}", "norm": "norm {:.2f}", "lr": "lr {:.1e}",
+        "load": "load {:.2f}", "entropy": "entropy {:.3f}", "bias": "bias {:.3f}", "length": "length {:.0f}",
+        "no_end": "no end {:.3f}", "repetitive": "repetitive {:.3f}", "zero_groups": "groups without signal {:.2f}",
+        "staleness": "stale {:.1f}", "masked": "masked {:.3f}", "flips": "flips {:.3f}", "kl": "kl {:.1e}",
+        "kl_live": "without replay {:.1e}", "seconds": "{:.2f} s", "tokens_per_second": "{:.0f} tok/s",
+        "rollouts_per_second": "{:.0f} rollouts/s"}
+
+
+def print_row(name, step, steps, row):
+    said = [form.format(row[key]) for key, form in SAID.items() if key in row]
+    print(f"{name} {step}/{steps} | " + " | ".join(said), flush=True)
 
 
 class Checkpointer:
-    """One stage's checkpoint: its trainer state, its parts (anything with a state_dict), and the seconds spent."""
+    """Writes out/<stage>: the model, the tokenizer, and `state`, a dictionary with all else that training goes on from.
 
-    def __init__(self, name, config, tokenizer, state):
-        self.name, self.config, self.model, self.tokenizer = name, config, None, tokenizer
-        self.folder, self.clock, self.parts = os.path.join(config.out, name), time.perf_counter(), {}
+    step, seconds           steps done, and what they took, sampling and data included
+    settings                of the run: one with other settings does not go on from here
+    parts                   state_dicts of the optimizers, the balancer, the loader or actor, and the reward model
+    done                    True once the stage is finished
+    data, before, after     supervised stages: fingerprints of the sources, and their held-out losses
+    start, end              RL: each environment's difficulty at the first step and after the last
+    judged                  behavioral RL: the share of held-out preferences that the reward model agrees with
+    """
+
+    def __init__(self, name, config, tokenizer, state=None):
+        self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.folder, self.clock = os.path.join(config.out, name), time.perf_counter()
         self.state = state if state is not None else {"step": 0, "seconds": 0.0}
-        self.saved = self.state["step"] if "parts" in self.state else None
-        for later in (os.path.join(config.out, other) for other in STAGES[STAGES.index(name) + 1:]):
-            if os.path.exists(later):
-                raise SystemExit(f"{name} is still to be trained, but {later} was made from another one: delete it, or "
-                                 "take another --out")
+        self.saved = self.state["step"] if "parts" in self.state else None          # the step of the last checkpoint
+        for later in STAGES[STAGES.index(name) + 1:]:
+            if os.path.exists(os.path.join(config.out, later)):
+                raise SystemExit(f"{name} is still to be trained, but {os.path.join(config.out, later)} was made from "
+                                 "another one: delete it, or take another --out")
 
     def resume(self, model, **parts):
         """Name the model and the parts; if the stage was begun, they go on from its checkpoint -> whether it was."""
@@ -1053,39 +1081,47 @@ class Checkpointer:
         return True
 
     def save(self, step, **more):
-        self.state["seconds"] += time.perf_counter() - self.clock
-        self.clock, self.saved = time.perf_counter(), step
-        self.state.update(step=step, settings=settings(self.config),
-                          parts={name: part.state_dict() for name, part in self.parts.items()}, **more)
+        """Write the checkpoint of this step; `more` goes into the state too."""
+        now = time.perf_counter()
+        self.state["seconds"] += now - self.clock
+        self.clock, self.saved = now, step
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        self.state.update(step=step, settings=settings(self.config), parts=parts, **more)
         save_checkpoint(self.folder, self.model, self.tokenizer, self.state)
 
     def check(self, row, step, samples):
-        """Stop before a step whose loss or gradient is not finite does any harm."""
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["norm"])):
-            good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
-            raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped "
-                             f"before the update. Samples of the batch: {', '.join(samples[:6])}"
-                             f"{' …' if len(samples) > 6 else ''}. Last good checkpoint: {good}. Try a lower --lr, or "
-                             "look at those samples")
+        """Stop the run after a step that had no finite loss or gradient: the weights have not moved."""
+        if math.isfinite(row["loss"]) and math.isfinite(row["norm"]):
+            return
+        good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
+        raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped before "
+                         f"the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first samples of "
+                         f"this batch: {samples[:6]}")
+
+    def check_data(self, sources):
+        """Stop a run that would go on with other data than it began with."""
+        now = {source.name: source.fingerprint for source in sources}
+        begun = self.state.setdefault("data", now)
+        changed = [name for name in sorted({*now, *begun}) if now.get(name) != begun.get(name)]
+        if changed:
+            raise SystemExit(f"{self.folder} was begun on other data: {', '.join(changed)} changed since. Bring the "
+                             f"old data back, take another --out, or delete {self.folder}")
 
 
-def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
-    """Train one supervised stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
-
-    Returns the state: "before" and "after" are held-out losses, "seconds" is all it took, data and samples included."""
+def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype):
+    """Train pretrain, midtrain or sft to its end, from `state` if it was begun, and leave its checkpoint in
+    out/<stage> -> the state (see Checkpointer)."""
     checkpointer = Checkpointer(name, config, tokenizer, state)
     state = checkpointer.state
+    # Data: samples of all sources, packed into rows of the stage's context length.
     sources = make_sources(config, stage, tokenizer)
+    checkpointer.check_data(sources)
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
+    # Held-out losses of the model as the last stage left it; `late` positions are those that pretraining never saw.
     late = config.context[STAGES[0]]
-    fingerprints = {source.name: source.fingerprint for source in sources}
     if "before" not in state:
-        state.update(before=held_out_loss(model, sources, stage, tokenizer.pad, late), data=fingerprints)
-    elif state["data"] != fingerprints:
-        old = state["data"]
-        changed = sorted(key for key in {*fingerprints, *old} if fingerprints.get(key) != old.get(key))
-        raise SystemExit(f"{checkpointer.folder} was begun on other data: {', '.join(changed)} changed since. Bring "
-                         f"the old data back, take another --out, or delete {checkpointer.folder}")
+        state["before"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
+    # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
@@ -1095,33 +1131,34 @@ def run_stage(name, config, stage, model, tokenizer, state, device, dtype):
     print(f"{name}: {why}")
     loss_of = compile_loss() if compiled else summed_loss
     log = Log(config.out, name, state["step"])
+
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
         *batch, origins = loader.next()
+        # FSDP2 averages gradients over the processes, so a process divides its summed loss by the targets that one of
+        # them has on average.
+        count = max(1, (batch[1] >= 0).sum().item()) / world_size()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        # What the summed loss is divided by; FSDP2 averages over the processes.  A batch without a target has loss 0.
-        count = (batch[1] >= 0).sum().clamp_min(1).item() / world_size()
-        row = train_step(model, optimizers, balancer, shard_rows(batch), count, config, dtype, lr, loss_of)
-        row["loss"] = all_reduce(row["loss"])[0] / world_size()
-        checkpointer.check(row, step, [f"{source} {number}" for source, number in origins])
+        row = train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count)
+        average_over_processes(row, "loss")
+        checkpointer.check(row, step, origins)
+        # One row of log.csv a step; a line, samples and a checkpoint now and then.
         seconds = time.perf_counter() - begun
-        speed = config.tokens_per_step / seconds
-        log.add(stage=name, step=step, lr=lr, tokens_per_second=speed, seconds=seconds, **row)
+        row |= {"lr": lr, "seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
+        log.add(stage=name, step=step, **row)
         if step % config.log_every == 0 or step in (1, stage.steps):
-            print(f"{name} {step}/{stage.steps} | loss {row['loss']:.3f} | norm {row['norm']:.2f} | lr {lr:.1e} | "
-                  f"load {row['load']:.2f} entropy {row['entropy']:.3f} bias {row['bias']:.3f} | "
-                  f"{seconds * 1e3:.0f} ms {speed / 1e3:.1f}k tok/s", flush=True)
+            print_row(name, step, stage.steps, row)
         if step % max(1, stage.steps // 4) == 0 and step < stage.steps:
             show_samples(model, tokenizer, sources, step)
         if step % config.save_every == 0 or step == stage.steps:    # the last one too, before anything is evaluated
             checkpointer.save(step)
+
     state["after"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
     show_samples(model, tokenizer, sources, stage.steps)
     checkpointer.save(stage.steps, done=True)
     for source in sources:
         if isinstance(source, TaskSource):
-            print(f"{name}: generated conversations trimmed to {stage.context} tokens: "
-                  + ", ".join(f"{n} {verdict}" for verdict, n in source.trim_counts.items()))
+            print(f"{name}: generated conversations trimmed to {stage.context} tokens: {dict(source.trim_counts)}")
     return state
 
 
@@ -1140,7 +1177,7 @@ def maxrl_advantage(rewards, bonus=0.0):
 
 
 def grpo_advantage(rewards, bonus=0.0):
-    """(r - mean + bonus) / std over each group, for rewards that are no yes or no.  (P, G) -> (P, G).
+    """(r - mean + bonus) / std over each group, for rewards between 0 and 1.  (P, G) -> (P, G).
 
     >>> grpo_advantage(torch.tensor([[0.2, 0.4, 0.6]]))
     tensor([[-1.2247,  0.0000,  1.2247]])
@@ -1150,11 +1187,11 @@ def grpo_advantage(rewards, bonus=0.0):
 
 
 def length_reward(lengths, correct, best, coefficient=0.1, tolerance=0.1, near=0.1):
-    """What shorter correct rollouts of a group get on top: c p m lambda, and nothing for the others.  (G,) -> (G,).
+    """Bonus for short correct rollouts of one group: coefficient * p * lambda, and 0 for wrong ones.  (G,) -> (G,).
 
-    p: the group's solve rate.  lambda = 1/2 - (length - shortest) / (longest - shortest), from 1/2 to -1/2, over the
-    correct ones; 1/2 for all within `tolerance` of the shortest.  m = 1 only if more than one is correct and p is
-    within `near` of `best`, the highest solve rate of this source so far: learn it first, then be brief.
+    p is the group's solve rate.  lambda = 1/2 - (length - shortest) / (longest - shortest) falls from 1/2 to -1/2
+    over the correct rollouts; those within `tolerance` of the shortest get 1/2.  All get 0 unless two or more are
+    correct and p is within `near` of `best`, this task's highest solve rate so far: first learn it, then be brief.
 
     >>> length_reward(torch.tensor([10., 20, 30, 5]), torch.tensor([1., 1, 1, 0]), best=0.75, coefficient=0.4)
     tensor([ 0.1500,  0.0000, -0.1500,  0.0000])
@@ -1169,8 +1206,8 @@ def length_reward(lengths, correct, best, coefficient=0.1, tolerance=0.1, near=0
 
 
 def dppo_mask(pi, mu, advantage, delta=0.1):
-    """Which tokens still count: those whose probability has not moved more than `delta` from the sampler's `mu` in the
-    direction the advantage pushes (binary total variation).  All (N,) -> (N,) bool.
+    """Which tokens count: all but those whose probability has already moved by more than `delta`, from the sampler's
+    `mu` to the trainer's `pi`, to where the advantage pushes (binary total variation).  All (N,) -> (N,) bool.
 
     >>> dppo_mask(torch.tensor([.7, .5, .7, .1]), torch.tensor([.5, .5, .5, .5]), torch.tensor([1., 1, -1, -1]))
     tensor([False,  True,  True, False])
@@ -1202,7 +1239,7 @@ def has_signal(rewards):
 
 
 def repetitive(text, chunk=2048, ratio=0.05):
-    """The canary's gate: a piece of the text that zlib makes 20 times smaller says nothing new.
+    """The canary's gate: some piece of the text repeats itself so much that zlib makes it 20 times smaller.
 
     >>> repetitive("7+5=12," * 80), repetitive("7+5=12,")
     (True, False)
@@ -1217,7 +1254,9 @@ def next_difficulty(d, solve_rate):
     >>> [next_difficulty(3, rate) for rate in (0.75, 0.7, 0.1, 0.0)], next_difficulty(1, 0.0)
     ([4, 3, 3, 2], 1)
     """
-    return d + 1 if solve_rate > 0.7 else max(1, d - 1) if solve_rate == 0 else d
+    if solve_rate > 0.7:
+        return d + 1
+    return max(1, d - 1) if solve_rate == 0 else d
 
 
 class LogisticBelief:
@@ -1228,11 +1267,12 @@ class LogisticBelief:
     curves = [(middle / 4, slope) for middle in range(2, 53) for slope in (0.5, 1.0, 2.0)]
 
     def __init__(self):
+        self.middles, self.slopes = np.array(self.curves).T
         self.log_weight = np.zeros(len(self.curves))
 
     def update(self, d, right, wrong):
         """`right` and `wrong` rollouts were seen at difficulty d."""
-        z = np.array([slope * (middle - d) for middle, slope in self.curves])
+        z = self.slopes * (self.middles - d)
         self.log_weight -= right * np.logaddexp(0, -z) + wrong * np.logaddexp(0, z)
 
     def weights(self):
@@ -1240,10 +1280,11 @@ class LogisticBelief:
         return weight / weight.sum()
 
     def propose(self, rng):
-        return max(1, round(rng.choices(self.curves, self.weights())[0][0]))
+        middle, _ = rng.choices(self.curves, self.weights())[0]
+        return max(1, round(middle))
 
     def middle(self):
-        return max(1, round(float(self.weights() @ np.array([middle for middle, _ in self.curves]))))
+        return max(1, round(float(self.weights() @ self.middles)))
 
 
 # ---- reinforcement learning: rollouts -------------------------------------------------------------------------------
@@ -1254,71 +1295,41 @@ class Group:
     """A prompt and its rollouts: everything the trainer and the log need, in lists that torch.save keeps."""
     problem: "Problem"
     prompt: list                            # token ids
-    asked: int = 0                          # the environment's difficulty; 0: an aggregation prompt
-    version: int = 0                        # of the sampler's weights
-    tokens: list = field(default_factory=list)              # of each rollout
-    logps: list = field(default_factory=list)               # (length,) fp32 each: the sampler's log probabilities
-    choices: list = field(default_factory=list)             # (L, prompt + length - 1) each: the experts taken
+    level: int = 0                          # the environment's difficulty; 0: an aggregation prompt
+    version: int = 0                        # the trainer's step whose weights sampled it
+    # One entry a rollout:
+    tokens: list = field(default_factory=list)              # ids, with the end token if it came in time
+    logps: list = field(default_factory=list)               # (length,) fp32: the sampler's log probabilities
+    choices: list = field(default_factory=list)             # (L, prompt + length - 1) int16: the experts taken
     texts: list = field(default_factory=list)
     ended: list = field(default_factory=list)               # whether the end token came in time
     rewards: list = field(default_factory=list)
 
+    def lengths(self):
+        return list(map(len, self.tokens))
 
-@torch.no_grad()
-def roll_out(model, prompts, group_size, context, end, generator, among=None):
-    """Sample `group_size` replies of up to `context` tokens at temperature 1 to each prompt (lists of ids) -> per
-    prompt a list of (tokens, log probabilities, expert choices).
 
-    among: the numbers of these prompts among others that other processes roll out, and how many there are in all: a
-    row's random numbers depend on its place among all.
-    A prompt is prefilled once and its cache rows repeated; rows that ended leave the batch once they are an eighth
-    of it (leaving costs a copy of the cache); every token's expert is recorded for the replay.
+def roll_out(model, groups, group_size, context, tokenizer, uniform):
+    """Sample `group_size` replies of up to `context` tokens to each group's prompt, at temperature 1, into the groups.
+
+    uniform (context, len(groups) * group_size): the random numbers, as in zaya.Zaya.generate.
     """
-    device, layers = model.norm.weight.device, len(model.layers)
-    ids, mask = left_padded(prompts, model.config.pad_token_id or 0, device)
-    width = ids.shape[1]
-    model.eval()
-    cache, routing = Cache(layers), []
-    hidden = model.hidden_states(ids, mask, cache=cache, routing=routing)[:, -1]
-    kind = torch.uint8 if model.config.router_classes <= 256 else torch.int32   # small: many tokens are kept
-    before = torch.stack(routing).to(kind).cpu()                                # (L, P, width)
-    rows = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-    cache.select(rows)
-    hidden, total = hidden[rows], len(rows)
-    tokens = torch.zeros(total, context, dtype=torch.long, device=device)
-    logps = torch.zeros(total, context, device=device)
-    choices = torch.zeros(layers, total, context, dtype=kind, device=device)
-    length = torch.full((total,), context, device=device)
-    numbers, count = among or (range(len(prompts)), len(prompts))
-    places = torch.tensor([p * group_size + i for p in numbers for i in range(group_size)])
-    here, alive = torch.arange(total, device=device), torch.ones(total, dtype=torch.bool, device=device)
-    for step in range(context):
-        logits = model.logits(hidden)
-        uniform = torch.rand(count * group_size, generator=generator)[places].to(device)[here]
-        token = model.sample(logits, 1.0, 1.0, uniform)
-        tokens[here, step] = token
-        logps[here, step] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
-        ends = alive & (token == end)
-        length[here[ends]] = step + 1
-        alive &= ~ends
-        if alive.sum() <= 0.875 * len(alive):
-            keep = alive.nonzero()[:, 0]
-            here, token, alive = here[keep], token[keep], alive[keep]
-            cache.select(keep)
-        if len(here) == 0 or step == context - 1:
-            break
-        routing = []
-        hidden = model.hidden_states(token[:, None], cache=cache, routing=routing)[:, -1]
-        choices[:, here, step] = torch.stack(routing)[:, :, 0].to(kind)
-    result, tokens, logps, choices = [], tokens.cpu(), logps.cpu(), choices.cpu()
-    for p, prompt in enumerate(prompts):
-        group = []
-        for i in range(p * group_size, (p + 1) * group_size):
-            n = int(length[i])
-            group.append((tokens[i, :n].tolist(), logps[i, :n].clone(),
-                          torch.cat((before[:, p, width - len(prompt):], choices[:, i, :n - 1]), 1)))
-        result.append(group)
-    return result
+    owners = [group for group in groups for _ in range(group_size)]
+    prompts, mask = left_padded([group.prompt for group in owners], tokenizer.pad, model.norm.weight.device)
+    S, end = prompts.shape[1], tokenizer.end
+    sampled, logps, choices = model.generate(prompts, context, attention_mask=mask, eos_token_id=end, uniform=uniform,
+                                             record=True)
+    logps, choices = logps.cpu(), choices.cpu()
+    for row, (group, tokens) in enumerate(zip(owners, sampled[:, S:].tolist())):
+        ended = end in tokens
+        if ended:
+            tokens = tokens[:tokens.index(end) + 1]
+        group.tokens.append(tokens)
+        group.ended.append(ended)
+        group.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
+        group.logps.append(logps[row, :len(tokens)].clone())
+        # Left of the prompt is padding; the last token was sampled but not read, so no expert saw it.
+        group.choices.append(choices[:, row, S - len(group.prompt):S + len(tokens) - 1].clone())
 
 
 def verifier_rewards(group):
@@ -1327,10 +1338,12 @@ def verifier_rewards(group):
 
 
 class Actor:
-    """PipelineRL in small: a sampler whose weights lag behind the trainer's, the environments it asks, and a buffer.
+    """Samples rollouts for the trainer, as PipelineRL does: with older weights, some steps ahead.
 
-    `score(group)` -> rewards, `adapt(d, solve rate)` -> next difficulty; both can be swapped.  What it holds between
-    steps is in state_dict, so a killed run goes on bit for bit.
+    The sampler is a copy of the model that gets the trainer's weights every `sync_every` steps.  Each task is an
+    environment, with a difficulty of its own.  Groups wait in a buffer until the trainer takes them, and are dropped
+    when they are more than `most_stale` steps old.  `score(group)` -> rewards and `adapt(d, solve rate)` -> next
+    difficulty can be swapped.  state_dict holds it all, so a killed run goes on bit for bit.
     """
     sync_every, most_stale, pool_size, dead_after = 2, 2, 64, 25
 
@@ -1338,6 +1351,7 @@ class Actor:
                  dtype=torch.float32):
         self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
         self.score, self.adapt, self.dtype = score, adapt, dtype
+        # d: difficulty; groups: how many were asked; best: the highest solve rate so far at each difficulty.
         self.environments = {name: {"d": 1, "groups": 0, "best": {}} for name in stage.tasks}
         self.buffer, self.pool = [], []         # groups to train on; (problem, tails) to aggregate
         self.version = self.rounds = self.dead = 0
@@ -1348,45 +1362,93 @@ class Actor:
         self.sampler.load_state_dict(whole_weights(model))
         self.version = version
 
-    def pose(self, rng):
-        """The least-sampled environment's next problem; or, for a share of them, an earlier problem with C of the
-        model's own tails."""
+    def take(self, version):
+        """-> up to `groups` groups for the trainer's step `version`, the oldest first, and all that were sampled now.
+
+        Three quarters of `groups` are enough: a whole round for the last few would mostly grow stale."""
+        self.buffer = [group for group in self.buffer if version - group.version <= self.most_stale]
+        generated = []
+        for _ in range(3):
+            if len(self.buffer) >= 0.75 * self.stage.groups:
+                break
+            generated += self.generate()
+        taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
+        return taken, generated
+
+    def generate(self):
+        """One round of rollouts, into the buffer -> all its groups."""
+        # Enough for `sync_every` steps of the trainer, if as many groups have a signal as lately.
+        rng = random.Random(f"{self.seed} round {self.rounds}")
+        enough = self.sync_every * self.stage.groups
+        count = min(2 * enough, math.ceil(enough / self.useful))
+        groups = self.sample([self.draw_prompt(rng) for _ in range(count)], self.stage.group_size)
+        for group in groups:
+            self.remember(group)
+        # Dynamic sampling: a group without a signal is no use to the trainer.
+        signals = [group for group in groups if has_signal(group.rewards)]
+        self.buffer += signals
+        self.useful = max(0.1, 0.8 * self.useful + 0.2 * len(signals) / len(groups))
+        rewarded = any(max(group.rewards) > 0 for group in groups)
+        self.dead = 0 if rewarded else self.dead + 1
+        if self.dead == self.dead_after:
+            self.stop(groups)
+        return groups
+
+    def draw_prompt(self, rng):
+        """A new problem of the environment that was asked least; or, for a share of the prompts, an earlier problem
+        with the tails of some of the model's own replies, to aggregate."""
         if self.pool and rng.random() < self.stage.aggregation:
             problem, tails = self.pool[rng.randrange(len(self.pool))]
             prompt = terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))
             return Group(problem, prompt_ids(self.tokenizer, prompt))
         name = min(self.environments, key=lambda n: self.environments[n]["groups"])
-        environment = self.environments[name]
-        levels = find_task(name).levels
+        environment, levels = self.environments[name], find_task(name).levels
         d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
         environment["groups"] += 1
+        return self.new_group(name, d, rng)
+
+    def new_group(self, name, d, rng):
         problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
         return Group(problem, prompt_ids(self.tokenizer, problem.prompt), d)
 
     def sample(self, groups, group_size):
-        """Fill in the groups' rollouts and rewards -> the groups.  Every process does its share, and gets all."""
-        generator = torch.Generator().manual_seed(random.Random(f"{self.seed} sample {self.rounds}").getrandbits(60))
-        end = self.tokenizer.end
-        device = self.sampler.norm.weight.device.type           # the same precision as the trainer's
-        mine, among = shard(groups), (shard(range(len(groups))), len(groups))
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            rolled = roll_out(self.sampler, [g.prompt for g in mine], group_size, self.stage.context, end, generator,
-                              among) if mine else []
-        for group, rollouts in zip(mine, rolled):
+        """Fill in the groups' rollouts and rewards -> the groups.  Every process samples its share, and gets all."""
+        # A rollout's random numbers depend on its place among all, not on the process that samples it.
+        rng = random.Random(f"{self.seed} sample {self.rounds}")
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        places = torch.arange(len(groups) * group_size).view(len(groups), group_size)
+        uniform = torch.rand(self.stage.context, places.numel(), generator=generator)
+        uniform = uniform[:, shard(places).flatten()]
+        mine = shard(groups)
+        if mine:
+            with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
+                roll_out(self.sampler, mine, group_size, self.stage.context, self.tokenizer, uniform)
+        # Rambling earns nothing: neither a reply without an end nor one that repeats itself.
+        for group in mine:
             group.version = self.version
-            group.tokens, group.logps, group.choices = (list(part) for part in zip(*rollouts))
-            group.ended = [tokens[-1] == end for tokens in group.tokens]
-            group.texts = [self.tokenizer.decode(tokens[:-1] if done else tokens)
-                           for tokens, done in zip(group.tokens, group.ended)]
-            rewards = [r * done * (not repetitive(text))
-                       for r, done, text in zip(self.score(group), group.ended, group.texts)]
-            group.rewards = [float(r) for r in rewards]
+            for reward, ended, text in zip(self.score(group), group.ended, group.texts):
+                group.rewards.append(float(reward) if ended and not repetitive(text) else 0.0)
         self.rounds += 1
         return unshard(mine)
 
+    def remember(self, group):
+        """What a group's solve rate changes: its environment's difficulty and best rate, and the pool."""
+        name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
+        environment, task = self.environments[name], find_task(name)
+        if self.stage.adaptive and group.level == environment["d"]:
+            environment["d"] = min(task.hardest, self.adapt(environment["d"], rate))
+        if group.level:
+            environment["best"][group.level] = max(environment["best"].get(group.level, 0.0), rate)
+        if self.stage.aggregation and task.reads and rate < 1:  # replies to aggregation prompts are aggregated too
+            tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
+            self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
+
     def best(self, group):
-        """The highest solve rate so far of this group's source: its environment at its difficulty."""
-        return self.environments[group.problem.task]["best"].get(group.asked, 0.0)
+        """The highest solve rate so far of this group's environment at its difficulty."""
+        return self.environments[group.problem.task]["best"].get(group.level, 0.0)
+
+    def difficulties(self):
+        return {name: environment["d"] for name, environment in self.environments.items()}
 
     def init_difficulty(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
@@ -1395,60 +1457,20 @@ class Actor:
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
                 d = min(find_task(name).hardest, belief.propose(rng))
-                problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
-                groups.append(Group(problem, prompt_ids(self.tokenizer, problem.prompt)))
+                groups.append(self.new_group(name, d, rng))
             for group in self.sample(groups, group_size):
-                right = sum(r > 0 for r in group.rewards)
+                right = sum(reward > 0 for reward in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
         for name, belief in beliefs.items():
             self.environments[name]["d"] = min(find_task(name).hardest, belief.middle())
 
-    def generate(self):
-        """One round of rollouts, enough for `sync_every` trainer steps by the share of groups that had a signal so far,
-        into the buffer -> all its groups."""
-        rng = random.Random(f"{self.seed} round {self.rounds}")
-        enough = self.sync_every * self.stage.groups
-        asked = [self.pose(rng) for _ in range(min(2 * enough, math.ceil(enough / self.useful)))]
-        groups = self.sample(asked, self.stage.group_size)
-        for group in groups:
-            name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
-            environment = self.environments[name]
-            if self.stage.adaptive and group.asked == environment["d"]:
-                environment["d"] = min(find_task(name).hardest, self.adapt(environment["d"], rate))
-            if group.asked:
-                best = environment["best"]
-                best[group.asked] = max(best.get(group.asked, 0.0), rate)
-            if self.stage.aggregation and find_task(name).reads and rate < 1:      # later rounds' replies too
-                tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
-                self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
-        signals = [group for group in groups if has_signal(group.rewards)]
-        self.buffer += signals
-        self.useful = max(0.1, 0.8 * self.useful + 0.2 * len(signals) / len(groups))
-        self.dead = 0 if any(max(group.rewards) > 0 for group in groups) else self.dead + 1
-        if self.dead == self.dead_after:
-            self.stop(groups)
-        return groups
-
     def stop(self, groups):
-        ended = np.mean([done for group in groups for done in group.ended])
-        formed = np.mean([split_answer(text) is not None for group in groups for text in group.texts])
-        asked = ", ".join(sorted({f"{group.problem.task} (difficulty {group.problem.difficulty})" for group in groups}))
-        raise SystemExit(f"no rollout earned a reward in {self.dead} rounds; the last round asked {asked}. "
-                         f"{ended:.0%} of its replies ended within {self.stage.context} tokens, {formed:.0%} had the "
-                         f"form <think>…</think>answer. One of them: {groups[-1].texts[0][:80]!r}. Reinforcement "
-                         "learning starts from successes: train sft for longer, or leave out what it cannot do yet")
-
-    def take(self, version):
-        """Up to `groups` groups for the trainer at `version`, the oldest first, none too stale; what was generated.
-
-        Three quarters of them are enough: a whole round for the last few would mostly grow stale."""
-        self.buffer, generated = [g for g in self.buffer if version - g.version <= self.most_stale], []
-        for _ in range(3):
-            if len(self.buffer) >= 0.75 * self.stage.groups:
-                break
-            generated += self.generate()
-        taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
-        return taken, generated
+        """End a run that earns no rewards, and say what its replies look like."""
+        ended, last = np.mean([group.ended for group in groups]), groups[-1]
+        raise SystemExit(f"no rollout earned a reward in {self.dead} rounds of {', '.join(self.environments)}. "
+                         f"{ended:.0%} of the last replies ended within {self.stage.context} tokens; one of them, to "
+                         f"{last.problem.prompt!r}: {last.texts[0][:80]!r}. Reinforcement learning starts from "
+                         "successes: train sft for longer, or leave out what it cannot do yet")
 
     def state_dict(self):
         # Groups as plain dictionaries: trainer.pt is read with weights_only.
@@ -1459,52 +1481,74 @@ class Actor:
 
     def load_state_dict(self, state):
         self.sampler.load_state_dict(state["sampler"])
-        self.environments = state["environments"]
-        for name in ("version", "rounds", "dead", "useful"):
+        for name in ("environments", "version", "rounds", "dead", "useful"):
             setattr(self, name, state[name])
         self.buffer = [Group(**{**group, "problem": Problem(**group["problem"])}) for group in state["buffer"]]
-        for group in self.buffer:                               # trainer.pt was read onto the model's device
-            group.logps, group.choices = ([t.cpu() for t in part] for part in (group.logps, group.choices))
         self.pool = [(Problem(**problem), tails) for problem, tails in state["pool"]]
 
 
 # ---- reinforcement learning: the trainer ----------------------------------------------------------------------------
 
 
+def autocast(model, dtype):
+    """Matrix products in `dtype`; the weights stay fp32."""
+    return torch.autocast(model.norm.weight.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def rl_batches(groups, advantages, micro_batch, pad, device):
+    """Groups and their advantages (P, G) -> this process' micro-batches: four or more, of at most `micro_batch` tokens.
+
+    Every process gets equally many micro-batches and rows, as FSDP2 needs it: what is missing is padding.
+    """
+    rollouts = []
+    for group, row in zip(groups, advantages.tolist()):
+        for rollout in zip(group.tokens, group.logps, group.choices, row):
+            rollouts.append((group.prompt, *rollout))
+    # Rows of a micro-batch are about as long as each other, so that little of it is padding.
+    rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
+    processes, batches = world_size(), [[]]
+    most = max(len(rollouts) // processes // 4, 1)
+    for prompt, tokens, *rest in rollouts:
+        rows = len(batches[-1]) // processes + 1                # of each process, with this one
+        if rows > 1 and (rows > most or rows * (len(prompt) + len(tokens)) > micro_batch):
+            batches.append([])
+        batches[-1].append((prompt, tokens, *rest))
+    for batch in batches:
+        missing = -len(batch) % processes
+        batch += [(*batch[-1][:4], None)] * missing
+    return [collate(shard(batch), pad, device) for batch in batches]
+
+
 def collate(rollouts, pad, device):
-    """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `token_logps`:
+    """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `rl_step`:
     input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
     A rollout whose advantage is None fills up a batch: its row is padding.
     """
     R, S = len(rollouts), max(len(prompt) + len(tokens) for prompt, tokens, *_ in rollouts) - 1
-    inputs = torch.full((R, S), pad)
-    targets, positions = torch.full((R, S), -100), torch.full((R, S), -1)
-    choices = torch.zeros(rollouts[0][3].shape[0], R, S, dtype=torch.long)
-    rollouts = [rollout for rollout in rollouts if rollout[4] is not None]
-    for row, (prompt, tokens, _, choice, _) in enumerate(rollouts):
+    inputs, targets, positions = torch.full((R, S), pad), torch.full((R, S), -100), torch.full((R, S), -1)
+    logps, advantages = torch.zeros(R, S), torch.zeros(R, S)
+    choices = torch.zeros(len(rollouts[0][3]), R, S, dtype=torch.long)
+    for row, (prompt, tokens, logp, choice, advantage) in enumerate(rollouts):
+        if advantage is None:
+            continue
+        # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
         n = len(prompt) + len(tokens) - 1
+        predicting = slice(len(prompt) - 1, n)
         inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
-        targets[row, len(prompt) - 1:n] = torch.tensor(tokens)
+        targets[row, predicting] = torch.tensor(tokens)
         positions[row, :n] = torch.arange(n)
         choices[:, row, :n] = choice
-    logps = torch.cat([torch.zeros(0), *(logp for _, _, logp, _, _ in rollouts)])
-    advantage = torch.cat([torch.zeros(0), *(torch.full((len(tokens),), a) for _, tokens, _, _, a in rollouts)])
-    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)), logps.to(device),
-            advantage.to(device))
+        logps[row, predicting] = logp
+        advantages[row, predicting] = advantage
+    real = targets >= 0
+    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)),
+            logps[real].to(device), advantages[real].to(device))
 
 
 def token_logps(model, inputs, targets, positions, routing):
     """The model's log probability of each target: (N,) fp32.  `routing`: as in hidden_states, to replay or to fill."""
     hidden = model.hidden_states(inputs, position_ids=positions, routing=routing)[targets >= 0]
     return model.logits(hidden).log_softmax(-1).gather(1, targets[targets >= 0][:, None])[:, 0]
-
-
-def average_over_processes(row):
-    """An rl_step's row, of this process' rollouts -> that of all, with the share of tokens that the mask dropped."""
-    keys = [key for key in ("loss", "flips", "kl", "kl_live", "kept", "tokens") if row[key] is not None]
-    row = row | dict(zip(keys, (total / world_size() for total in all_reduce(*(row[key] for key in keys)))))
-    row["masked"] = 1 - row.pop("kept") / row.pop("tokens")
-    return row
 
 
 def kl(sampled_logp, logp):
@@ -1517,63 +1561,148 @@ def kl(sampled_logp, logp):
 def replay_gap(model, batch):
     """What the replay is for, on one batch: (share of the sampler's expert choices that the trainer's own router would
     change, sampler-trainer KL with the replay, and without it)."""
-    inputs, targets, positions, choices, sampled, _ = batch
-    was_training = model.training
+    inputs, targets, positions, choices, sampled_logp, _ = batch
+    was_training, own = model.training, []
     model.eval()                                                # not counted as load
-    live = []
-    alone, replayed = (token_logps(model, inputs, targets, positions, r) for r in (live, list(choices)))
+    alone = token_logps(model, inputs, targets, positions, own)
+    replayed = token_logps(model, inputs, targets, positions, list(choices))
     model.train(was_training)
-    real = positions >= 0
-    flips = torch.stack([(a != b)[real].float().mean() for a, b in zip(live, choices)]).mean().item()
-    return flips, kl(sampled, replayed), kl(sampled, alone)
+    changed = torch.stack(own) != torch.stack(choices)          # (L, R, S)
+    flips = changed[:, positions >= 0].float().mean().item()
+    return flips, kl(sampled_logp, replayed), kl(sampled_logp, alone)
 
 
-def rl_batches(groups, advantages, micro_batch, pad, device):
-    """Groups and their advantages (P, G) -> this process' micro-batches: four or more, of at most `micro_batch` tokens.
+def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr, measure=True):
+    """One optimizer step -> its row of the log: {"loss", "norm", "masked", and as in train_step}; `measure` adds what
+    router replay is good for: {"flips", "kl", "kl_live"}.
 
-    Rows of a micro-batch are about as long as each other.  Every process gets equally many micro-batches and rows:
-    what is missing is padding."""
-    rollouts = [(group.prompt, tokens, logp, choice, a) for group, row in zip(groups, advantages.tolist())
-                for tokens, logp, choice, a in zip(group.tokens, group.logps, group.choices, row)]
-    rollouts.sort(key=lambda r: len(r[0]) + len(r[1]))
-    processes, parts = world_size(), [[]]
-    most = max(len(rollouts) // processes // 4, 1)
-    for rollout in rollouts:
-        rows, width = len(parts[-1]) // processes + 1, len(rollout[0]) + len(rollout[1])    # with this one
-        if parts[-1] and rows > 1 and (rows > most or width * rows > micro_batch):
-            parts.append([])
-        parts[-1].append(rollout)
-    for part in parts:
-        part += [(*part[-1][:4], None)] * (-len(part) % processes)
-    return [collate(shard(part), pad, device) for part in parts]
-
-
-def rl_step(model, optimizers, balancer, batches, rollouts, config, dtype, lr, measure=True):
-    """One trainer step -> its row of the log; `measure` adds what router replay is good for.
-
-    batches: micro-batches of `collate`; rollouts: how many they hold, which the loss is divided by.
+    batches: micro-batches of `collate`; rollouts, tokens: how many they hold, which loss and masked are divided by.
     """
-    device, total, kept, tokens, gap = model.norm.weight.device, 0.0, 0, 0, (None, None, None)
-    metrics = {}
+    row = {"loss": 0.0, "masked": 0.0}
+    if measure:
+        with autocast(model, dtype):
+            row["flips"], row["kl"], row["kl_live"] = replay_gap(model, batches[len(batches) // 2])
     model.train()
-    for i, batch in enumerate(batches):
-        inputs, targets, positions, choices, sampled, advantage = batch
-        if measure and i == len(batches) // 2:                  # under its own autocast, whose cache has no gradients
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                gap = replay_gap(model, batch)
-        # The trainer's log probability of each sampled token, with the experts that the sampler took.
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    # Gradients of the micro-batches add up to those of all rollouts.
+    for inputs, targets, positions, choices, sampled_logp, advantage in batches:
+        # The trainer's log probability of each sampled token, through the experts that the sampler took.
+        with autocast(model, dtype):
             logp = token_logps(model, inputs, targets, positions, list(choices))
-        loss = policy_loss(logp, sampled, advantage, rollouts)
+        # The policy gradient, without the tokens whose probability has moved far enough already.
+        loss = policy_loss(logp, sampled_logp, advantage, rollouts)
         loss.backward()
-        total += loss.item()
-        kept += dppo_mask(logp.detach().exp(), sampled.exp(), advantage).sum().item()
-        tokens += len(logp)
-    norm = optimizer_step(model, optimizers, config.grad_clip, lr)
-    if math.isfinite(norm):
-        metrics = balancer.step()
-    return {"loss": total, "norm": norm, "kept": kept, "tokens": tokens, "flips": gap[0], "kl": gap[1],
-            "kl_live": gap[2], **metrics}
+        row["loss"] += loss.item()
+        keep = dppo_mask(logp.detach().exp(), sampled_logp.exp(), advantage)
+        row["masked"] += (~keep).sum().item() / tokens
+    # Muon moves the matrices and AdamW the rest.
+    row["norm"] = optimizer_step(model, optimizers, config.grad_clip, lr)
+    # The routers have counted the replayed choices meanwhile: the balancer moves their biases.
+    if math.isfinite(row["norm"]):
+        row |= balancer.step()
+    return row
+
+
+def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verifier_rewards):
+    """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage> -> the state
+    (see Checkpointer).
+
+    `adapt` and `gate` can be swapped: the difficulty rule, and what has to hold before the reward model's score counts.
+    """
+    checkpointer = Checkpointer(name, config, tokenizer, state)
+    state = checkpointer.state
+    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
+    # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
+    score, advantage, parts = verifier_rewards, maxrl_advantage, {}
+    if stage.reward_model_steps:
+        parts["reward_model"] = RewardModel(model).to(device).eval()
+        score, advantage = GatedReward(parts["reward_model"], tokenizer, gate), grpo_advantage
+    actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, adapt, dtype)
+    model = shard_model(model, config.shard)
+    optimizers = make_optimizers(model, stage.lr, momentum=0.0)
+    # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the
+    # specialisation learned earlier.
+    balancer = PIDBalancer(model, config.balancer_lr / 10)
+    resumed = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers),
+                                  **parts)
+    if stage.reward_model_steps and not resumed:
+        state["judged"] = train_reward_model(parts["reward_model"], tokenizer, stage.reward_model_steps,
+                                             config.lr["sft"] / 4, config.seed)
+        print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
+    if stage.adaptive and not resumed:
+        actor.init_difficulty()
+        state["start"] = actor.difficulties()
+        print(f"{name}: starts at difficulty {state['start']}")
+    log = Log(config.out, name, state["step"])
+
+    for step in range(state["step"] + 1, stage.steps + 1):
+        # The sampler gets the trainer's weights every other step, and lags behind in between.
+        if (step - 1) % actor.sync_every == 0:
+            actor.sync(model, step - 1)
+        # Groups of rollouts with their rewards, from the buffer or sampled now.
+        begun = time.perf_counter()
+        groups, generated = actor.take(step - 1)
+        sampled = time.perf_counter() - begun
+        row = {"loss": 0.0, "norm": 0.0}
+        lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
+        shows = step % max(1, config.log_every // 4) == 0 or step in (1, stage.steps)
+        if groups:
+            # A rollout's advantage over its group; short right ones get a little more.
+            rewards = torch.tensor([group.rewards for group in groups])                     # (P, G)
+            lengths = torch.tensor([group.lengths() for group in groups])
+            bonus = torch.zeros_like(rewards)
+            for i, group in enumerate(groups):
+                bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
+            batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
+            # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
+            row = rl_step(model, optimizers, balancer, batches, rewards.numel() / world_size(),
+                          lengths.sum().item() / world_size(), config, dtype, lr, measure=shows)
+            average_over_processes(row, "loss", "masked", "flips", "kl", "kl_live")
+            checkpointer.check(row, step, [group.problem.prompt for group in groups])
+        # One row of log.csv a step; a line, rollouts and a checkpoint now and then.
+        row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
+        if generated:
+            row["rollouts_per_second"] = len(generated) * stage.group_size / sampled
+        if stage.adaptive:
+            row["difficulty"] = " ".join(f"{task}={d}" for task, d in actor.difficulties().items())
+        log.add(stage=name, step=step, **row)
+        if shows:
+            print_row(name, step, stage.steps, row)
+        if step % max(1, stage.steps // 4) == 0 and generated:
+            show_rollouts(generated)
+        if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
+            checkpointer.save(step)
+
+    state["end"] = actor.difficulties()
+    checkpointer.save(stage.steps, done=True)
+    return state
+
+
+def rollout_metrics(generated, taken, version):
+    """What the log says of the rollouts just sampled (reward … zero_groups), and of those trained on (staleness)."""
+    row, staleness = {}, [version - group.version for group in taken]
+    if taken:
+        row["staleness"] = float(np.mean(staleness))
+    rewards, lengths, ended, repeats, silent = [], [], [], [], []
+    for group in generated:
+        rewards += group.rewards
+        lengths += group.lengths()
+        ended += group.ended
+        repeats += map(repetitive, group.texts)
+        silent.append(not has_signal(group.rewards))
+    if generated:
+        row["reward"] = float(np.mean(rewards))
+        row["length"] = float(np.mean(lengths))
+        row["no_end"] = 1 - float(np.mean(ended))
+        row["repetitive"] = float(np.mean(repeats))
+        row["zero_groups"] = float(np.mean(silent))
+    return row
+
+
+def show_rollouts(groups):
+    """Print the best and the worst rollout of the last round's first and last problem."""
+    for group in (groups[0], groups[-1]):
+        for i in sorted({int(np.argmax(group.rewards)), int(np.argmin(group.rewards))}):
+            print(f"    reward {group.rewards[i]:.2f} | {group.problem.prompt} -> {group.texts[i][:200]!r}")
 
 
 # ---- the behavioral stage's reward model ----------------------------------------------------------------------------
@@ -1590,12 +1719,9 @@ class RewardModel(torch.nn.Module):
         torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, conversations):
-        width, device = max(map(len, conversations)), self.head.weight.device
-        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in conversations], device=device)
-        length = torch.tensor([len(ids) for ids in conversations], device=device)
-        column = torch.arange(width, device=device).expand(len(length), width)
-        hidden = self.backbone.hidden_states(ids, position_ids=column.where(column < length[:, None], -1))
-        return self.head(hidden[torch.arange(len(length)), length - 1].float())[:, 0]
+        ids, mask = left_padded(conversations, 0, self.head.weight.device)
+        hidden = self.backbone.hidden_states(ids, mask)[:, -1]                              # (B, E)
+        return self.head(hidden.float())[:, 0]
 
 
 def bradley_terry_loss(better, worse):
@@ -1613,147 +1739,54 @@ def preference_pair(rng, hold=False):
     task = find_task("constraints")
     problem = draw(task, rng.getrandbits(48), rng.randint(1, 4), hold)
     while True:
-        pair = [(task.solve if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48)) for _ in range(2)]
-        warm = [warmth(split_answer(reply)) for reply in pair]
-        if warm[0] != warm[1]:
-            return problem, *(pair if warm[0] > warm[1] else reversed(pair))
+        pair = []
+        for _ in range(2):
+            write = task.solve if rng.random() < 0.5 else task.corrupt
+            pair.append(write(problem, rng.getrandbits(48)))
+        pair.sort(key=lambda text: -warmth(split_answer(text)))
+        if warmth(split_answer(pair[0])) > warmth(split_answer(pair[1])):
+            return problem, *pair
 
 
-def conversation(tokenizer, problem, reply):
-    return tokenizer.render([{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": reply}])[0]
+def conversation(tokenizer, problem, text):
+    return tokenizer.render([{"role": "user", "content": problem.prompt}, {"role": "assistant", "content": text}])[0]
 
 
-def train_reward_model(model, tokenizer, steps, lr, seed, pairs=32):
-    """Bradley-Terry on generated preferences -> the reward model, and its accuracy on held-out pairs."""
-    torch.manual_seed(seed)
-    judge, rng = RewardModel(model).to(model.norm.weight.device), random.Random(f"{seed} preferences")
-    optimizers = make_optimizers(judge, lr)
+def train_reward_model(reward_model, tokenizer, steps, lr, seed, pairs=32):
+    """Bradley-Terry on generated preferences -> the share of 200 held-out ones that the reward model agrees with."""
+    rng, optimizers = random.Random(f"{seed} preferences"), make_optimizers(reward_model, lr)
 
-    def pairs_of(count, hold):
-        return [preference_pair(rng, hold) for _ in range(count)]
+    def scores(count, hold):
+        """Of `count` new pairs: the preferred replies' (count,), and the others'."""
+        better, worse = [], []
+        for _ in range(count):
+            problem, preferred, other = preference_pair(rng, hold)
+            better.append(conversation(tokenizer, problem, preferred))
+            worse.append(conversation(tokenizer, problem, other))
+        return reward_model(better + worse).split(count)
 
-    def scores(drawn):
-        count = len(drawn)
-        return judge([conversation(tokenizer, drawn[i % count][0], drawn[i % count][1 + i // count])
-                      for i in range(2 * count)]).split(count)
-
-    judge.train()
+    reward_model.train()
     for step in tqdm(range(steps), desc="reward model", leave=False, disable=None):
-        bradley_terry_loss(*scores(pairs_of(pairs, False))).backward()
-        optimizer_step(judge, optimizers, 1.0, learning_rate(step, steps, lr, lr / 10))
-    judge.eval()
+        bradley_terry_loss(*scores(pairs, hold=False)).backward()
+        optimizer_step(reward_model, optimizers, 1.0, learning_rate(step, steps, lr, lr / 10))
+    reward_model.eval()
     with torch.no_grad():
-        better, worse = scores(pairs_of(200, True))
-    return judge, (better > worse).float().mean().item()
+        better, worse = scores(200, hold=True)
+    return (better > worse).float().mean().item()
 
 
-class JudgedReward:
-    """score(group) of the behavioral stage: the reward model's sigmoid, gated to 0 by the binary checker."""
+class GatedReward:
+    """score(group) of the behavioral stage: the reward model's sigmoid, or 0 for a reply that the gate (the verifier)
+    refuses."""
 
-    def __init__(self, judge, tokenizer, gate=verifier_rewards):
-        self.judge, self.tokenizer, self.gate = judge, tokenizer, gate
+    def __init__(self, reward_model, tokenizer, gate=verifier_rewards):
+        self.reward_model, self.tokenizer, self.gate = reward_model, tokenizer, gate
 
     @torch.no_grad()
     def __call__(self, group):
-        liked = self.judge([conversation(self.tokenizer, group.problem, text) for text in group.texts]).sigmoid()
-        return [obeys * score for obeys, score in zip(self.gate(group), liked.tolist())]
-
-
-def run_rl(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verifier_rewards):
-    """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage>.
-
-    `adapt` and `gate` are what notebooks/post_training.py swaps: the difficulty rule, and the reward model's gate."""
-    checkpointer = Checkpointer(name, config, tokenizer, state)
-    state = checkpointer.state
-    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
-    score, advantage, seed = verifier_rewards, maxrl_advantage, f"{config.seed} {name}"
-    if stage.reward_model_steps:
-        advantage = grpo_advantage
-        if "judge" in state:
-            judge = RewardModel(model).to(device).eval()
-            judge.load_state_dict(state["judge"])
-        else:
-            lr = config.lr["sft"] / 4
-            judge, state["judged"] = train_reward_model(model, tokenizer, stage.reward_model_steps, lr, config.seed)
-            state["judge"] = judge.state_dict()
-            print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
-        score = JudgedReward(judge, tokenizer, gate)
-    actor = Actor(model, tokenizer, stage, seed, score, adapt, dtype)
-    model = shard_model(model, config.shard)
-    optimizers = make_optimizers(model, stage.lr, momentum=0.0)
-    # A tenth of the balancer's rate: a few tasks' prompts are not what the experts should be levelled on.
-    balancer = PIDBalancer(model, config.balancer_lr / 10)
-    begun = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers))
-    if stage.adaptive and not begun:
-        actor.init_difficulty()
-        state["start"] = {task: environment["d"] for task, environment in actor.environments.items()}
-        print(f"{name}: starts at difficulty " + " ".join(f"{task}={d}" for task, d in state["start"].items()))
-    log = Log(config.out, name, state["step"])
-    for step in range(state["step"] + 1, stage.steps + 1):
-        if (step - 1) % actor.sync_every == 0:
-            actor.sync(model, step - 1)
-        begun = time.perf_counter()
-        groups, generated = actor.take(step - 1)
-        sampled = time.perf_counter() - begun
-        lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = {"loss": 0.0, "norm": 0.0}
-        shows = step % max(1, config.log_every // 4) == 0 or step in (1, stage.steps)
-        if groups:
-            rewards = torch.tensor([group.rewards for group in groups])
-            bonus = torch.stack([length_reward(torch.tensor([float(len(t)) for t in group.tokens]), r,
-                                               actor.best(group), stage.length_reward)
-                                 for group, r in zip(groups, rewards)]) if stage.length_reward else 0.0
-            batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
-            count = rewards.numel() / world_size()
-            row = rl_step(model, optimizers, balancer, batches, count, config, dtype, lr, shows)
-            row = average_over_processes(row)
-            checkpointer.check(row, step, [group.problem.prompt for group in groups])
-        seconds = time.perf_counter() - begun
-        row |= rollout_health(generated, groups, step - 1)
-        row["rollouts_per_second"] = sum(len(g.tokens) for g in generated) / sampled if generated else None
-        if stage.adaptive:
-            row["difficulty"] = " ".join(f"{task}={e['d']}" for task, e in actor.environments.items())
-        log.add(stage=name, step=step, lr=lr, seconds=seconds, **row)
-        if shows:
-            print_rl(name, step, stage.steps, row, seconds)
-        if step % max(1, stage.steps // 4) == 0 and generated:
-            show_rollouts(generated)
-        if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
-            checkpointer.save(step)
-    state["end"] = {task: environment["d"] for task, environment in actor.environments.items()}
-    checkpointer.save(stage.steps, done=True)
-    return state
-
-
-def rollout_health(generated, taken, version):
-    """What the log says about the rollouts just generated, and about those trained on."""
-    rollouts = [(r, len(t), done, text) for g in generated
-                for r, t, done, text in zip(g.rewards, g.tokens, g.ended, g.texts)]
-    row = {"staleness": float(np.mean([version - g.version for g in taken])) if taken else None}
-    if rollouts:
-        reward, length, ended, texts = zip(*rollouts)
-        row |= {"reward": float(np.mean(reward)), "length": float(np.mean(length)), "no_end": 1 - float(np.mean(ended)),
-                "repetitive": float(np.mean([repetitive(text) for text in texts])),
-                "zero_groups": float(np.mean([not has_signal(g.rewards) for g in generated]))}
-    return row
-
-
-def print_rl(name, step, steps, row, seconds):
-    def shown(key, form):
-        return format(row[key], form) if row.get(key) is not None else "-"
-    print(f"{name} {step}/{steps} | reward {shown('reward', '.3f')} | norm {shown('norm', '.2f')} | "
-          f"length {shown('length', '.0f')} no end {shown('no_end', '.3f')} repetitive {shown('repetitive', '.3f')} | "
-          f"groups without signal {shown('zero_groups', '.2f')} stale {shown('staleness', '.1f')} "
-          f"masked {shown('masked', '.3f')} | flips {shown('flips', '.3f')} kl {shown('kl', '.1e')}, "
-          f"without replay {shown('kl_live', '.1e')} | {seconds:.1f} s, "
-          f"{shown('rollouts_per_second', '.0f')} rollouts/s", flush=True)
-
-
-def show_rollouts(groups):
-    """Print the best and the worst rollout of the last round's first and last problem."""
-    for group in (groups[0], groups[-1]):
-        for i in sorted({int(np.argmax(group.rewards)), int(np.argmin(group.rewards))}):
-            print(f"    reward {group.rewards[i]:.2f} | {group.problem.prompt} -> {group.texts[i][:200]!r}")
+        conversations = [conversation(self.tokenizer, group.problem, text) for text in group.texts]
+        scores = self.reward_model(conversations).sigmoid().tolist()
+        return [allowed * score for allowed, score in zip(self.gate(group), scores)]
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------
@@ -2586,8 +2619,8 @@ def run_stages(config, changes, device, dtype):
             print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
             continue
         if not (state and state.get("done")):
-            run = run_rl if isinstance(stage, RLStage) else run_stage
-            state = run(name, config, stage, model, tokenizer, state, device, dtype)
+            train_stage = rl_stage if isinstance(stage, RLStage) else supervised_stage
+            state = train_stage(name, config, stage, model, tokenizer, state, device, dtype)
             if world_size() > 1:                                # it was sharded: whole again, to sample from
                 model, tokenizer, _ = load_checkpoint(folder, device)
         result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) \

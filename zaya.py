@@ -657,59 +657,87 @@ class Zaya(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens=64, temperature=1.0, top_p=1.0, attention_mask=None, generator=None,
-                 eos_token_id=None, prefill_chunk=2048):
+                 eos_token_id=None, prefill_chunk=2048, uniform=None, record=False):
         """Sample on from each row: (B, S) int64 -> (B, S + new).
 
         temperature 0 is greedy.  Runs to max_new_tokens unless `eos_token_id` (an id or several) ends a row, which
-        then leaves the batch and is filled up with pad_token_id (None: with the first of these, as HF).  Left padding
-        goes through `attention_mask` (B, S).
-        A row's tokens depend on the seed in `generator` and its place in the batch, not on when others end.
+        is then filled up with pad_token_id (None: with the first of these, as HF).  Left padding goes through
+        `attention_mask` (B, S).  A row's tokens depend on the random numbers of its place in the batch, not on when
+        others end: `generator` draws them, or `uniform` (max_new_tokens, B) fp32 in [0, 1) brings them.
+        record: -> (tokens, logps, choices), as RL needs them: the log probability that the model gives each new token
+        at temperature 1 (B, new) fp32, and the expert of each token that was read (L, B, S + new - 1) int16.  In both
+        a row's numbers end where its tokens do.
         """
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
             raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more, "
                              f"not {temperature}, {top_p} and {input_ids.shape[1]} tokens")
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        if not (real[:, -1].all() and (real.diff(dim=1) >= 0).all()):
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        if not (mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
+        B, device, pad = len(input_ids), input_ids.device, self.config.pad_token_id
+        eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
+        if pad is None:                                         # as HF: nobody reads what follows a row's end
+            pad = eos[0].item() if len(eos) else 0
+        tokens, logps = [input_ids], [torch.zeros(B, 0, device=device)]
         modes = {module: module.training for module in self.modules()}
         self.eval()
         try:
-            cache, length = Cache(len(self.layers)), input_ids.shape[1]
-            # Equal rows are prefilled once: N candidates for one prompt cost the prompt of one.
-            prefill, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
-            shared = len(prefill) < len(input_ids)
-            ids, mask = prefill.split(length, 1) if shared else (input_ids, real)
-            for start in range(0, length, prefill_chunk):
-                part = slice(start, start + prefill_chunk)
-                some = None if attention_mask is None else mask[:, part]
-                hidden = self.hidden_states(ids[:, part], some, cache=cache)
-            if shared:
-                cache.select(copies)
-                hidden = hidden[copies]
-            B, device = input_ids.shape[0], input_ids.device
-            eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
-            pad = self.config.pad_token_id
-            if pad is None:                                     # as HF: nobody reads what follows a row's end
-                pad = eos[0].item() if len(eos) else 0
-            rows, token = torch.arange(B, device=device), None
-            columns = [input_ids]
+            hidden, cache, choices = self.prefill(input_ids, attention_mask, prefill_chunk)
+            # The rows that are still in the batch, and which of these have ended: they are computed, but not kept.
+            rows, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+            token = None
             for step in range(max_new_tokens):
                 if step:
-                    hidden = self.hidden_states(token[:, None], cache=cache)
-                uniform = torch.rand(B, generator=generator, device=generator.device if generator else device)
-                token = self.sample(self.logits(hidden[:, -1]), temperature, top_p, uniform.to(device)[rows])
-                columns.append(input_ids.new_full((B, 1), pad))
-                columns[-1][rows, 0] = token
-                going = ~torch.isin(token, eos)
-                if len(eos) and not going.all():
-                    token, rows = token[going], rows[going]
-                    cache.select(going.nonzero()[:, 0])
+                    routing = []
+                    hidden = self.hidden_states(token[:, None], cache=cache, routing=routing if record else None)[:, -1]
+                    if record:
+                        choices.append(choices[0].new_zeros(len(self.layers), B, 1))
+                        choices[-1][:, rows] = torch.stack(routing).short()
+                logits = self.logits(hidden)
+                if uniform is None:
+                    draw = torch.rand(B, generator=generator, device=generator.device if generator else device)
+                else:
+                    draw = uniform[step]
+                token = self.sample(logits, temperature, top_p, draw.to(device)[rows]).masked_fill(ended, pad)
+                tokens.append(input_ids.new_full((B, 1), pad))
+                tokens[-1][rows, 0] = token
+                if record:
+                    logps.append(logits.new_zeros(B, 1))
+                    logps[-1][rows] = logits.log_softmax(-1).gather(1, token[:, None])
+                ended |= torch.isin(token, eos)
+                # Leaving the batch costs a copy of the cache: worth it for an eighth of the rows.
+                if len(eos) and ended.sum() >= len(ended) / 8:
+                    going = (~ended).nonzero()[:, 0]
+                    rows, token, ended = rows[going], token[going], ended[going]
                     if len(rows) == 0:
                         break
+                    cache.select(going)
         finally:                                                # also after an exception, or Ctrl-C in a notebook
             for module, mode in modes.items():
                 module.training = mode
-        return torch.cat(columns, 1)
+        tokens = torch.cat(tokens, 1)
+        return (tokens, torch.cat(logps, 1), torch.cat(choices, 2)) if record else tokens
+
+    def prefill(self, input_ids, attention_mask, chunk):
+        """Read prompts (B, S) into a new cache -> their last hidden states (B, E), the cache, and a list with the
+        experts taken (L, B, S) int16."""
+        B, S = input_ids.shape
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        # Equal rows are read once: N candidates for one prompt cost the prompt of one.
+        unique, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
+        shared = len(unique) < B
+        ids, mask = unique.split(S, 1) if shared else (input_ids, real)
+        cache, choices = Cache(len(self.layers)), []
+        for start in range(0, S, chunk):
+            part, routing = slice(start, start + chunk), []
+            some = None if attention_mask is None else mask[:, part]
+            hidden = self.hidden_states(ids[:, part], some, cache=cache, routing=routing)[:, -1]
+            choices.append(torch.stack(routing).short())
+        choices = torch.cat(choices, 2)
+        if shared:
+            cache.select(copies)
+            hidden, choices = hidden[copies], choices[:, copies]
+        return hidden, cache, [choices]
 
     @staticmethod
     def sample(logits, temperature, top_p, uniform):

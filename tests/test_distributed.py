@@ -1,4 +1,4 @@
-"""Many processes: real torchrun command lines on two CPU processes, beside the same run in one process.
+"""Many processes: real torchrun command lines on two and four CPU processes, beside the same run in one process.
 
 Equal means equal but for the order of fp32 sums.  That noise grows from step to step, in one process too: when its
 micro-batches are halved, the losses of such steps move by up to 1e-3, because a router's choice flips here and there.
@@ -34,7 +34,7 @@ def torchrun(*arguments, processes=2):
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def run_two(*arguments, code=0, processes=2):
+def run_processes(*arguments, code=0, processes=2):
     done = subprocess.run(**torchrun(*arguments, processes=processes), timeout=300)
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout
@@ -75,15 +75,16 @@ def rank_one(launcher):
     raise AssertionError(f"no worker with RANK=1 among {workers}")
 
 
-def test_two_processes_make_the_run_of_one(one, tmp_path):
-    printed = run_two(*PRETRAIN, "--out", tmp_path)
+def test_four_processes_make_the_run_of_one(one, tmp_path):
+    printed = run_processes(*PRETRAIN, "--out", tmp_path, processes=4)
     assert one[0]["loss"] - one[-1]["loss"] > 0.5
     assert_equal_curves(curve(tmp_path), one)
-    assert printed.count("pretrain 12/12") == 1 and "2 processes" in printed       # only the first process speaks
+    assert printed.count("pretrain 12/12") == 1 and "4 processes" in printed       # only the first process speaks
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".tmp", ".new", ".old")]
 
 
-def test_a_killed_process_ends_the_run_and_one_process_goes_on(one, tmp_path, capsys):
+def test_a_run_goes_on_with_two_one_and_four_processes(one, tmp_path, monkeypatch, capsys):
+    """One of two is killed, which ends the run; one process goes on and is interrupted; four end it."""
     with subprocess.Popen(**torchrun(*PRETRAIN, "--out", tmp_path)) as launcher:
         printed = ""
         for line in launcher.stdout:
@@ -93,25 +94,21 @@ def test_a_killed_process_ends_the_run_and_one_process_goes_on(one, tmp_path, ca
     assert launcher.returncode != 0
     assert printed.count("another process of this run ended") == 1 and "goes on from the last checkpoint" in printed
     assert "Traceback" not in printed.split("another process")[0] and "pretrain 12/12" not in printed
-    train.main([*PRETRAIN, "--out", str(tmp_path)])
-    assert "going on after step 4" in capsys.readouterr().out
-    assert_equal_curves(curve(tmp_path), one)
 
-
-def test_two_processes_go_on_where_one_was(one, tmp_path, monkeypatch):
     add = train.Log.add
 
     def interrupted(log, **row):
-        if row["step"] == 6:
+        if row["step"] == 10:
             raise KeyboardInterrupt
         add(log, **row)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train.Log, "add", interrupted)
         train.main([*PRETRAIN, "--out", str(tmp_path)])
-    assert "going on after step 4" in run_two(*PRETRAIN, "--out", tmp_path)
+    assert "going on after step 4" in capsys.readouterr().out
+    assert "going on after step 8" in run_processes(*PRETRAIN, "--out", tmp_path, processes=4)
     assert_equal_curves(curve(tmp_path), one)
-    # What the two wrote is what one process writes: the whole state of every parameter, by its name.
+    # What four wrote is what one process writes: the whole state of every parameter, by its name.
     state = torch.load(tmp_path / "pretrain" / "trainer.pt", weights_only=True)["parts"]["optimizers"]["state"]
     parameters = dict(Zaya.from_pretrained(tmp_path / "pretrain").named_parameters())
     assert state.keys() == parameters.keys()
@@ -134,7 +131,7 @@ def test_rollouts_of_two_processes_are_those_of_one(after_sft, tmp_path):
     single, double = (shutil.copytree(after_sft, tmp_path / name) for name in ("single", "double"))
     wanted = [*POST, "--stages", "warmup,rlve", "--eval-problems", "8", "--out"]
     train.main([*wanted, str(single)])
-    run_two(*wanted, double)
+    run_processes(*wanted, double)
     expected, got = curve(single)[154:], curve(double)[154:]
     assert len(got) == len(expected) == 6 and sum(row["loss"] != 0 for row in expected) > 3
     for ours, theirs in zip(got[:4], expected):                 # the same tokens, rewards and steps
@@ -146,7 +143,7 @@ def test_rollouts_of_two_processes_are_those_of_one(after_sft, tmp_path):
 def test_evaluation_by_two_processes_is_that_of_one(after_sft, tmp_path):
     single, double = (shutil.copytree(after_sft, tmp_path / name) for name in ("single", "double"))
     train.main([*POST, "--stages", "evaluate", "--out", str(single)])
-    run_two(*POST, "--stages", "evaluate", "--out", double)
+    run_processes(*POST, "--stages", "evaluate", "--out", double)
     ours, theirs = reports(double, single)
     assert ours["ttc"] == theirs["ttc"] != [] and ours["ttc"][0]["generated_tokens"] > 100
 
@@ -163,5 +160,5 @@ def test_batches_that_are_shared_out_are_all_sampled_once():
 
 
 def test_a_mistake_is_said_once(tmp_path):
-    printed = run_two("--preset", "smoke", "--data", "nowhere.txt", "--out", tmp_path, code=1)
+    printed = run_processes("--preset", "smoke", "--data", "nowhere.txt", "--out", tmp_path, code=1)
     assert printed.count("--data nowhere.txt: no such file") == 1
