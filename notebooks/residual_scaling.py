@@ -85,7 +85,7 @@ def fit(kind, shared, watched=()):
     torch.manual_seed(config.seed)
     model, begun = KINDS[kind](Zaya(shape)), time.perf_counter()
     loader = train.Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
-    probe, _, positions, _ = train.Loader(sources, stage, 8 * stage.context, 0, tokenizer.pad, hold=True).next()
+    probe, _, positions, _ = train.Loader(sources, stage, 8 * stage.context, 0, tokenizer.pad, held_out=True).next()
     optimizers = train.make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
     losses, seen = [], {}

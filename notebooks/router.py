@@ -290,7 +290,7 @@ def routing(model, shared, tokens=2048):
     model.eval()
     found = []
     for kind in kinds:
-        inputs, _, positions, _ = train.Loader([kind], stage, tokens, 0, tokenizer.pad, hold=True).next()
+        inputs, _, positions, _ = train.Loader([kind], stage, tokens, 0, tokenizer.pad, held_out=True).next()
         choices = []
         model.hidden_states(inputs, position_ids=positions, routing=choices)
         classes = len(model.layers[0].gate.balancing_biases)
@@ -326,7 +326,7 @@ def observe(model, checkpointer, loader, steps):
 def respond(model, shared, before=SETTLE, after=RESPOND):
     """Each controller on the same frozen model and batches: first the mixture it was trained on, then sums alone."""
     config, stage, tokenizer, sources, _ = shared
-    sums = [train.TaskSource(["column_sums", "add", "multiply"], stage, tokenizer, config.seed)]
+    sums = [train.TaskSource(["column_sums", "add"], stage, tokenizer, config.seed)]
     begin, found = [layer.gate.balancing_biases.clone() for layer in model.layers], {}
     for name, make in CONTROLLERS.items():
         for layer, biases in zip(model.layers, begin):

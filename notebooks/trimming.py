@@ -97,14 +97,15 @@ class Traces:
     def __init__(self, plan, fit, context, seed):
         self.plan, self.fit, self.context, self.seed = plan, fit, context, seed
 
-    def size(self, hold):
+    def size(self, held_out):
         return None
 
-    def get(self, index, hold):
+    def get(self, index, held_out):
         rng = random.Random(f"{self.seed} {index}")
         while True:                         # one that was dropped gives way to the next
             task = train.find_task(rng.choice(self.plan.tasks))
-            problem = train.draw(task, rng.getrandbits(48), rng.randint(1, self.plan.short.difficulty), hold)
+            seed, d = rng.getrandbits(48), rng.randint(1, self.plan.short.difficulty)
+            problem = train.draw(task, seed, d, held_out)
             sample = self.fit(conversation(problem), self.context)
             if sample:
                 return sample
