@@ -512,21 +512,20 @@ def to_message(message, where):
 
 
 def pair_to_turns(row, found):
-    """A question and its answer, taken out of `found` -> two turns, and the texts that they were made of."""
+    """A question and its answer, taken out of `found` -> two turns."""
     pairs = [pair for pair in PAIRS if row.get(pair[0]) is not None and row.get(pair[1]) is not None]
     if not pairs:
         raise ValueError("no 'messages' with at least one, and no pair of texts such as question/answer, "
                          f"problem/solution, prompt/completion; its keys are {', '.join(list(row)[:6]) or 'none'}")
     keys = ("context", pairs[0][0], "input", "reasoning", pairs[0][1])
-    texts = [as_text(found.pop(key, ""), repr(key)) for key in keys]
-    *question, reasoning, answer = texts
+    *question, reasoning, answer = [as_text(found.pop(key, ""), repr(key)) for key in keys]
     # GSM8K writes the reasoning first and the answer on a last line of its own.
     gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", answer, re.S)
     if gsm8k and not reasoning and "<think>" not in answer and "\n#### " not in gsm8k[1]:
         answer = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
     question = "\n\n".join(text for text in question if text.strip())
     return [{"role": "user", "content": question},
-            {"role": "assistant", "content": answer, "reasoning": reasoning}], texts
+            {"role": "assistant", "content": answer, "reasoning": reasoning}]
 
 
 def to_messages(row):
@@ -539,18 +538,15 @@ def to_messages(row):
     >>> to_messages({"question": "1+1?", "answer": "One and one.\\n#### 2"})[1]["content"]      # GSM8K's form
     '<think>One and one.</think>2'
     """
-    found, texts = known_fields(row, "the row"), []
+    found = known_fields(row, "the row")
     system = found.pop("system", None)
-    if isinstance(found.get("messages"), list):
-        turns = found.pop("messages")
-    else:
-        turns, texts = pair_to_turns(row, found)
+    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(row, found)
     messages = [to_message(turn, f"message {number}") for number, turn in enumerate(turns)]
     if system is not None:
         system = {"role": "system", "content": as_text(system, "'system'")}
         if system not in messages:
             messages.insert(0, system)
-    refuse_unused(found, "the row", texts + [message["content"] for message in messages])
+    refuse_unused(found, "the row", [message["content"] for message in messages])
     return messages
 
 
@@ -827,7 +823,7 @@ class Loader:
             self.weight[name] = (1 - share) * size / sum(texts.values())
         self.given = dict.fromkeys(self.sources, 0)             # tokens
         self.drawn = dict.fromkeys(self.sources, 0)             # samples
-        self.waiting = []                                       # ((source name, sample number), sample)
+        self.waiting = []                                       # ((source name, sample number), ids, by assistant)
 
     def sample(self, name, number):
         """Sample `number` of a source, in an order that is shuffled anew in each epoch."""
@@ -840,17 +836,16 @@ class Loader:
 
     def draw_samples(self):
         """Fill `waiting` with 1.05 times the tokens of a batch: with some choice, packing leaves hardly a gap."""
-        tokens = sum(len(ids) for _, (ids, _) in self.waiting)
+        tokens = sum(len(ids) for _, ids, _ in self.waiting)
         while tokens < self.rows * self.context * 1.05:
             # The source that is furthest behind its share of all tokens comes next.
             total = sum(self.given.values()) + 1
             name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
-            origin = name, self.drawn[name]
-            sample = self.sample(*origin)
-            self.waiting.append((origin, sample))
+            ids, by_assistant = self.sample(name, self.drawn[name])
+            self.waiting.append(((name, self.drawn[name]), ids, by_assistant))
             self.drawn[name] += 1
-            self.given[name] += len(sample[0])
-            tokens += len(sample[0])
+            self.given[name] += len(ids)
+            tokens += len(ids)
 
     def next(self):
         """-> input_ids, targets, position_ids (rows, context) int64, and where the samples came from.
@@ -859,19 +854,18 @@ class Loader:
         position_ids restart with each sample and are -1 on padding, so nothing leaks from one into the next.
         """
         self.draw_samples()
-        rows = pack([len(ids) for _, (ids, _) in self.waiting], self.context, self.rows)
+        rows = pack([len(ids) for _, ids, _ in self.waiting], self.context, self.rows)
         inputs = np.full((self.rows, self.context), self.pad, np.int64)
         targets, positions = np.full_like(inputs, -100), np.full_like(inputs, -1)
         for row, members in enumerate(rows):
             start = 0
             for index in members:
-                ids, by_assistant = self.waiting[index][1]
-                counts = [is_target is not None for is_target in by_assistant]
-                if self.stage.mask_prompts:
-                    counts = list(map(bool, by_assistant))
+                _, ids, counts = self.waiting[index]
+                if not self.stage.mask_prompts:                 # then the prompt's tokens count too
+                    counts = [by_assistant is not None for by_assistant in counts]
                 end = start + len(ids)
                 inputs[row, start:end] = ids
-                targets[row, start:end - 1] = np.where(counts[1:], ids[1:], -100)
+                targets[row, start:end - 1] = np.where(np.array(counts[1:], bool), ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
                 start = end
         used = {index for row in rows for index in row}
@@ -880,11 +874,11 @@ class Loader:
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions), origins
 
     def state_dict(self):
-        return {"given": self.given, "drawn": self.drawn, "waiting": [origin for origin, _ in self.waiting]}
+        return {"given": self.given, "drawn": self.drawn, "waiting": [origin for origin, *_ in self.waiting]}
 
     def load_state_dict(self, state):
         self.given, self.drawn = dict(state["given"]), dict(state["drawn"])
-        self.waiting = [(tuple(origin), self.sample(*origin)) for origin in state["waiting"]]
+        self.waiting = [(tuple(origin), *self.sample(*origin)) for origin in state["waiting"]]
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
@@ -2776,7 +2770,7 @@ class Search(Task):
             text, works = self.trial(data, answer, rng, error_rate)
             trials.append(text)
             if works or len(trials) == self.most or rng.random() < self.gives_up:
-                return f"{';'.join(trials)}#{yes_or_no(works)}{answer}", answer
+                return f"{';'.join(trials)}#{'y' if works else 'n'}{answer}", answer
 
     def good_rollout(self, problem, seed=0):
         """A right reply if 100 attempts give one: a search that gives up hardly ever ends in one."""
@@ -2801,10 +2795,6 @@ class Search(Task):
         return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
 
 
-def yes_or_no(works):
-    return "y" if works else "n"
-
-
 def with_error(value, rng, error_rate):
     """`value`, or with probability `error_rate` a number with another last digit."""
     if not error_rate or rng.random() >= error_rate:
@@ -2823,8 +2813,8 @@ class ColumnSums(Task):
     """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
 
     sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
-    A value stands right behind its label only in the list at the end, so that a reader of the tail finds it there.
-    Needs with_error, column_labels.
+    A value stands right behind its label only at the end, where a reader of the tail finds it.  Needs with_error and
+    column_labels.
     """
     levels, labelled = (6, 7, 8), True
 
@@ -2847,8 +2837,7 @@ class ColumnSums(Task):
 class Add(Task):
     """Addition of two d-digit numbers with carries.  An error spoils only what follows it.
 
-    47+85 -> <think>7+5+0=12,4+8+1=13</think>132          (digit + digit + carry = carry and digit, from the last on)
-    Needs with_error.
+    47+85 -> <think>7+5+0=12,4+8+1=13</think>132          (digit + digit + carry = carry and digit; needs with_error)
     """
     levels = (4, 5, 6)
 
@@ -2946,10 +2935,9 @@ def run_program(text, registers, rng=None, error_rate=0.0):
 
 
 class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.
+    """Output prediction: what a program of d + 1 lines leaves in its registers.  Needs run_program.
 
     run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
-    Needs run_program.
     """
 
     def generate(self, rng, d):
@@ -2978,8 +2966,7 @@ class Registers(Task):
 class Program(Task):
     """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
 
-    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3)
-    Needs run_program.
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3; needs run_program)
     """
     levels = (4, 5, 6)
 
@@ -3117,8 +3104,8 @@ class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
 
     find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
-    The teacher guesses once per column, uniformly, and checks honestly.  A dot is a column that it did not solve.
-    Needs with_error, column_labels.
+    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.  Needs
+    with_error and column_labels.
     """
     exact, labelled, reads = False, True, True
 
@@ -3238,7 +3225,7 @@ class Sat(Search):
         for clause in data["clauses"]:
             misjudged = rng.random() < error_rate
             works = self.holds(clause, answer) != misjudged
-            parts.append(clause + yes_or_no(works))
+            parts.append(clause + ("y" if works else "n"))
             if not works:
                 break
         return f"{answer}:" + ",".join(parts), works
