@@ -110,10 +110,10 @@ class Evaluation:
 
 
 STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
-MATH, PUZZLES = ("column_sums", "add", "multiply", "countdown"), ("sort", "sat")
+MATH, PUZZLES = ("column_sums", "add", "countdown"), ("sort", "sat")
 CODE = ("registers", "program", "synthesize", "falsify")        # CodeI/O, standard, CodeARC, breaking
-# Out of RL: base and path, to show transfer; find, whose reward for whole lists teaches to write no honest dots, and
-# those are what aggregation lives on.
+# RL leaves out "find": rewarding only complete answers would teach the model never to write "." (not solved), and
+# aggregation needs those honest gaps.
 REASONING = MATH + PUZZLES + CODE
 
 
@@ -343,15 +343,47 @@ def split_think(content):
     return "".join(pieces[1::2]), "".join(pieces[::2])
 
 
+def cut_reasoning(messages, context, tokenizer):
+    """Cut the last turn's reasoning from its end until the conversation just fits -> messages, or None if it cannot."""
+    *earlier, last = messages
+    if last["role"] != "assistant":
+        return None
+    pieces = THINK.split(last["content"])
+    blocks = [tokenizer.encode(reasoning) for reasoning in pieces[1::2]]
+
+    def keep(count):
+        """The conversation with the first `count` tokens of its last turn's reasoning, each block where it was."""
+        content = pieces[0]
+        for ids, answer in zip(blocks, pieces[2::2]):
+            if count > 0:
+                content += f"<think>{tokenizer.decode_bytes(ids[:count]).decode('utf-8', 'ignore')}</think>"
+            content += answer
+            count -= len(ids)
+        return [*earlier, {**last, "content": content}]
+
+    def fits(count):
+        return len(tokenizer.render(keep(count))[0]) <= context
+
+    # A cut text can encode to a token more or less than it had inside the whole one, so we try both directions.
+    total = sum(map(len, blocks))
+    count = max(0, total + context - len(tokenizer.render(messages)[0]))
+    while count > 0 and not fits(count):
+        count -= 1
+    while count < total and fits(count + 1):
+        count += 1
+    return keep(count) if fits(count) else None
+
+
 def trim(messages, context, tokenizer):
     """Answer-preserving trimming: make a conversation fit `context` tokens without losing a question or an answer.
 
-    1. It fits: keep it.  2. Else cut the last assistant turn's reasoning from its tail, so that it just fits: the
-    start of the reasoning and the whole answer stay.  3. Still too long: remove the <think> blocks of the earlier
-    turns, then 2 again.  4. Problem and answers alone are too long: drop it.  (TR section III.)  A turn with several
-    <think> blocks loses the end of the last one first; whatever stays, stays where it was.
+    1. It fits: keep it.  2. Else cut the last assistant turn's reasoning from its end, so that it just fits; the start
+    of the reasoning and the whole answer stay.  3. Still too long: remove the <think> blocks of earlier turns, then
+    try 2 again.  4. Questions and answers alone are too long: drop it.  (TR section III.)
 
     messages [{"role", "content"}, …] -> (messages, "kept" | "cut" | "stripped" | "dropped"); None when dropped.
+    To copy it, take cut_reasoning, split_think and THINK along; the tokenizer needs encode(text) -> ids,
+    decode_bytes(ids) -> bytes, and render(messages) -> (ids, targets), of which only the number of ids counts.
 
     >>> byte = Tokenizer({bytes([i]): i for i in range(256)})             # one token per character
     >>> talk = [dict(role="user", content="7+5?"), dict(role="assistant", content="<think>seven, five</think>12")]
@@ -362,64 +394,40 @@ def trim(messages, context, tokenizer):
     >>> trim(talk, 17, byte)[0][1]["content"], trim(talk, 17, byte)[1]
     ('<think>seven</think>12', 'cut')
     """
-    def size(candidate):
-        return len(tokenizer.render(candidate)[0])
-
-    def cut(candidate):
-        """Rule 2 on the last turn; None if even without reasoning it does not fit."""
-        if candidate[-1]["role"] != "assistant":
-            return None
-        pieces = THINK.split(candidate[-1]["content"])
-        blocks = [tokenizer.encode(reasoning) for reasoning in pieces[1::2]]
-        whole = sum(map(len, blocks))
-
-        def keep(count):
-            """The turn with the first `count` tokens of its reasoning."""
-            content = pieces[0]
-            for ids, answer in zip(blocks, pieces[2::2]):
-                if count > 0:
-                    content += f"<think>{tokenizer.decode_bytes(ids[:count]).decode('utf-8', 'ignore')}</think>"
-                content, count = content + answer, count - len(ids)
-            return [*candidate[:-1], {**candidate[-1], "content": content}]
-
-        # A cut text can have a token more or less than was counted, so look at both sides of the estimate.
-        count = max(0, whole - (size(candidate) - context))
-        while count and size(keep(count)) > context:
-            count -= 1
-        while count < whole and size(keep(count + 1)) <= context:
-            count += 1
-        return keep(count) if size(keep(count)) <= context else None
-
-    if size(messages) <= context:
+    if len(tokenizer.render(messages)[0]) <= context:
         return messages, "kept"
-    short = cut(messages)
+    short = cut_reasoning(messages, context, tokenizer)
     if short:
         return short, "cut"
-    bare = [{**message, "content": split_think(message["content"])[1]}
-            if message["role"] == "assistant" and message is not messages[-1] else message for message in messages]
-    if size(bare) <= context:
-        return bare, "stripped"
-    short = cut(bare)
+    stripped = []
+    for message in messages[:-1]:
+        if message["role"] == "assistant":
+            message = {**message, "content": split_think(message["content"])[1]}
+        stripped.append(message)
+    stripped.append(messages[-1])
+    if len(tokenizer.render(stripped)[0]) <= context:
+        return stripped, "stripped"
+    short = cut_reasoning(stripped, context, tokenizer)
     return (short, "stripped") if short else (None, "dropped")
 
 
 def pack(lengths, capacity, bins):
     """Best-fit decreasing: the longest sample first, each into the fullest bin that still takes it whole.
 
-    Returns at most `bins` lists of indices; what fits nowhere is in none of them.
+    Returns at most `bins` lists of indices; a sample that fits nowhere is in none of them.  Needs nothing else.
 
     >>> pack([5, 3, 6, 2, 4], capacity=8, bins=2)
     [[2, 3], [0, 1]]
     """
     rows, room = [], []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
         if fitting:
             row = min(fitting, key=lambda r: room[r])
         elif len(rows) < bins and lengths[index] <= capacity:
+            row = len(rows)
             rows.append([])
             room.append(capacity)
-            row = len(rows) - 1
         else:
             continue
         rows[row].append(index)
@@ -427,11 +435,12 @@ def pack(lengths, capacity, bins):
     return rows
 
 
+# The names that other people's data sets use: for a question and its answer, for other fields, and for the roles.
 PAIRS = [("question", "answer"), ("problem", "solution"), ("prompt", "completion"), ("problem", "answer"),
          ("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("query", "response")]
-# What others call the fields of rows and messages, and the roles; and fields that only say where a row comes from.
-NAMES = {"conversations": "messages", "system_prompt": "system", "passage": "context", "reasoning_content": "reasoning",
-         "thinking": "reasoning", "from": "role", "value": "content", "train": "weight", "loss": "weight"}
+ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "context",
+           "reasoning_content": "reasoning", "thinking": "reasoning", "from": "role", "value": "content",
+           "train": "weight", "loss": "weight"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "user", "function": "user",
          "observation": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
 METADATA = re.compile(r"(?!image|audio|video)(.+_)?(ids?|idx|index|uuid|source|dataset|split|type|topic|subject|tags?|"
@@ -439,13 +448,13 @@ METADATA = re.compile(r"(?!image|audio|video)(.+_)?(ids?|idx|index|uuid|source|d
                       r"urls?|links?|author|model|meta.*", re.I)
 
 
-def fields(values, where):
+def known_fields(values, where):
     """A JSON object's fields under our names, without empty ones."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: a JSON object is needed, this is a {type(values).__name__}")
     found = {}
     for key, value in values.items():
-        name = NAMES.get(key, key)
+        name = ALIASES.get(key, key)
         if name != "content" and value in (None, "", [], {}):
             continue
         if name in found and found[name] != value:
@@ -454,12 +463,14 @@ def fields(values, where):
     return found
 
 
-def refuse_lost(left, where, said=()):
-    """ValueError if a field that nothing was made of is not harmless; to_messages has the rule."""
-    for key, value in left.items():
-        harmless = isinstance(value, (int, float)) and key != "weight" or METADATA.fullmatch(key) or value in said
-        part = key in itertools.chain(*PAIRS) and any(str(value) in text for text in said)
-        if not (harmless or part):
+def refuse_unused(unused, where, texts=()):
+    """ValueError for a field that no message was made of, unless it is a number, METADATA, or in `texts` already."""
+    for key, value in unused.items():
+        is_number = isinstance(value, (int, float)) and key != "weight"
+        repeated = value in texts
+        if key in itertools.chain(*PAIRS):                      # such as a short answer beside its worked solution
+            repeated = any(str(value) in text for text in texts)
+        if not (is_number or repeated or METADATA.fullmatch(key)):
             raise ValueError(f"{where} has a field {key!r} that would be lost: move what it says into a message, or "
                              "delete it")
 
@@ -476,12 +487,12 @@ def as_text(value, where):
 
 
 def to_message(message, where):
-    """One message in any spelling -> {"role", "content"}, and "weight": 0 where nobody is to learn it."""
-    found = fields(message, where)
-    given, content, weight = (found.pop(name, None) for name in ("role", "content", "weight"))
+    """One message in any spelling -> {"role", "content"}, and "weight": 0 if it must not be learned."""
+    found = known_fields(message, where)
+    given, content, weight = found.pop("role", None), found.pop("content", None), found.pop("weight", None)
     role = ROLES.get(str(given).lower())
     reasoning = found.pop("reasoning", "") if role == "assistant" else ""
-    refuse_lost(found, where)
+    refuse_unused(found, where)
     if given is None or content is None:
         raise ValueError(f"{where} needs a 'role' and a 'content' that is a text")
     if role is None:
@@ -494,43 +505,48 @@ def to_message(message, where):
     tags = re.findall("</?think>", content)
     if role == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
         raise ValueError(f"{where} opens or closes <think> without the other")
-    return {"role": role, "content": content} | ({"weight": 0} if weight == 0 else {})
+    result = {"role": role, "content": content}
+    if weight == 0:
+        result["weight"] = 0
+    return result
+
+
+def pair_to_turns(row, found):
+    """A question and its answer, taken out of `found` -> two turns."""
+    pairs = [pair for pair in PAIRS if row.get(pair[0]) is not None and row.get(pair[1]) is not None]
+    if not pairs:
+        raise ValueError("no 'messages' with at least one, and no pair of texts such as question/answer, "
+                         f"problem/solution, prompt/completion; its keys are {', '.join(list(row)[:6]) or 'none'}")
+    keys = ("context", pairs[0][0], "input", "reasoning", pairs[0][1])
+    *question, reasoning, answer = [as_text(found.pop(key, ""), repr(key)) for key in keys]
+    # GSM8K writes the reasoning first and the answer on a last line of its own.
+    gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", answer, re.S)
+    if gsm8k and not reasoning and "<think>" not in answer and "\n#### " not in gsm8k[1]:
+        answer = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
+    question = "\n\n".join(text for text in question if text.strip())
+    return [{"role": "user", "content": question},
+            {"role": "assistant", "content": answer, "reasoning": reasoning}]
 
 
 def to_messages(row):
-    """One JSON row -> messages.  Raises ValueError that says what is wrong with it.
+    """One JSON row -> messages.  ValueError says what is wrong with a row that we cannot use whole.
 
-    A row has `messages` (or ShareGPT's `conversations`), or one of PAIRS, with a `context` before the question, an
-    `input` after it, and `reasoning`, which becomes <think>…</think>; either can have a `system`.  Developers speak as
-    the system, tools as the user; a message of weight 0 is read and not learned.  No field is lost without a word: the
-    others must be empty, numbers, METADATA by their names, or repeat what a message says (an answer beside its
-    solution: a part of it), else the row is refused, as are calls of tools and all that is no text.
+    A row has `messages` (or ShareGPT's `conversations`), or one of PAIRS with an optional `context`, `input` and
+    `reasoning`; either can have a `system`.  Reasoning becomes <think>…</think>, tools speak as the user, and a message
+    of weight 0 is read but not learned.  A field that we neither use nor know to be harmless refuses the row.
 
     >>> to_messages({"question": "1+1?", "answer": "One and one.\\n#### 2"})[1]["content"]      # GSM8K's form
     '<think>One and one.</think>2'
     """
-    found = fields(row, "the row")
-    said, system = [], found.pop("system", None)
-    turns = found.pop("messages") if isinstance(found.get("messages"), list) else None
-    if turns is None:
-        pair = next((pair for pair in PAIRS if all(row.get(key) is not None for key in pair)), None)
-        if pair is None:
-            raise ValueError("no 'messages' with at least one, and no pair of texts such as "
-                             + ", ".join(map("/".join, PAIRS[:3]))
-                             + f"; its keys are {', '.join(list(row)[:6]) or 'none'}")
-        said = [as_text(found.pop(key, ""), repr(key)) for key in ("context", pair[0], "input", "reasoning", pair[1])]
-        *question, reasoning, reply = said
-        gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", reply, re.S)                # a last line with the answer
-        if gsm8k and not reasoning and "<think>" not in reply and "\n#### " not in gsm8k[1]:
-            reply = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
-        turns = [{"role": "user", "content": "\n\n".join(filter(str.strip, question))},
-                 {"role": "assistant", "content": reply, "reasoning": reasoning}]
+    found = known_fields(row, "the row")
+    system = found.pop("system", None)
+    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(row, found)
     messages = [to_message(turn, f"message {number}") for number, turn in enumerate(turns)]
     if system is not None:
         system = {"role": "system", "content": as_text(system, "'system'")}
-        messages = [system] * (system not in messages) + messages
-    said += [message["content"] for message in messages]
-    refuse_lost(found, "the row", said)
+        if system not in messages:
+            messages.insert(0, system)
+    refuse_unused(found, "the row", [message["content"] for message in messages])
     return messages
 
 
@@ -555,9 +571,10 @@ def read_text(path):
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
     with opened(path) as file:
         while piece := file.read(1 << 20):
-            piece += file.readline(1 << 16)                     # not in the middle of a word
+            piece += file.readline(1 << 16)                     # a piece should not end inside a word
             try:
-                if (nul := piece.find(b"\0")) >= 0:
+                if b"\0" in piece:                              # UTF-16 can be valid UTF-8, but has these
+                    nul = piece.index(b"\0")
                     raise UnicodeDecodeError("utf-8", piece, nul, nul + 1, "a NUL is no text")
                 yield decoder.decode(piece, final=not file.peek(1))
             except UnicodeDecodeError as error:
@@ -567,24 +584,26 @@ def read_text(path):
 
 
 def read_jsonl(path, skip_bad_lines=False):
-    """Yield the messages of each line, or of each row of a .json file's array.  A bad one stops with file and number,
-    or is skipped and counted."""
-    bad, array = 0, file_kind(path) == "json"
+    """Yield the messages of each line, or of each row of a .json file's array.  A bad one stops the run, or is skipped
+    and counted."""
+    bad, is_json = 0, file_kind(path) == "json"
     with opened(path) as rows:
-        if array:
+        if is_json:
             try:
-                content = json.loads(rows.read().decode("utf-8-sig"))
+                rows = json.loads(rows.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
                 raise SystemExit(f"{path}: {error}. If it has a row a line, name it .jsonl") from None
-            rows = content if isinstance(content, list) else [content]
+            rows = rows if isinstance(rows, list) else [rows]
         for number, row in enumerate(rows, 1):
             try:
-                if array or row.strip():
-                    yield to_messages(row if array else json.loads(row.decode("utf-8-sig")))
+                if is_json:
+                    yield to_messages(row)
+                elif row.strip():
+                    yield to_messages(json.loads(row.decode("utf-8-sig")))
             except (ValueError, RecursionError) as error:       # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad_lines:
-                    raise SystemExit(f"{path}:{'row ' * array}{number}: {error}. Mend the line, or pass "
-                                     "--skip-bad-lines") from None
+                    place = f"{path}:row {number}" if is_json else f"{path}:{number}"
+                    raise SystemExit(f"{place}: {error}. Mend the line, or pass --skip-bad-lines") from None
                 bad += 1
     if bad:
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
@@ -594,63 +613,57 @@ def python_text(limit):
     """Text that every Python brings: English (the language reference in pydoc) and code (the standard library)."""
     import pydoc_data.topics
     import sysconfig
-    english = "\n\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:limit // 2]
-    code, root = [], sysconfig.get_path("stdlib")
+    topics = pydoc_data.topics.topics
+    english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
+    code, size, root = [], 0, sysconfig.get_path("stdlib")
     for folder in ("", "asyncio", "collections", "email", "html", "http", "importlib", "json", "logging",
                    "multiprocessing", "unittest", "urllib", "xml/dom", "xml/etree"):
         for name in sorted(os.listdir(os.path.join(root, folder))):
-            if name.endswith(".py") and sum(map(len, code)) < limit - len(english):
+            if name.endswith(".py") and size < limit - len(english):
                 with open(os.path.join(root, folder, name), encoding="utf-8", errors="replace") as file:
                     code.append(file.read())
+                size += len(code[-1])
     return {"english": english, "code": "\n\n".join(code)}
 
 
-# A source has numbered samples: get(index, hold) -> ids, and which of them the assistant wrote (None: never to be
-# learned); size(hold): how many, None without end.  Held-out samples (hold=True) are never trained on.
+# A source numbers its samples.  size(held_out) says how many there are, None: without end.  get(index, held_out) gives
+# a sample's ids, and for each whether the assistant wrote it (None: never to be learned).  Samples with held_out=True
+# are never trained on.
+
+class FileSource:
+    """Samples that lie one after another in an array of tokens; every twentieth is held out.
+
+    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: 1 for tokens
+    that the assistant wrote, 0 for others, 2 if nobody shall learn it; None for a text, of which every token counts.
+    """
+
+    def __init__(self, name, tokens, offsets, targets=None):
+        self.name, self.tokens, self.offsets, self.targets = name, tokens, offsets, targets
+        self.is_traces, self.count = targets is not None, len(offsets) - 1
+        # What tells changed data from the old: the length, and a hash of up to a million tokens.
+        some = np.ascontiguousarray(tokens[::max(1, len(tokens) // 1_000_000)])
+        self.fingerprint = f"{len(tokens)} {hashlib.md5(some.tobytes()).hexdigest()}"
+
+    def size(self, held_out):
+        held = self.count // 20
+        if not self.is_traces and self.count > 1:
+            held = max(held, 1)                                 # of a short text, the last window
+        return held if held_out else self.count - held
+
+    def get(self, index, held_out):
+        i = index + index // 19                                 # jumps over the twentieth, fortieth, …
+        if held_out:
+            i = min(20 * index + 19, self.count - 1)
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        ids = self.tokens[part].tolist()
+        if self.targets is None:
+            return ids, [True] * len(ids)
+        return ids, [None if code == 2 else bool(code) for code in self.targets[part]]
 
 
-def fingerprint(tokens):
-    """What tells one array of tokens from another: its length and a hash of up to a million of them."""
-    sample = np.ascontiguousarray(tokens[::max(1, len(tokens) // 1_000_000)])
-    return f"{len(tokens)} {hashlib.md5(sample.tobytes()).hexdigest()}"
-
-
-class TextSource:
-    """Windows of `context` tokens of one long text, every twentieth held out."""
-    is_traces = False
-
-    def __init__(self, name, tokens, context):
-        self.name, self.tokens, self.context = name, tokens, context
-        self.fingerprint = fingerprint(tokens)
-        self.windows = math.ceil(len(tokens) / context)
-        few = self.windows < 20                                 # a short text gives its last window, if it has two
-        self.held = [self.windows - 1] * (self.windows > 1) if few else list(range(19, self.windows, 20))
-
-    def size(self, hold):
-        return len(self.held) if hold else self.windows - len(self.held)
-
-    def get(self, index, hold):
-        window = self.held[index] if hold else index + index // 19
-        ids = self.tokens[window * self.context:(window + 1) * self.context].tolist()
-        return ids, [True] * len(ids)
-
-
-class ChatSource:
-    """A file's conversations, trimmed to the context, every twentieth held out.  `targets`: 0, 1, or 2 for no one's."""
-    is_traces = True
-
-    def __init__(self, name, tokens, targets, offsets):
-        self.name, self.tokens, self.targets, self.offsets = name, tokens, targets, offsets
-        self.fingerprint = fingerprint(tokens)
-
-    def size(self, hold):
-        count = len(self.offsets) - 1
-        return count // 20 if hold else count - count // 20
-
-    def get(self, index, hold):
-        row = 20 * index + 19 if hold else index + index // 19
-        part = slice(self.offsets[row], self.offsets[row + 1])
-        return self.tokens[part].tolist(), [(False, True, None)[code] for code in self.targets[part].tolist()]
+def windows(tokens, context):
+    """Offsets that cut a text into windows of `context` tokens; the last one may be shorter."""
+    return np.append(np.arange(0, len(tokens), context), len(tokens))
 
 
 class TaskSource:
@@ -660,17 +673,17 @@ class TaskSource:
     def __init__(self, tasks, stage, tokenizer, seed):
         self.tasks, self.stage, self.tokenizer, self.seed = tasks, stage, tokenizer, seed
         self.fingerprint = ",".join(tasks)
-        self.trim_counts = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0)
+        self.trim_counts = collections.Counter(kept=0, cut=0, stripped=0, dropped=0)
 
-    def size(self, hold):
+    def size(self, held_out):
         return None
 
-    def get(self, index, hold):
-        for attempt in range(100):                              # a conversation that was dropped gives way to the next
-            rng = random.Random(f"{self.seed} {hold} {index} {attempt}")
+    def get(self, index, held_out):
+        for attempt in range(100):                              # a dropped conversation gives way to the next one
+            rng = random.Random(f"{self.seed} {held_out} {index} {attempt}")
             messages = []
             for _ in range(rng.randint(1, self.stage.turns)):
-                question, answer = self.exchange(rng, hold)
+                question, answer = self.exchange(rng, held_out)
                 messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             messages, verdict = trim(messages, self.stage.context, self.tokenizer)
             self.trim_counts[verdict] += 1
@@ -678,82 +691,93 @@ class TaskSource:
                 return self.tokenizer.render(messages)
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
 
-    def exchange(self, rng, hold):
-        """A problem and the teacher's reply.  A share `aggregation` are problems of the tasks that read, with the tails
-        of experts' and of wrong replies; the answer is by someone who has read those, as right as they let it be."""
-        read = [name for name in self.tasks if find_task(name).reads]
-        together = bool(read) and rng.random() < self.stage.aggregation
-        task = find_task(rng.choice(read if together else self.tasks))
-        most = self.stage.difficulty
-        d = min(rng.randint(1, most), rng.randint(1, most), task.hardest)      # easy ones more often, no sudden end
-        problem = draw(task, rng.getrandbits(48), d, hold)
-        if together:
-            replies = [(task.good_rollout if rng.random() < 0.5 else task.corrupt)(problem, rng.getrandbits(48))
-                       for _ in range(rng.choice(self.stage.candidates))]
-            tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
-            return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
-        return problem.prompt, task.solve(problem, rng.getrandbits(48))
+    def exchange(self, rng, held_out):
+        """One problem and the teacher's reply to it.
+
+        A share `aggregation` of them prepares the model for Markovian RSA: the prompt shows the tails of right and of
+        wrong replies, and the answer is as right as a reader of those replies can be.
+        """
+        readers = [name for name in self.tasks if find_task(name).reads]
+        aggregates = bool(readers) and rng.random() < self.stage.aggregation
+        task = find_task(rng.choice(readers if aggregates else self.tasks))
+        # The smaller of two draws: easy problems come more often, and the share falls gently up to the hardest.
+        hardest = self.stage.difficulty
+        d = min(rng.randint(1, hardest), rng.randint(1, hardest), task.hardest)
+        problem = draw(task, rng.getrandbits(48), d, held_out)
+        if not aggregates:
+            return problem.prompt, task.solve(problem, rng.getrandbits(48))
+        replies = []
+        for _ in range(rng.choice(self.stage.candidates)):
+            write = task.good_rollout if rng.random() < 0.5 else task.corrupt
+            replies.append(write(problem, rng.getrandbits(48)))
+        tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
+        return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
+
+
+def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
+    """Write a file's tokens to stem.tokens, those of a text a megabyte at a time: several GB never sit in memory.
+
+    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.  Returns how trimming went.
+    """
+    counts, offsets = collections.Counter(kept=0, cut=0, stripped=0, dropped=0), [0]
+    with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets:
+        if file_kind(path) == "txt":
+            for piece in tqdm(read_text(path), desc=f"tokenising {path}", unit=" MB", disable=None):
+                np.array(tokenizer.encode(piece), dtype).tofile(tokens)
+            return {}
+        for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", unit=" rows", disable=None):
+            messages, verdict = trim(messages, context, tokenizer)
+            counts[verdict] += 1
+            if not messages:
+                continue
+            for message in messages:
+                ids, wanted = tokenizer.render([message])
+                np.array(ids, dtype).tofile(tokens)
+                np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
+            offsets.append(tokens.tell() // dtype.itemsize)
+    np.array(offsets, np.int64).tofile(stem + ".offsets")
+    return counts
 
 
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
-    """Tokenise a file once into memory-mapped arrays beside the run, and open them: (tokens, targets, offsets).
+    """Tokenise a file once into memory-mapped arrays in `folder` -> FileSource's (tokens, offsets, targets).
 
-    .txt: one stream of tokens, read in pieces of a megabyte, so several GB never sit in memory; .jsonl, .json: a row's
-    tokens after trimming for this context, found by offsets.  The cache's name holds all that its content depends on.
+    The arrays' name depends on all that their content depends on, so a changed file, vocabulary or context makes new
+    ones.
     """
-    chat = file_kind(path) != "txt"
-    about = os.stat(path)
-    vocabulary = hashlib.md5(repr(sorted(tokenizer.ranks.items())).encode()).hexdigest()
-    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, vocabulary, chat and context, skip_bad_lines,
-                "every field mapped or refused"]                # arrays from before that are made anew
+    is_chat, about = file_kind(path) != "txt", os.stat(path)
+    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, is_chat and context, skip_bad_lines,
+                sorted(tokenizer.ranks.items())]
     stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
-    kind = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
     if is_main() and not os.path.exists(stem + ".json"):
         os.makedirs(folder, exist_ok=True)
-        trim_counts, offsets = dict.fromkeys(("kept", "cut", "stripped", "dropped"), 0), [0]
-        with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets, \
-                tqdm(total=about.st_size, unit="B", unit_scale=True, desc=f"tokenising {path}", disable=None) as bar:
-            if chat:
-                for messages in read_jsonl(path, skip_bad_lines):
-                    bar.update(sum(len(message["content"]) for message in messages))
-                    messages, verdict = trim(messages, context, tokenizer)
-                    trim_counts[verdict] += 1
-                    for message in messages or []:
-                        ids, wanted = tokenizer.render([message])
-                        np.array(ids, kind).tofile(tokens)
-                        np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
-                    if messages:
-                        offsets.append(tokens.tell() // kind(0).itemsize)
-            else:
-                for piece in read_text(path):
-                    np.array(tokenizer.encode(piece), kind).tofile(tokens)
-                    bar.update(len(piece.encode()))
-        np.array(offsets, np.int64).tofile(stem + ".offsets")
-        write_json(stem + ".json", trim_counts)                    # last: it says that the others are whole
+        counts = tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines)
+        write_json(stem + ".json", counts)                      # comes last, so it says that the arrays are complete
     barrier()
-    trim_counts = read_json(stem + ".json")
-    if chat:
-        print(f"{path}, trimmed to {context} tokens: "
-              + ", ".join(f"{n} {verdict}" for verdict, n in trim_counts.items()))
+    if is_chat:
+        counts = ", ".join(f"{n} {verdict}" for verdict, n in read_json(stem + ".json").items())
+        print(f"{path}, trimmed to {context} tokens: {counts}")
     if os.path.getsize(stem + ".tokens") == 0:
-        raise SystemExit(f"{path} gave no tokens: " + (f"it has no row that is good and fits {context}" if chat else
-                                                       "it is empty"))
-    targets = np.memmap(stem + ".targets", np.uint8, "r") if chat else None
-    return np.memmap(stem + ".tokens", kind, "r"), targets, np.fromfile(stem + ".offsets", np.int64)
+        why = f"it has no row that is good and fits {context}" if is_chat else "it is empty"
+        raise SystemExit(f"{path} gave no tokens: {why}")
+    tokens = np.memmap(stem + ".tokens", dtype, "r")
+    if not is_chat:
+        return tokens, windows(tokens, context), None
+    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.uint8, "r")
 
 
 def make_sources(config, stage, tokenizer):
     """The stage's sources: --data files or Python's own text, and the generated problems."""
     sources, folder = [], os.path.join(config.out, "data")
-    for path in config.data:
-        tokens, targets, offsets = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
-        name = os.path.basename(path)
-        name = path if name in [os.path.basename(other) for other in config.data if other != path] else name
-        sources.append(TextSource(name, tokens, stage.context) if file_kind(path) == "txt"
-                       else ChatSource(name, tokens, targets, offsets))
+    names = [os.path.basename(path) for path in config.data]
+    for path, name in zip(config.data, names):
+        arrays = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
+        sources.append(FileSource(path if names.count(name) > 1 else name, *arrays))
     if not config.data:
         for name, text in python_text(PRESETS[config.preset]["text_bytes"]).items():
-            sources.append(TextSource(name, np.array(tokenizer.encode(text), np.uint32), stage.context))
+            tokens = np.array(tokenizer.encode(text), np.uint32)
+            sources.append(FileSource(name, tokens, windows(tokens, stage.context)))
     tasks = task_names(config.tasks)
     if tasks:
         sources.append(TaskSource(tasks, stage, tokenizer, config.seed))
@@ -769,41 +793,59 @@ def task_names(text):
         if name.startswith("reasoning_gym:"):
             find_task(name)                                     # says what is missing
         elif name not in TASKS:
-            raise SystemExit(f"--tasks {text}: no task {name!r}; did you mean "
-                             f"{difflib.get_close_matches(name, TASKS, 1, 0)[0]}? There are {', '.join(TASKS)}")
+            close, = difflib.get_close_matches(name, TASKS, 1, 0)
+            raise SystemExit(f"--tasks {text}: no task {name!r}; did you mean {close}? There are {', '.join(TASKS)}")
     return names
 
 
-class Loader:
-    """Packed batches of a fixed mixture.  What it has given is all its state: a number per source, and the samples
-    that wait because they fitted nowhere."""
+@functools.lru_cache(maxsize=16)
+def epoch_order(seed, epoch, size):
+    return np.random.default_rng([seed, epoch, size]).permutation(size)
 
-    def __init__(self, sources, stage, tokens_per_step, seed, pad, hold=False):
-        self.sources, self.stage, self.seed, self.pad = {s.name: s for s in sources}, stage, seed, pad
-        self.context, self.hold = stage.context, hold
-        self.rows = tokens_per_step // stage.context
-        traces = [s.name for s in sources if s.is_traces]
-        texts = [s.name for s in sources if not s.is_traces]
+
+class Loader:
+    """Packs samples from several sources into fixed-size batches, in the stage's proportions.
+
+    Checkpoint state: how many tokens and samples each source has given, plus the leftovers that did not fit the last
+    batch.  Needs pack, and sources with name, is_traces, size and get.
+    """
+
+    def __init__(self, sources, stage, tokens_per_step, seed, pad, held_out=False):
+        self.sources = {source.name: source for source in sources}
+        self.stage, self.seed, self.pad, self.held_out = stage, seed, pad, held_out
+        self.context, self.rows = stage.context, tokens_per_step // stage.context
+        traces = [source.name for source in sources if source.is_traces]
+        texts = {source.name: source.size(held_out) for source in sources if not source.is_traces}
         share = stage.traces if traces and texts else float(bool(traces))
-        # Texts count by their size, so that none is read more often than another; kinds of traces count alike.
-        size = {name: self.sources[name].size(hold) for name in texts}
-        self.weight = {**{name: share / len(traces) for name in traces},
-                       **{name: (1 - share) * size[name] / sum(size.values()) for name in texts}}
+        # Sources of traces count alike.  Texts count by their size, so that none is read more often than another.
+        self.weight = {name: share / len(traces) for name in traces}
+        for name, size in texts.items():
+            self.weight[name] = (1 - share) * size / sum(texts.values())
         self.given = dict.fromkeys(self.sources, 0)             # tokens
         self.drawn = dict.fromkeys(self.sources, 0)             # samples
-        self.waiting = []                                       # ((source name, sample number), sample)
-        self.shuffled = {}                                      # source name: (epoch, its order)
+        self.waiting = []                                       # ((source name, sample number), ids, by assistant)
 
     def sample(self, name, number):
-        """Sample `number` of a source, in an order shuffled anew each time through."""
+        """Sample `number` of a source, in an order that is shuffled anew in each epoch."""
         source = self.sources[name]
-        size = source.size(self.hold)
+        size = source.size(self.held_out)
         if size is None:
-            return source.get(number, self.hold)
+            return source.get(number, self.held_out)
         epoch, place = divmod(number, size)
-        if self.shuffled.get(name, (None,))[0] != epoch:
-            self.shuffled[name] = epoch, np.random.default_rng([self.seed, epoch, size]).permutation(size)
-        return source.get(int(self.shuffled[name][1][place]), self.hold)
+        return source.get(int(epoch_order(self.seed, epoch, size)[place]), self.held_out)
+
+    def draw_samples(self):
+        """Fill `waiting` with 1.05 times the tokens of a batch: with some choice, packing leaves hardly a gap."""
+        tokens = sum(len(ids) for _, ids, _ in self.waiting)
+        while tokens < self.rows * self.context * 1.05:
+            # The source that is furthest behind its share of all tokens comes next.
+            total = sum(self.given.values()) + 1
+            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
+            ids, by_assistant = self.sample(name, self.drawn[name])
+            self.waiting.append(((name, self.drawn[name]), ids, by_assistant))
+            self.drawn[name] += 1
+            self.given[name] += len(ids)
+            tokens += len(ids)
 
     def next(self):
         """-> input_ids, targets, position_ids (rows, context) int64, and where the samples came from.
@@ -811,40 +853,32 @@ class Loader:
         targets: the next token, -100 where there is none in this sample or it does not count.
         position_ids restart with each sample and are -1 on padding, so nothing leaks from one into the next.
         """
-        pool = self.waiting
-        tokens = sum(len(ids) for _, (ids, _) in pool)
-        while tokens < self.rows * self.context * 1.05:
-            total = sum(self.given.values()) + 1
-            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)    # the one most behind
-            origin = (name, self.drawn[name])
-            sample = self.sample(*origin)
-            self.drawn[name] += 1
-            self.given[name] += len(sample[0])
-            tokens += len(sample[0])
-            pool.append((origin, sample))
-        rows = pack([len(ids) for _, (ids, _) in pool], self.context, self.rows)
-        used = {index for row in rows for index in row}
-        self.waiting = [item for index, item in enumerate(pool) if index not in used]
+        self.draw_samples()
+        rows = pack([len(ids) for _, ids, _ in self.waiting], self.context, self.rows)
         inputs = np.full((self.rows, self.context), self.pad, np.int64)
         targets, positions = np.full_like(inputs, -100), np.full_like(inputs, -1)
         for row, members in enumerate(rows):
             start = 0
-            for ids, wanted in (pool[index][1] for index in members):
+            for index in members:
+                _, ids, counts = self.waiting[index]
+                if not self.stage.mask_prompts:                 # then the prompt's tokens count too
+                    counts = [by_assistant is not None for by_assistant in counts]
                 end = start + len(ids)
                 inputs[row, start:end] = ids
-                counts = [ours if self.stage.mask_prompts else ours is not None for ours in wanted[1:]]
-                targets[row, start:end - 1] = np.where(counts, ids[1:], -100)
+                targets[row, start:end - 1] = np.where(np.array(counts[1:], bool), ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
                 start = end
-        origins = [pool[index][0] for index in sorted(used)]
-        return *(torch.from_numpy(array) for array in (inputs, targets, positions)), origins
+        used = {index for row in rows for index in row}
+        origins = [self.waiting[index][0] for index in sorted(used)]
+        self.waiting = [item for index, item in enumerate(self.waiting) if index not in used]
+        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions), origins
 
     def state_dict(self):
-        return {"given": self.given, "drawn": self.drawn, "waiting": [origin for origin, _ in self.waiting]}
+        return {"given": self.given, "drawn": self.drawn, "waiting": [origin for origin, *_ in self.waiting]}
 
     def load_state_dict(self, state):
         self.given, self.drawn = dict(state["given"]), dict(state["drawn"])
-        self.waiting = [(tuple(origin), self.sample(*origin)) for origin in state["waiting"]]
+        self.waiting = [(tuple(origin), *self.sample(*origin)) for origin in state["waiting"]]
 
 
 # ---- optimizers -----------------------------------------------------------------------------------------------------
@@ -1408,7 +1442,7 @@ class Actor:
         return self.new_group(name, d, rng)
 
     def new_group(self, name, d, rng):
-        problem = draw(find_task(name), rng.getrandbits(48), d, hold=False)
+        problem = draw(find_task(name), rng.getrandbits(48), d, held_out=False)
         return Group(problem, prompt_ids(self.tokenizer, problem.prompt), d)
 
     def sample(self, groups, group_size):
@@ -1733,11 +1767,11 @@ def bradley_terry_loss(better, worse):
     return -F.logsigmoid(better - worse).mean()
 
 
-def preference_pair(rng, hold=False):
+def preference_pair(rng, held_out=False):
     """A problem and two replies, the one with more warm words first: what a simulated reader prefers, whether or not a
     reply does what was asked."""
     task = find_task("constraints")
-    problem = draw(task, rng.getrandbits(48), rng.randint(1, 4), hold)
+    problem = draw(task, rng.getrandbits(48), rng.randint(1, 4), held_out)
     while True:
         pair = []
         for _ in range(2):
@@ -1756,22 +1790,22 @@ def train_reward_model(reward_model, tokenizer, steps, lr, seed, pairs=32):
     """Bradley-Terry on generated preferences -> the share of 200 held-out ones that the reward model agrees with."""
     rng, optimizers = random.Random(f"{seed} preferences"), make_optimizers(reward_model, lr)
 
-    def scores(count, hold):
+    def scores(count, held_out):
         """Of `count` new pairs: the preferred replies' (count,), and the others'."""
         better, worse = [], []
         for _ in range(count):
-            problem, preferred, other = preference_pair(rng, hold)
+            problem, preferred, other = preference_pair(rng, held_out)
             better.append(conversation(tokenizer, problem, preferred))
             worse.append(conversation(tokenizer, problem, other))
         return reward_model(better + worse).split(count)
 
     reward_model.train()
     for step in tqdm(range(steps), desc="reward model", leave=False, disable=None):
-        bradley_terry_loss(*scores(pairs, hold=False)).backward()
+        bradley_terry_loss(*scores(pairs, held_out=False)).backward()
         optimizer_step(reward_model, optimizers, 1.0, learning_rate(step, steps, lr, lr / 10))
     reward_model.eval()
     with torch.no_grad():
-        better, worse = scores(200, hold=True)
+        better, worse = scores(200, held_out=True)
     return (better > worse).float().mean().item()
 
 
@@ -1798,9 +1832,10 @@ def held_out_loss(model, sources, stage, pad, late, tokens=16384):
     result = {}
     model.eval()
     for source in sources:
-        if source.size(hold=True) == 0:
+        if source.size(held_out=True) == 0:
             continue
-        inputs, targets, positions, _ = Loader([source], stage, max(tokens, stage.context), 0, pad, hold=True).next()
+        loader = Loader([source], stage, max(tokens, stage.context), 0, pad, held_out=True)
+        inputs, targets, positions, _ = loader.next()
         losses = []                                             # a tensor (S,) for each row
         for x, y, p in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
             x, y, p = (t.to(model.norm.weight.device) for t in (x, y, p))
@@ -1824,7 +1859,7 @@ def held_out_problems(tasks, count, levels=None):
         asked = levels or task.levels
         for i in range(count):
             for attempt in range(1000):
-                problem = draw(task, f"eval {i} {attempt}", asked[i % len(asked)] + attempt // 50, hold=True)
+                problem = draw(task, f"eval {i} {attempt}", asked[i % len(asked)] + attempt // 50, held_out=True)
                 if (name, problem.prompt) not in seen:
                     break
             seen.add((name, problem.prompt))
@@ -1945,7 +1980,7 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     if task.self_verified("") is not None:
         chosen = [next((text for text in texts if task.self_verified(text)), texts[0]) for texts in equal]
         scores["certified@equal_tokens"] = mean(verified([text] for text in chosen))
-    if task.fields:
+    if task.labelled:
         labels = [[label for *_, label in p.data["columns"]] for p in problems]
         scores["field_vote@equal_tokens"] = right(map(field_vote, labels, equal))
     samples = [[texts[N * t:N * (t + 1)] for texts in equal] for t in range(T + 1)]
@@ -1970,14 +2005,14 @@ def show_samples(model, tokenizer, sources, seed):
     """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
     rng, device = random.Random(seed), model.norm.weight.device
     generator = torch.Generator().manual_seed(seed)
-    for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(hold=True)):
-        ids, wanted = source.get(rng.randrange(source.size(hold=True)), hold=True)
+    for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(held_out=True)):
+        ids, wanted = source.get(rng.randrange(source.size(held_out=True)), held_out=True)
         ids = ids[:wanted.index(True)] if source.is_traces and True in wanted else ids[:24]     # up to the reply
         text = model.generate(torch.tensor([ids[-200:]], device=device), 48, 0.8, generator=generator)[0].tolist()
         print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids[-200:]):])!r}")
     tasks = [name for source in sources if isinstance(source, TaskSource) for name in source.tasks]
     for name in rng.sample(tasks, min(2, len(tasks))):
-        problem = draw(find_task(name), f"show {seed}", 2, hold=True)
+        problem = draw(find_task(name), f"show {seed}", 2, held_out=True)
         answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
         verdict = "right" if find_task(name).verify(problem, answer)[0] else "wrong"
         print(f"    {verdict} | {problem.prompt} -> {answer!r}")
@@ -2696,15 +2731,15 @@ def split_answer(text):
 class Task:
     """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
 
-    A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` -> (reasoning, answer), where
-    each step goes wrong with that probability; `verify_answer(data, answer)` -> bool, total: any string gets a verdict.
-    `exact`: the teacher always finds the answer; otherwise it searches honestly within a budget, and can fail.
-    `levels`: the fixed difficulties of evaluation and of RL, chosen so that SFT leaves room above.  `hardest`: where
-    difficulties end.
+    A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` -> (reasoning, answer), in
+    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string.
+    To copy one, take Problem, split_answer, draw, is_held_out and this class along, and what its docstring names.
     """
-    exact, levels, hardest = True, (1, 2, 3), 30
-    reads = False                           # whether `aggregate` builds on the replies it is shown
-    fields = False                          # whether an answer is a list of label and value, one character each
+    exact = True                            # the teacher always finds the answer; otherwise it searches and may fail
+    levels = (1, 2, 3)                      # the fixed difficulties of evaluation and RL, where SFT leaves room above
+    hardest = 30                            # difficulties end here
+    reads = False                           # `aggregate` builds on the replies that it is shown
+    labelled = False                        # an answer is a list of labels and values, one character each
 
     def __init__(self, name):
         self.name = name
@@ -2727,13 +2762,13 @@ class Task:
         return f"<think>{reasoning}</think>{answer}"
 
     def corrupt(self, problem, seed=0):
-        """A plausible reply with a wrong answer, by a teacher who slips; if that never spoils the answer, one to
-        another problem."""
+        """A plausible reply with a wrong answer: the teacher makes more and more errors until one spoils it.  If none
+        does, we take the teacher's reply to another problem."""
         rng = random.Random(f"corrupt {seed}")
         error_rate, data = 0.1, problem.data
         for attempt in range(10_000):
             if attempt > 30:
-                data = draw(self, rng.getrandbits(48), problem.difficulty, hold=False).data
+                data = draw(self, rng.getrandbits(48), problem.difficulty, held_out=False).data
             reasoning, answer = self.solution(data, rng, error_rate)
             if not self.verify_answer(problem.data, answer):
                 return f"<think>{reasoning}</think>{answer}"
@@ -2741,22 +2776,23 @@ class Task:
         raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
 
     def self_verified(self, text):
-        """Whether a reply says of itself that its answer holds; None: replies of this task say nothing."""
+        """Whether a reply says that its answer was checked and holds; None where replies of the task say nothing."""
 
     def good_rollout(self, problem, seed=0):
-        """A rollout that aggregation prompts show: one that is of use to who reads it."""
+        """A reply that helps whoever reads it, for aggregation prompts."""
         return self.solve(problem, seed)
 
     def aggregate(self, problem, replies, seed=0):
-        """A reply by someone who has read other replies; a task that does not read answers by itself."""
+        """The teacher's reply after reading other replies; a task that does not read solves the problem by itself."""
         return self.solve(problem, seed)
 
 
 class Search(Task):
-    """A task whose teacher guesses and checks: guess(data, rng) -> answer; trial(data, answer, rng, error_rate) ->
-    (text,
-    whether it seems to work).  After a failed trial it gives up with probability `gives_up`, so that imitating it is
-    capped: only reward can teach to guess better and to go on.
+    """A task whose teacher guesses and checks: guess(data, rng) -> answer, and trial(data, answer, rng, error_rate) ->
+    (its text, whether the answer seems to work).  "#y" or "#n" before the answer says how the last trial went.
+
+    After a failed trial the teacher gives up with probability `gives_up`.  So imitating it is capped, and only reward
+    can teach a model to guess better and to go on.
     """
     exact = False
     gives_up, most = 0.6, 8
@@ -2768,36 +2804,39 @@ class Search(Task):
             text, works = self.trial(data, answer, rng, error_rate)
             trials.append(text)
             if works or len(trials) == self.most or rng.random() < self.gives_up:
-                return f"{';'.join(trials)}#{'ny'[works]}{answer}", answer
+                return f"{';'.join(trials)}#{'y' if works else 'n'}{answer}", answer
 
     def good_rollout(self, problem, seed=0):
         """A right reply if 100 attempts give one: a search that gives up hardly ever ends in one."""
-        replies = (self.solve(problem, f"{seed} {attempt}") for attempt in range(100))
-        return next((reply for reply in replies if self.verify(problem, reply)[0]), self.solve(problem, seed))
+        for attempt in range(100):
+            reply = self.solve(problem, f"{seed} {attempt}")
+            if self.verify(problem, reply)[0]:
+                return reply
+        return self.solve(problem, seed)
 
     def aggregate(self, problem, replies, seed=0):
-        """If one of the replies is right, it is taken over and checked anew; if not, an honest search."""
-        good = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
-        if not good:
+        """Take over one of the right answers and check it anew; if there is none, search honestly."""
+        right = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
+        if not right:
             return self.solve(problem, seed)
         rng = random.Random(f"aggregate {seed}")
-        answer = rng.choice(good)
-        return f"<think>{self.trial(problem.data, answer, rng, 0.0)[0]}#y{answer}</think>{answer}"
+        answer = rng.choice(right)
+        text, _ = self.trial(problem.data, answer, rng, 0.0)
+        return f"<think>{text}#y{answer}</think>{answer}"
 
     def self_verified(self, text):
         answer = split_answer(text)
         return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
 
 
-def slipped(value, rng, error_rate, base=10):
-    """`value`, or with probability `error_rate` another number of as many digits."""
+def with_error(value, rng, error_rate):
+    """`value`, or with probability `error_rate` a number with another last digit."""
     if not error_rate or rng.random() >= error_rate:
         return value
-    unit = rng.randrange(1, base)
-    return value - value % base + (value + unit) % base
+    return value - value % 10 + (value + rng.randrange(1, 10)) % 10
 
 
-def labels(rng, count):
+def column_labels(rng, count):
     """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     start = rng.randrange(52)
@@ -2808,85 +2847,52 @@ class ColumnSums(Task):
     """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
 
     sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
-    A label is followed by its value in lists only: who reads another's tail finds it there, and nowhere else.
+    A value stands right behind its label only at the end, where a reader of the tail finds it.  Needs with_error and
+    column_labels.
     """
-    levels, fields = (6, 7, 8), True
+    levels, labelled = (6, 7, 8), True
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
+        columns = [[rng.randrange(10), rng.randrange(10), label] for label in column_labels(rng, d)]
         return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
 
     def solution(self, data, rng, error_rate):
-        steps = [(label, a, b, slipped((a + b) % 10, rng, error_rate)) for a, b, label in data["columns"]]
-        answer = "".join(f"{label}{total}" for label, _, _, total in steps)
-        return "".join(f"{label}:{a}+{b}={total}" for label, a, b, total in steps) + "#" + answer, answer
+        steps, answer = "", ""
+        for a, b, label in data["columns"]:
+            total = with_error((a + b) % 10, rng, error_rate)
+            steps += f"{label}:{a}+{b}={total}"
+            answer += f"{label}{total}"
+        return f"{steps}#{answer}", answer
 
     def verify_answer(self, data, answer):
-        return answer == "".join(f"{label}{(a + b) % 10}" for a, b, label in data["columns"])
-
-
-def add_steps(a, b, rng, error_rate):
-    """Written addition from the last digit on, 'digit+digit+carry=carry digit': ('7+5+0=12,4+8+1=13', 132)."""
-    steps, carry, total, place = [], 0, 0, 1
-    for i in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**i % 10, b // 10**i % 10
-        value = slipped(x + y + carry, rng, error_rate)
-        steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
-        carry, total, place = value // 10, total + value % 10 * place, place * 10
-    return ",".join(steps), total + carry * place
+        return answer == self.solution(data, None, 0.0)[1]
 
 
 class Add(Task):
-    """Addition of two d-digit numbers with carries.  A error_rate spoils only what follows it.
+    """Addition of two d-digit numbers with carries.  An error spoils only what follows it.
 
-    47+85 -> <think>7+5+0=12,4+8+1=13</think>132
+    47+85 -> <think>7+5+0=12,4+8+1=13</think>132          (digit + digit + carry = carry and digit; needs with_error)
     """
     levels = (4, 5, 6)
 
     def generate(self, rng, d):
-        a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for _ in range(2))
+        smallest = 10 ** (d - 1) if d > 1 else 0
+        a, b = rng.randrange(smallest, 10**d), rng.randrange(smallest, 10**d)
         return f"{a}+{b}", {"a": a, "b": b}
 
     def solution(self, data, rng, error_rate):
-        steps, total = add_steps(data["a"], data["b"], rng, error_rate)
-        return steps, str(total)
+        a, b, steps, carry, total, place = data["a"], data["b"], [], 0, 0, 1
+        while place == 1 or place <= max(a, b):
+            x, y = a // place % 10, b // place % 10
+            value = with_error(x + y + carry, rng, error_rate)
+            steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
+            carry = value // 10
+            total += value % 10 * place
+            place *= 10
+        return ",".join(steps), str(total + carry * place)
 
     def verify_answer(self, data, answer):
         return answer == str(data["a"] + data["b"])
-
-
-class Multiply(Task):
-    """Long multiplication: a row per digit of the second number, then their running sum; d + 1 digits in all.
-
-    47*6 -> <think>6:7*6+0=42,4*6+4=28:282</think>282
-    """
-    levels, hardest = (2, 3, 4), 8
-
-    def generate(self, rng, d):
-        first, second = (d + 2) // 2, (d + 1) // 2
-        a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (first, second))
-        return f"{a}*{b}", {"a": a, "b": b}
-
-    def solution(self, data, rng, error_rate):
-        a, b, total, lines = data["a"], data["b"], 0, []
-        for i in range(len(str(b))):
-            y, carry, row, steps = b // 10**i % 10, 0, 0, []
-            for j in range(len(str(a))):
-                x = a // 10**j % 10
-                value = slipped(x * y + carry, rng, error_rate)
-                steps.append(f"{x}*{y}+{carry}={value // 10}{value % 10}")
-                carry, row = value // 10, row + value % 10 * 10**j
-            row = (row + carry * 10 ** len(str(a))) * 10**i
-            lines.append(f"{y}:{','.join(steps)}:{row}")
-            if i:
-                steps, total = add_steps(total, row, rng, error_rate)
-                lines.append(f"{steps}:{total}")
-            else:
-                total = row
-        return ";".join(lines), str(total)
-
-    def verify_answer(self, data, answer):
-        return answer == str(data["a"] * data["b"])
 
 
 class Sort(Task):
@@ -2905,7 +2911,7 @@ class Sort(Task):
     def solution(self, data, rng, error_rate):
         left, steps, answer = list(data["digits"]), [], ""
         while left:
-            pick = min(left) if rng.random() >= error_rate else rng.choice(left)
+            pick = rng.choice(left) if rng.random() < error_rate else min(left)
             left.remove(pick)
             answer += pick
             steps.append(f"{pick}:{''.join(left)}")
@@ -2915,15 +2921,15 @@ class Sort(Task):
         return answer == "".join(sorted(data["digits"]))
 
 
-def evaluate(text, registers, rng=None, error_rate=0.0):
+def run_expression(text, registers, rng=None, error_rate=0.0):
     """The values an expression goes through, left to right, all mod 10: the language of every program here.
 
         expression := operand (operator operand)*      operand := digit | register      operator := + - *
 
     `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
-    100 characters: nothing else can happen, the work is linear in the text and numbers stay below 10.
+    100 characters.  Nothing else can happen: the work is linear in the text and numbers stay below 10.
 
-    >>> evaluate("x*2+3", {"x": 4}), evaluate("y+1", {"x": 4}), evaluate("__import__('os')", {})
+    >>> run_expression("x*2+3", {"x": 4}), run_expression("y+1", {"x": 4}), run_expression("__import__('os')", {})
     ([8, 1], None, None)
     """
     if len(text) > 100 or len(text) % 2 == 0:
@@ -2938,10 +2944,15 @@ def evaluate(text, registers, rng=None, error_rate=0.0):
             continue
         if text[i - 1] not in "+-*":
             return None
-        value = {"+": value + operand, "-": value - operand, "*": value * operand}[text[i - 1]] % 10
-        value = slipped(value, rng, error_rate)
+        value = with_error(calculate(value, text[i - 1], operand) % 10, rng, error_rate)
         values.append(value)
     return values or [value]
+
+
+def calculate(a, operator, b):
+    if operator == "*":
+        return a * b
+    return a + b if operator == "+" else a - b
 
 
 def run_program(text, registers, rng=None, error_rate=0.0):
@@ -2950,7 +2961,7 @@ def run_program(text, registers, rng=None, error_rate=0.0):
     if len(lines) > 32:
         return None
     for line in lines:
-        values = evaluate(line[2:], states[-1], rng, error_rate)
+        values = run_expression(line[2:], states[-1], rng, error_rate)
         if values is None or line[1] != "=" or line[0] not in "abcdex":
             return None
         states.append({**states[-1], line[0]: values[-1]})
@@ -2958,7 +2969,7 @@ def run_program(text, registers, rng=None, error_rate=0.0):
 
 
 class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.
+    """Output prediction: what a program of d + 1 lines leaves in its registers.  Needs run_program.
 
     run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
     """
@@ -2976,8 +2987,11 @@ class Registers(Task):
 
     def solution(self, data, rng, error_rate):
         states = run_program(";".join(data["lines"]), {}, rng, error_rate)
-        texts = ["".join(f"{name}{state[name]}" for name in sorted(state)) for state in states]
-        return ";".join(f"{line}>{text}" for line, text in zip(data["lines"], texts)), texts[-1]
+        steps = []
+        for line, state in zip(data["lines"], states):
+            answer = "".join(f"{name}{state[name]}" for name in sorted(state))
+            steps.append(f"{line}>{answer}")
+        return ";".join(steps), answer
 
     def verify_answer(self, data, answer):
         return answer == self.solution(data, None, 0.0)[1]
@@ -2986,95 +3000,114 @@ class Registers(Task):
 class Program(Task):
     """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
 
-    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3)
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3; needs run_program)
     """
     levels = (4, 5, 6)
 
     def generate(self, rng, d):
-        while True:
+        outputs = {0}
+        while len(outputs) == 1:                                # a constant would be no lesson
             formula, lines, inner = "x", [], "x"
             for _ in range(d + 1):
                 other, operator = rng.choice("x123456789"), rng.choice("+-*")
-                swap = rng.random() < 0.5
-                formula = f"({other}{operator}{formula})" if swap else f"({formula}{operator}{other})"
-                lines.append(f"a={other}{operator}{inner}" if swap else f"a={inner}{operator}{other}")
+                if rng.random() < 0.5:
+                    formula = f"({other}{operator}{formula})"
+                    lines.append(f"a={other}{operator}{inner}")
+                else:
+                    formula = f"({formula}{operator}{other})"
+                    lines.append(f"a={inner}{operator}{other}")
                 inner = "a"
-            if len({run_program(";".join(lines), {"x": x})[-1]["a"] for x in range(10)}) > 1:     # no constant
-                return f"code {formula}", {"lines": lines}
+            outputs = {self.output(";".join(lines), x) for x in range(10)}
+        return f"code {formula}", {"lines": lines}
+
+    @staticmethod
+    def output(program, x):
+        """What a program leaves in register a; None if it is no program, or leaves nothing there."""
+        states = run_program(program, {"x": x})
+        return states[-1].get("a") if states else None
 
     def solution(self, data, rng, error_rate):
-        lines = [line if rng.random() >= error_rate else f"{line[:3]}{rng.choice('+-*')}{line[4]}"
-                 for line in data["lines"]]
+        lines = []
+        for line in data["lines"]:
+            if rng.random() < error_rate:
+                line = f"{line[:3]}{rng.choice('+-*')}{line[4]}"
+            lines.append(line)
         x = rng.randrange(10)
         states = run_program(";".join(lines), {"x": x}, rng, error_rate)
         return f"{x}:" + ",".join(str(state["a"]) for state in states), ";".join(lines)
 
     def verify_answer(self, data, answer):
-        for x in range(10):
-            states = run_program(answer, {"x": x})
-            if states is None or states[-1].get("a") != run_program(";".join(data["lines"]), {"x": x})[-1]["a"]:
-                return False
-        return True
+        program = ";".join(data["lines"])
+        return all(self.output(answer, x) == self.output(program, x) for x in range(10))
 
 
 def worked(expression, x, rng, error_rate):
     """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
-    values = [x, *evaluate(expression, {"x": x}, rng, error_rate)]
-    steps = [f"{a}{expression[1 + 2 * i:3 + 2 * i]}={b}" for i, (a, b) in enumerate(zip(values, values[1:]))]
-    return ",".join(steps), values[-1]
+    value, steps = x, []
+    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate)):
+        steps.append(f"{value}{expression[2 * i + 1:2 * i + 3]}={result}")
+        value = result
+    return ",".join(steps), value
 
 
-def random_chain(rng, count):
+def random_chain(rng, count, operators, highest):
     """An expression of `count` operations on x: x*2+3."""
-    return "x" + "".join(rng.choice("+-*") + str(rng.randrange(2, 10)) for _ in range(count))
+    expression = "x"
+    for _ in range(count):
+        expression += rng.choice(operators) + str(rng.randrange(2, highest + 1))
+    return expression
 
 
 class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
     fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
-    A trial stops at the first example that does not hold.
+    A trial stops at the first example that does not hold.  Needs Search, run_expression, worked, random_chain.
     """
     reads, levels = True, (1, 2)
 
     def generate(self, rng, d):
-        hidden = self.guess({"count": (d + 1) // 2}, rng)
-        examples = [[x, evaluate(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
-        return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": (d + 1) // 2}
+        count = (d + 1) // 2
+        hidden = self.guess({"count": count}, rng)
+        examples = [[x, run_expression(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
+        return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": count}
 
     def guess(self, data, rng):
-        return "x" + "".join(rng.choice("+*") + str(rng.randrange(2, 6)) for _ in range(data["count"]))
+        return random_chain(rng, data["count"], "+*", 5)
 
     def trial(self, data, answer, rng, error_rate):
-        parts, works = [], True
+        parts = []
         for x, y in data["examples"]:
             steps, value = worked(answer, x, rng, error_rate)
             parts.append(f"{steps}>{y}")
-            works = value == y
-            if not works:
+            if value != y:
                 break
-        return f"{answer}:" + "/".join(parts), works
+        return f"{answer}:" + "/".join(parts), value == y
 
     def verify_answer(self, data, answer):
-        values = [evaluate(answer, {"x": x}) for x, _ in data["examples"]]
-        return all(value is not None and value[-1] == y for value, (_, y) in zip(values, data["examples"]))
+        for x, y in data["examples"]:
+            values = run_expression(answer, {"x": x})
+            if values is None or values[-1] != y:
+                return False
+        return True
 
 
 class Falsify(Search):
     """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
 
     break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
-    A trial looks whether the input takes the branch, and if so works out both programs.
+    A trial asks whether the input takes the branch, and if so works out both programs.  Needs what Synthesize needs.
     """
     hardest = 12
 
     def generate(self, rng, d):
         while True:
-            right, other = random_chain(rng, d), random_chain(rng, d)
+            right, other = random_chain(rng, d, "+-*", 9), random_chain(rng, d, "+-*", 9)
             above, count = rng.random() < 0.5, rng.randrange(1, 5)
-            data = {"right": right, "other": other, "branch": f"x>{9 - count}" if above else f"x<{count}"}
+            branch = f"x>{9 - count}" if above else f"x<{count}"
+            data = {"right": right, "other": other, "branch": branch}
             if any(self.verify_answer(data, str(x)) for x in range(10)):
-                return f"break {right},{data['branch']}?{other}", data
+                return f"break {right},{branch}?{other}", data
 
     def guess(self, data, rng):
         return str(rng.randrange(10))
@@ -3082,60 +3115,67 @@ class Falsify(Search):
     @staticmethod
     def taken(data, x):
         """Whether input x takes the branch 'x>6' or 'x<3'."""
-        return x > int(data["branch"][2]) if data["branch"][1] == ">" else x < int(data["branch"][2])
+        bound = int(data["branch"][2])
+        return x > bound if data["branch"][1] == ">" else x < bound
 
     def trial(self, data, answer, rng, error_rate):
         x = int(answer)
-        if self.taken(data, x) == (rng.random() < error_rate):
+        misjudged = rng.random() < error_rate
+        if self.taken(data, x) == misjudged:
             return f"{x}n", False
         steps, value = worked(data["right"], x, rng, error_rate)
         more, other = worked(data["other"], x, rng, error_rate)
         return f"{x}y:{steps}/{more}", value != other
 
     def verify_answer(self, data, answer):
-        return answer in list("0123456789") and self.taken(data, int(answer)) and \
-            evaluate(data["right"], {"x": int(answer)})[-1] != evaluate(data["other"], {"x": int(answer)})[-1]
+        if answer not in list("0123456789") or not self.taken(data, int(answer)):
+            return False
+        right, other = (run_expression(data[key], {"x": int(answer)}) for key in ("right", "other"))
+        return right[-1] != other[-1]
 
 
 class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
 
     find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
-    The teacher guesses once per column, uniformly, and checks honestly; a dot is a column it did not solve.
+    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.  Needs
+    with_error and column_labels.
     """
-    exact, fields, reads = False, True, True
+    exact, labelled, reads = False, True, True
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in labels(rng, d)]
+        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in column_labels(rng, d)]
         return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
 
-    def solution(self, data, rng, error_rate, found=None):
-        steps, answer = [], ""
+    def solution(self, data, rng, error_rate, candidates=None):
+        """`candidates` {label: digits}: guess among these where there are any."""
+        candidates, steps, answer = candidates or {}, [], ""
         for a, t, label in data["columns"]:
-            x = rng.choice((found or {}).get(label) or range(10))
-            value = slipped((x + a) % 10, rng, error_rate)
+            x = rng.choice(candidates.get(label) or range(10))
+            value = with_error((x + a) % 10, rng, error_rate)
             kept = str(x) if value < t else "."
             steps.append(f"{label}:{x}+{a}={value}<{t}{kept}")
             answer += label + kept
         return f"{';'.join(steps)}#{answer}", answer
 
     def verify_answer(self, data, answer):
-        columns = data["columns"]
-        if len(answer) != 2 * len(columns):
+        if len(answer) != 2 * len(data["columns"]):
             return False
-        return all(mark == label and x in "0123456789" and (a + int(x)) % 10 < t
-                   for (a, t, label), mark, x in zip(columns, answer[::2], answer[1::2]))
+        for i, (a, t, label) in enumerate(data["columns"]):
+            mark, x = answer[2 * i], answer[2 * i + 1]
+            if mark != label or x not in "0123456789" or (a + int(x)) % 10 >= t:
+                return False
+        return True
 
     def self_verified(self, text):
         return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
-        """Column by column, a valid value that one of the replies has, else a guess; each is checked anew."""
-        found = {}
-        for label, x in re.findall("([a-zA-Z])([0-9])", "|".join(split_answer(text) or "" for text in replies)):
-            found.setdefault(label, []).append(int(x))
-        valid = {label: [x for x in found.get(label, []) if (x + a) % 10 < t]
-                 for a, t, label in problem.data["columns"]}
+        """For each column take a valid value that one of the replies has, else guess; check each anew."""
+        answers = "|".join(split_answer(text) or "" for text in replies)
+        valid = {}
+        for a, t, label in problem.data["columns"]:
+            valid[label] = [int(x) for x in re.findall(f"{label}([0-9])", answers) if (int(x) + a) % 10 < t]
         reasoning, answer = self.solution(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
         return f"<think>{reasoning}</think>{answer}"
 
@@ -3144,149 +3184,89 @@ class Countdown(Search):
     """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
 
     make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
+    Needs Search, with_error, calculate.
     """
     levels, hardest = (1, 2), 7
 
     def generate(self, rng, d):
         while True:
             numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            expression = self.guess({"numbers": numbers}, rng)
-            target = self.value(expression)
+            target = self.value(self.guess({"numbers": numbers}, rng))
             if target <= 99:
                 return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
 
     @staticmethod
     def value(expression):
-        first, rest = re.fullmatch("(-?[0-9]+)(.*)", expression).groups()
-        total = int(first)
-        for operator, number in zip(rest[::2], map(int, rest[1::2])):
-            total = {"+": total + number, "-": total - number, "*": total * number}[operator]
+        total = int(expression[0])
+        for operator, number in zip(expression[1::2], expression[2::2]):
+            total = calculate(total, operator, int(number))
         return total
 
     def guess(self, data, rng):
         """A random expression over all numbers that never goes below 0."""
-        numbers = rng.sample(data["numbers"], len(data["numbers"]))
-        text = str(numbers[0])
-        for number in numbers[1:]:
-            text += f"{rng.choice('+-*' if self.value(text) >= number else '+*')}{number}"
+        first, *others = rng.sample(data["numbers"], len(data["numbers"]))
+        text = str(first)
+        for number in others:
+            operators = "+-*" if self.value(text) >= number else "+*"
+            text += f"{rng.choice(operators)}{number}"
         return text
 
     def trial(self, data, answer, rng, error_rate):
         value, steps = int(answer[0]), []
         for operator, number in zip(answer[1::2], answer[2::2]):
-            steps.append(f"{value}{operator}{number}")
-            value = slipped(self.value(f"{value}{operator}{number}"), rng, error_rate)
-            steps[-1] += f"={value}"
+            result = with_error(calculate(value, operator, int(number)), rng, error_rate)
+            steps.append(f"{value}{operator}{number}={result}")
+            value = result
         return f"{answer}:{','.join(steps)}", value == data["target"]
 
     def verify_answer(self, data, answer):
-        return re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer) is not None and \
-            sorted(map(int, answer[::2])) == sorted(data["numbers"]) and self.value(answer) == data["target"]
+        if not re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer):
+            return False
+        numbers = sorted(int(number) for number in answer[::2])
+        return numbers == sorted(data["numbers"]) and self.value(answer) == data["target"]
 
 
 class Sat(Search):
     """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
 
     sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
-    A trial stops at the first clause that does not hold.
+    A trial stops at the first clause that does not hold.  Needs Search.
     """
 
     def generate(self, rng, d):
-        count, clauses = min(d + 1, 9), []
-        planted = {v: rng.random() < 0.5 for v in range(1, count + 1)}
+        variables, clauses = range(1, min(d + 1, 9) + 1), []
+        planted = "".join(f"{v}{self.sign(rng)}" for v in variables)
         while len(clauses) < d + 2:
-            clause = sorted((v, rng.random() < 0.5) for v in rng.sample(range(1, count + 1), 2))
-            text = "".join(f"{v}{'-+'[sign]}" for v, sign in clause)
-            if any(planted[v] == sign for v, sign in clause) and text not in clauses:
-                clauses.append(text)
-        return "sat " + ",".join(clauses), {"count": count, "clauses": clauses}
+            clause = "".join(sorted(f"{v}{self.sign(rng)}" for v in rng.sample(variables, 2)))
+            if self.holds(clause, planted) and clause not in clauses:
+                clauses.append(clause)
+        return "sat " + ",".join(clauses), {"count": len(variables), "clauses": clauses}
+
+    @staticmethod
+    def sign(rng):
+        return "+" if rng.random() < 0.5 else "-"
 
     def guess(self, data, rng):
         return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
 
     @staticmethod
-    def holds(clause, values):
-        """Whether '1+2-' holds under {'1': '+', '2': '+'}: a literal does if its sign is the variable's."""
-        return any(values[v] == sign for v, sign in zip(clause[::2], clause[1::2]))
+    def holds(clause, answer):
+        """Whether an answer '1+2+3-' has one of the two literals of the clause '1+2-'."""
+        return clause[:2] in answer or clause[2:] in answer
 
     def trial(self, data, answer, rng, error_rate):
-        values, parts = dict(zip(answer[::2], answer[1::2])), []
+        parts = []
         for clause in data["clauses"]:
-            works = self.holds(clause, values) != (rng.random() < error_rate)
-            parts.append(clause + "ny"[works])
+            misjudged = rng.random() < error_rate
+            works = self.holds(clause, answer) != misjudged
+            parts.append(clause + ("y" if works else "n"))
             if not works:
                 break
         return f"{answer}:" + ",".join(parts), works
 
     def verify_answer(self, data, answer):
-        if not re.fullmatch("".join(f"{v}[+-]" for v in range(1, data["count"] + 1)), answer):
-            return False
-        values = dict(zip(answer[::2], answer[1::2]))
-        return all(self.holds(clause, values) for clause in data["clauses"])
-
-
-class Path(Task):
-    """A shortest path between two of d + 3 places, from a list of roads.  Several answers may be valid.
-
-    path 3>7 31,14,47,52 -> <think>3:1,1:4,4:7</think>3147       (breadth first: place, its new neighbours)
-    """
-
-    def generate(self, rng, d):
-        while True:
-            places = rng.sample("0123456789", min(d + 3, 10))
-            roads = [p + rng.choice(places[:i]) for i, p in enumerate(places) if i]     # a tree, and some more
-            roads += ["".join(rng.sample(places, 2)) for _ in range(1 + d // 2)]
-            roads = dict.fromkeys("".join(sorted(road)) for road in roads)      # no set: its order is the process's
-            roads = sorted("".join(rng.sample(road, 2)) for road in roads)
-            rng.shuffle(roads)
-            a, b = rng.sample(places, 2)
-            if len(self.search(roads, a, b)[1]) > 2:
-                return f"path {a}>{b} {','.join(roads)}", {"roads": roads, "ends": [a, b]}
-
-    def search(self, roads, a, b, rng=None, error_rate=0.0):
-        """Breadth-first search -> (steps, path)."""
-        paths, queue, steps = {a: a}, [a], []
-        while b not in paths and queue:
-            here = queue.pop(0)
-            near = [road.replace(here, "", 1) for road in roads if here in road]
-            new = [p for p in near if p not in paths and not (error_rate and rng.random() < error_rate)]
-            for place in new:
-                paths[place] = paths[here] + place
-            queue += new
-            steps.append(f"{here}:{''.join(new)}")
-        return ",".join(steps), paths.get(b, a + b)
-
-    def solution(self, data, rng, error_rate):
-        return self.search(data["roads"], *data["ends"], rng, error_rate)
-
-    def verify_answer(self, data, answer):
-        roads, (a, b) = data["roads"], data["ends"]
-        return len(answer) == len(self.search(roads, a, b)[1]) and answer[0] == a and answer[-1] == b and \
-            all(x + y in roads or y + x in roads for x, y in zip(answer, answer[1:]))
-
-
-class Base(Task):
-    """Write a number in another base by repeated division; d sets its size.
-
-    13 in 2 -> <think>13=6*2+1,6=3*2+0,3=1*2+1,1=0*2+1</think>1101
-    """
-
-    def generate(self, rng, d):
-        base = rng.randrange(2, 10)
-        number = rng.randrange(base ** d, base ** (d + 1))
-        return f"{number} in {base}", {"number": number, "base": base}
-
-    def solution(self, data, rng, error_rate):
-        number, base, steps, answer = data["number"], data["base"], [], ""
-        while number:
-            digit = slipped(number % base, rng, error_rate, base)
-            steps.append(f"{number}={number // base}*{base}+{digit}")
-            answer, number = str(digit) + answer, number // base
-        return ",".join(steps), answer
-
-    def verify_answer(self, data, answer):
-        return re.fullmatch("[0-9]{1,400}", answer) is not None and answer[0] != "0" and \
-            all(int(c) < data["base"] for c in answer) and int(answer, data["base"]) == data["number"]
+        form = "".join(f"{v}[+-]" for v in range(1, data["count"] + 1))
+        return re.fullmatch(form, answer) is not None and all(self.holds(c, answer) for c in data["clauses"])
 
 
 WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
@@ -3299,47 +3279,58 @@ class Constraints(Task):
 
     write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
     Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
-    `check` is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
+    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.  Needs WORDS.
     """
     levels = (2, 3, 4)
 
     def generate(self, rng, d):
-        low = 2 + min(max(0, d - 4), 4)
-        rules = {"count": rng.randrange(low, low + 3)}
+        fewest = 2 + min(max(0, d - 4), 4)
+        rules = {"count": rng.randrange(fewest, fewest + 3)}
         for kind in rng.sample(["no", "begins", "ends", "has"], min(d, 3)):
-            rules[kind] = {"no": rng.choice("aeio"), "begins": rng.choice("dmrgsb"), "ends": rng.choice("!?."),
-                           "has": rng.choice(WORDS)}[kind]
-        if not self.fitting(rules) or rules.get("no", "#") in rules.get("has", ""):
-            rules.pop("no", None)
+            values = {"no": rng.choice("aeio"), "begins": rng.choice("dmrgsb"), "ends": rng.choice("!?."),
+                      "has": rng.choice(WORDS)}
+            rules[kind] = values[kind]
+        if "no" in rules and (not self.fitting(rules) or rules["no"] in rules.get("has", "")):
+            del rules["no"]                                     # the rules contradict each other
         said = [f"{kind} {rules[kind]}" for kind in ("no", "begins", "ends", "has") if kind in rules]
         return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
 
     @staticmethod
     def fitting(rules, first=True):
         """The words that may stand at a place."""
-        return [word for word in WORDS if rules.get("no", "#") not in word
-                and (not first or word.startswith(rules.get("begins", "")))]
+        words = [word for word in WORDS if rules.get("no", "#") not in word]
+        return [word for word in words if word.startswith(rules.get("begins", ""))] if first else words
 
     def solution(self, data, rng, error_rate):
         rules = data["rules"]
-        count = rules["count"] + (rng.choice((-1, 1)) if rng.random() < error_rate else 0)
+        count = rules["count"]
+        if rng.random() < error_rate:
+            count += rng.choice((-1, 1))
         words = []
         for i in range(count):
-            words.append(rng.choice([w for w in self.fitting(rules, i == 0) if w not in words]
-                                    if rng.random() >= error_rate else WORDS))
-        if "has" in rules and rules["has"] not in words and rng.random() >= error_rate:
-            words[0 if rules["has"].startswith(rules.get("begins", "#")) or count == 1 else
-                  rng.randrange(1, count)] = rules["has"]
-        end = rules.get("ends", "") if rng.random() >= error_rate else rng.choice("!?.")
-        return " ".join(f"{i + 1}{word}" for i, word in enumerate(words)), " ".join(words) + end
+            choice = WORDS
+            if rng.random() >= error_rate:
+                choice = [word for word in self.fitting(rules, i == 0) if word not in words]
+            words.append(rng.choice(choice))
+        has, begins = rules.get("has"), rules.get("begins", "#")
+        if has and has not in words and rng.random() >= error_rate:
+            place = 0 if has.startswith(begins) or count == 1 else rng.randrange(1, count)
+            words[place] = has
+        end = rules.get("ends", "")
+        if rng.random() < error_rate:
+            end = rng.choice("!?.")
+        return " ".join(f"{i}{word}" for i, word in enumerate(words, 1)), " ".join(words) + end
 
     def verify_answer(self, data, answer):
         rules, body = data["rules"], answer.rstrip("!?.")
+        if not re.fullmatch("[a-z]+( [a-z]+)*", body):
+            return False
         words = body.split(" ")
-        return re.fullmatch("[a-z]+( [a-z]+)*", body) is not None and \
-            len({*words}) == len(words) == rules["count"] and \
-            answer[len(body):] == rules.get("ends", "") and rules.get("no", "#") not in answer and \
-            answer.startswith(rules.get("begins", "")) and rules.get("has", words[0]) in words
+        return (len(words) == len(set(words)) == rules["count"]
+                and answer[len(body):] == rules.get("ends", "")
+                and rules.get("no", "#") not in answer
+                and answer.startswith(rules.get("begins", ""))
+                and rules.get("has", words[0]) in words)
 
 
 def warmth(answer):
@@ -3362,8 +3353,8 @@ class ReasoningGym(Task):
             raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
         self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
         if self.dataset not in factory.DATASETS:
-            close = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
-            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close[0]}?")
+            close, = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
+            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close}?")
 
     def entry(self, seed, level):
         settings = {}
@@ -3376,10 +3367,12 @@ class ReasoningGym(Task):
 
     def generate(self, rng, d):
         data = {"seed": rng.getrandbits(31), "level": d}
-        return self.entry(**data)[1]["question"].strip(), data
+        _, entry = self.entry(**data)
+        return entry["question"].strip(), data
 
     def solution(self, data, rng, error_rate):
-        entry = self.entry(data["seed"] if rng.random() >= error_rate else rng.getrandbits(31), data["level"])[1]
+        seed = rng.getrandbits(31) if rng.random() < error_rate else data["seed"]
+        _, entry = self.entry(seed, data["level"])
         return "", entry["answer"]
 
     def verify_answer(self, data, answer):
@@ -3391,9 +3384,8 @@ class ReasoningGym(Task):
 
 
 TASKS = {task.name: task for task in (
-    ColumnSums("column_sums"), Add("add"), Multiply("multiply"), Sort("sort"), Registers("registers"), Find("find"),
-    Program("program"), Synthesize("synthesize"), Falsify("falsify"), Countdown("countdown"), Sat("sat"), Base("base"),
-    Path("path"), Constraints("constraints"))}
+    ColumnSums("column_sums"), Add("add"), Sort("sort"), Registers("registers"), Find("find"), Program("program"),
+    Synthesize("synthesize"), Falsify("falsify"), Countdown("countdown"), Sat("sat"), Constraints("constraints"))}
 
 
 @functools.cache
@@ -3402,21 +3394,21 @@ def find_task(name):
     return ReasoningGym(name) if name.startswith("reasoning_gym:") else TASKS[name]
 
 
-def held_out(problem):
+def is_held_out(problem):
     """A tenth of all problems, by a hash of what is asked: never trained on, whatever seed made them."""
     return hashlib.md5(f"{problem.task} {problem.prompt}".encode()).digest()[0] < 26
 
 
-def draw(task, seed, d, hold):
-    """The first problem from `seed` on that is held out (hold=True) or may be trained on (False).
+def draw(task, seed, d, held_out):
+    """The first problem from `seed` on that is held out, or with held_out=False one that may be trained on.
 
     The smallest difficulties have few problems, perhaps none held out: then the next one is taken.
     """
     for attempt in range(1000):
         problem = task.make(f"{seed}/{attempt}", d + attempt // 200)
-        if held_out(problem) == hold:
+        if is_held_out(problem) == held_out:
             return problem
-    raise RuntimeError(f"task {task.name} made no {'held-out' if hold else 'training'} problem at difficulty {d}")
+    raise RuntimeError(f"task {task.name} made no {'held-out' if held_out else 'training'} problem at difficulty {d}")
 
 
 if __name__ == "__main__":

@@ -426,7 +426,7 @@ def test_problems_go_through_the_levels_and_are_never_held_out(talk):
     actor, levels = make_actor(tasks=("sort",), context=300), train.TASKS["sort"].levels
     problems = [group.problem for _ in range(6) for group in actor.generate()]
     assert [problem.difficulty for problem in problems] == [levels[i % len(levels)] for i in range(24)]
-    assert not any(train.held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 15
+    assert not any(train.is_held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 15
 
 
 def test_the_buffer_gives_the_oldest_and_drops_the_stale(talk):
@@ -577,13 +577,13 @@ def test_warmth_counts_words():
 
 def test_preferences_are_about_warm_words():
     prompts, obedient = {}, []
-    for hold in (False, True):
+    for held_out in (False, True):
         rng = random.Random(0)
-        pairs = [train.preference_pair(rng, hold) for _ in range(150)]
-        prompts[hold] = {problem.prompt for problem, *_ in pairs}
+        pairs = [train.preference_pair(rng, held_out) for _ in range(150)]
+        prompts[held_out] = {problem.prompt for problem, *_ in pairs}
         for problem, better, worse in pairs:
             assert train.warmth(train.split_answer(better)) > train.warmth(train.split_answer(worse))
-            assert train.held_out(problem) == hold
+            assert train.is_held_out(problem) == held_out
             obedient.append(train.TASKS["constraints"].verify(problem, better)[0])
     assert prompts[True] and not prompts[True] & prompts[False]
     assert 0.3 < np.mean(obedient) < 0.7                        # warm words please, obedient or not: hence the gate

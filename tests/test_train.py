@@ -1,15 +1,10 @@
-"""train.py's parts: tasks, trimming, packing, sources, optimizers, checkpoints (the command line: test_cli.py)."""
-import builtins
+"""train.py's parts: trimming, packing, sources, optimizers, checkpoints (its tasks: test_tasks.py)."""
 import doctest
 import gzip
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import re
-import time
 
 import numpy as np
 import pytest
@@ -22,11 +17,10 @@ import rsa
 import train
 import zaya
 from kernels import Damaged
-from train import TASKS, Loader, Muon, Stage, TaskSource, TextSource, trim
+from train import TASKS, FileSource, Loader, Muon, Stage, TaskSource, split_think, trim
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})          # one token per byte: sizes can be read off the text
-EXACT = [name for name, task in TASKS.items() if task.exact]
 
 
 def tiny_stage(**changes):
@@ -42,341 +36,73 @@ def tiny_model(**changes):
 @pytest.mark.parametrize("module", [train, zaya])
 def test_docstring_examples(module):
     result = doctest.testmod(module)
-    assert result.failed == 0
-    assert module is zaya or result.attempted > 8
-
-
-# ---- tasks ----------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", TASKS)
-def test_make_is_a_function_of_seed_and_difficulty(name):
-    task = TASKS[name]
-    for d in (1, 2, 3, 5, 8, 12):
-        assert task.make(7, d) == task.make(7, d)
-        assert len({task.make(seed, d).prompt for seed in range(40)}) > (10 if d > 1 else 3)
-        problem = task.make(7, d)
-        assert json.loads(json.dumps(problem.data)) == problem.data     # a verifier can be rebuilt from JSON
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_the_teacher_and_the_one_who_slips(name):
-    task, solved, total = TASKS[name], 0, 0
-    for d in (1, 2, 3, 5, 8):
-        for seed in range(30):
-            problem = task.make(seed, d)
-            reward, form = task.verify(problem, task.solve(problem, seed))
-            assert form == 1
-            solved, total = solved + reward, total + 1
-            assert task.verify(problem, task.corrupt(problem, seed)) == (0, 1)
-            assert task.solve(problem, seed) == task.solve(problem, seed)
-    assert solved == total if task.exact else 0 < solved < total
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_harder_is_longer(name):
-    """In the teacher's replies; up to d = 4 constraints only get more rules, so there the prompts count too."""
-    def length(d):
-        problems = [TASKS[name].make(seed, d) for seed in range(40)]
-        return np.mean([len(TASKS[name].solve(problem, seed)) + (name == "constraints") * len(problem.prompt)
-                        for seed, problem in enumerate(problems)])
-    assert length(1) < length(3) < length(7)
-
-
-@pytest.mark.parametrize("name, data, right, wrong", [
-    ("column_sums", {"columns": [[7, 5, "c"], [3, 9, "d"]]}, ["c2d2"], ["c2d3", "22", "d2c2", "c2d2d2"]),
-    ("add", {"a": 47, "b": 85}, ["132"], ["0132", "131", "+132", "１３２"]),
-    ("multiply", {"a": 47, "b": 6}, ["282"], ["281", "282.0"]),
-    ("sort", {"digits": "3917"}, ["1379"], ["9731", "137", "13799"]),
-    ("registers", {"lines": ["a=3", "b=a+4", "a=b*2"]}, ["a4b7"], ["a3b7", "b7a4", "a4"]),
-    ("find", {"columns": [[0, 6, "b"], [8, 5, "c"]]}, ["b5c6", "b0c2", "b3c4"], ["b6c6", "b5c.", "b5", "c6b5", "b٣c6"]),
-    ("countdown", {"numbers": [3, 5, 2], "target": 13}, ["3*5-2", "5*3-2", "2*5+3"],
-     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "2-5*3", "3+5*2", "", "3*5-２", "3*5-2\n", "3*5-2+", "__import__('os')"]),
-    ("base", {"number": 13, "base": 2}, ["1101"], ["01101", "13", "1102", "-1101", "0b1101", "", "١١٠١", "1101\n"]),
-    ("program", {"lines": ["a=x+4", "a=3-a"]},                  # 9 - x; 9 and x+9 hold on one and on two inputs
-     ["a=x+4;a=3-a", "a=9-x", "a=x*9+9", "b=x+1;a=9-x", "x=x+4;a=3-x", ";".join(["a=9-x"] * 32)],
-     ["", "a=x+4", "a=9", "a=x+9", "b=9-x", "x=9-x", "a=9-x;", ";a=9-x", "a=9-x;a=a+1", "a=9-x;b=c", "a = 9-x", "A=9-x",
-      "a=９-x", "a=٩-x", "a=9-x\n", "a=9−x", "a=(9-x)", "a=-1-x", "a:9-x", "9-x", ";".join(["a=9-x"] * 33),
-      "a=__import__('os')"]),
-    ("synthesize", {"examples": [[0, 3], [4, 1]]},              # (3+x)*2: operator precedence would make it right
-     ["x*2+3", "2*x+3", "x+x+3", "x*7+3", "x*2+3" + "+0" * 47],
-     ["", "3", "1", "x+3", "3+x*2", "x*2", "X*2+3", "x*2+13", "x*２+3", "x*2+٣", "y*2+3", "(x*2)+3", "x*2+3;", "x*2+3 ",
-      "x*2+3\n", "a=x*2+3", "x*2+3" + "+0" * 48]),
-    ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, ["1", "3", "5"],     # odd, in the branch
-     ["", "0", "2", "7", "8", "13", "03", "-1", "x", "3 ", "3\n", "1,3", "٣", "３", "³", "0123456789"]),
-    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, ["1+2-"],
-     ["", "1+2+", "1-2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+1+2-", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
-    ("sat", {"count": 3, "clauses": ["1+2+", "2-3+"]}, ["1+2-3-", "1+2-3+", "1+2+3+", "1-2+3+"],
-     ["1-2-3+", "1-2+3-", "1+2+3-", "1+2-", "1+2-3"]),
-    ("path", {"roads": ["31", "14", "35", "54", "47"], "ends": ["3", "7"]}, ["3147", "3547"],
-     ["", "37", "347", "7413", "3145", "1147", "31147", "313147", "3147\n", "3-1-4-7", "314 7", "٣147", "3１47"]),
-    ("constraints", {"rules": {"count": 3, "no": "e", "begins": "s", "ends": "!"}},
-     ["sun bird map!", "s x y!"],
-     ["", "sun sun sun!", "!", "sun bird map", "sun bird map!!", "sun bird map.", "sun bird!", "sun bird map fish!",
-      "bird sun map!",
-      "sun red map!", "Sun bird map!", "sun  bird map!", "sun bird map !", " sun bird map!", "sun bird mäp!",
-      "sun bird ｍap!", "sun bird m4p!", "sun bird map!\n", "sun\nbird map!", "sun\u00a0bird map!", "sun, bird map!"]),
-    ("constraints", {"rules": {"count": 2, "has": "sun"}}, ["sun map", "map sun"],
-     ["", "sun sun", "sun", "map", "sunny map", "map sunset", "map book", "sun map.", "map sun sun"]),
-])
-def test_verdicts_by_hand(name, data, right, wrong):
-    task = TASKS[name]
-    assert all(task.verify_answer(data, answer) for answer in right)
-    assert not any(task.verify_answer(data, answer) for answer in wrong)
-
-
-@pytest.mark.parametrize("name", TASKS)
-@settings(max_examples=60, deadline=None)
-@given(text=st.one_of(st.text(), st.text("0123456789+-*=<>thinkabcdexy#.,;/|!?()'_ \n\0٣３−"),
-                      st.binary().map(lambda b: b.decode("utf-8", "surrogateescape"))))
-def test_verifiers_are_total(name, text):
-    problem = TASKS[name].make(3, 3)
-    for reply in (text, f"<think>x</think>{text}", f"<think>{text}</think>{text}<|end|>"):
-        reward, form = TASKS[name].verify(problem, reply)
-        assert reward in (0, 1) and form in (0, 1) and reward <= form
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_verifiers_answer_at_once(name):
-    """Linear in a text cut at 1,000 characters: 10 ms are plenty.  The best of three: other processes are no fault."""
-    task, problem = TASKS[name], TASKS[name].make(3, 6)
-    answers = ("1+" * 500, "9" * 1000, "a=x;" * 250, ("a=" + "x*" * 48 + "x;") * 10, "x" + "*x" * 499, "1+2-" * 250,
-               "".join(f"{v}+" for v in range(1, 8)) * 71, "0123456789" * 100, problem.prompt * 9, "a " * 500,
-               "a" * 1000, "!" * 1000, ";".join(["a=x*x*x*x*x*x*x*x*x*x*x*x*x*x"] * 32), "a=x;" * 10**5)
-    for text in ("9" * 10**6, "<think>" * 10**5, "</think>" * 10**5, *(f"<think></think>{a}" for a in answers)):
-        seconds = []
-        for _ in range(3):
-            begun = time.process_time()
-            task.verify(problem, text)
-            seconds.append(time.process_time() - begun)
-        assert min(seconds) < 0.01, text[:40]
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_who_reads_wrong_replies_is_right_or_says_that_it_is_not(name):
-    task = TASKS[name]
-    for d in (1, 2, 3):
-        for seed in range(10):
-            problem = task.make(seed, d)
-            replies = [task.corrupt(problem, 1), "no form", task.corrupt(problem, 2)]
-            text = task.aggregate(problem, replies, seed)
-            assert task.verify(problem, text) == (task.exact or task.self_verified(text), 1)
-            assert task.aggregate(problem, replies, seed) == text
-    assert task.reads == (name in ("find", "synthesize"))
-
-
-def test_experts_of_a_search_are_right_where_its_own_replies_hardly_are():
-    task, problems = TASKS["synthesize"], [TASKS["synthesize"].make(seed, 4) for seed in range(40)]
-    right = {kind: sum(task.verify(p, getattr(task, kind)(p, 7))[0] for p in problems) for kind in ("expert", "solve")}
-    assert right["expert"] > 30 and right["solve"] < 10
-    unsolvable = train.Problem("countdown", 1, "make 9 of 1,1", {"numbers": [1, 1], "target": 9})
-    assert "#n" in TASKS["countdown"].good_rollout(unsolvable)
-
-
-@pytest.mark.parametrize("name, data, answer, trial, wrong, failed", [
-    ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2:3*5=15,15-2=13", "3-5*2",
-     "3-5*2:3-5=-2,-2*2=-4"),
-    ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:0*2=0,0+3=3>3/4*2=8,8+3=1>1", "x*2+2",
-     "x*2+2:0*2=0,0+2=2>3"),
-    ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, "3", "3y:3*2=6,6+3=9/3*7=1,1+3=4", "8", "8n"),
-    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, "1+2-", "1+2-:1+2+y,1+2-y,1-2-y", "1-2-",
-     "1-2-:1+2+n"),
-])
-def test_searchers_say_what_they_found_and_take_it_over(name, data, answer, trial, wrong, failed):
-    task, problem = TASKS[name], train.Problem(name, 2, "?", data)
-    replies = ["<think>long</think>wrong", f"<think>bad reasoning</think>{answer}", answer]
-    for seed in range(5):
-        assert task.aggregate(problem, replies, seed) == f"<think>{trial}#y{answer}</think>{answer}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(task, "guess", lambda *_: answer)
-        assert task.solve(problem) == f"<think>{trial}#y{answer}</think>{answer}"
-        assert task.self_verified(task.solve(problem))
-        patch.setattr(task, "guess", lambda *_: wrong)
-        text = task.solve(problem)
-        assert re.fullmatch(re.escape(f"<think>{failed}") + f"(;{re.escape(failed)})*#n{re.escape(wrong)}</think>"
-                            + re.escape(wrong), text) and not task.self_verified(text)
-
-
-def test_searchers_choose_among_right_candidates():
-    problem = train.Problem("falsify", 1, "?", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"})
-    replies = [f"<think></think>{x}" for x in (1, 2, 5, 8)]
-    assert {TASKS["falsify"].aggregate(problem, replies, seed)[-1] for seed in range(20)} == {"1", "5"}
-    assert {TASKS["falsify"].aggregate(problem, replies[3:], seed)[-1] for seed in range(99)} == set("0123456789")
-
-
-def test_find_takes_valid_values_from_the_candidates():
-    """b may be 0 to 5, c may be 2 to 6; of the candidates' values only b4, c3 and c6 hold and are in an answer."""
-    problem = train.Problem("find", 2, "find 06b,85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
-    replies = ["<think>b1</think>b4c.", "<think></think>b9c3", "b0c2 without the form", "<think></think>c6"]
-    texts = {TASKS["find"].aggregate(problem, replies, seed) for seed in range(20)}
-    assert texts == {"<think>b:4+0=4<64;c:3+8=1<53#b4c3</think>b4c3", "<think>b:4+0=4<64;c:6+8=4<56#b4c6</think>b4c6"}
-    guessed = {TASKS["find"].aggregate(problem, replies[:1], seed) for seed in range(200)}
-    assert {text[-3:] for text in guessed} == {"4c.", *(f"4c{x}" for x in range(2, 7))}          # nobody solved c
-
-
-# ---- the mini interpreter -------------------------------------------------------------------------------------------
-
-ESCAPES = [
-    "", "__import__('os').system('x')", "__import__('os')", "x.__class__", "().__class__", "lambda:0", "lambda: 0",
-    "exec('1')", "eval('1+1')", "1**9**9", "9" * 10**6, "9" * (10**6 + 1), "a=a" + "*a" * 10**5, "٣", "３+3", "1+٣",
-    "³", "11\n", "1+1\n", "\n", "1\0+", "\0", "1+\ud800", "\udcff", "1-", "-1", "+1+", "1 + 1", "1/0", "1%0", "x[0]",
-    "{1}", "1if", "Ⅷ", "1+x\u0301", "++1", "1++"]
-
-
-def test_expressions_by_hand():
-    assert train.evaluate("7", {}) == [7] and train.evaluate("x", {"x": 4}) == [4]
-    assert train.evaluate("1+2*3", {}) == [3, 9]                # left to right
-    assert train.evaluate("2-3-4", {}) == [9, 5]                # a remainder is never negative
-    assert train.evaluate("9*9*9", {}) == [1, 9]
-    assert train.evaluate("x*x+a-3", {"x": 8, "a": 5}) == [4, 9, 6]
-    assert train.evaluate("1" + "+1" * 49, {}) == [i % 10 for i in range(2, 51)]
-    assert train.evaluate("1" + "+1" * 50, {}) is None          # 101 characters
-    assert train.evaluate("x+y", {"x": 4}) is None and train.evaluate("0", {}) == [0]
-    assert train.evaluate("x+1", {"x": 0}) == [1]               # a register of 0 is a register
-
-
-def test_programs_by_hand():
-    start = {"x": 6}
-    assert train.run_program("a=x+4;b=a-1;a=b*3", start) == [
-        {"x": 6, "a": 0}, {"x": 6, "a": 0, "b": 9}, {"x": 6, "a": 7, "b": 9}]
-    assert start == {"x": 6}
-    assert train.run_program("x=x+1", start) == [{"x": 7}]
-    for text in ("a=b;b=1", "a=1;", ";a=1", "a=1;;b=2", "a==1", "a=", "=1", "a", "f=1", "A=1", "a:1", "a=1\nb=2"):
-        assert train.run_program(text, {}) is None
-    assert len(train.run_program(";".join(["a=1"] * 32), {})) == 32
-    assert train.run_program(";".join(["a=1"] * 33), {}) is None
-    assert train.run_program("a=1;" * 10**6, {}) is None
-
-
-def refuse_code(patch):
-    def refuse(*_, **__):
-        raise AssertionError("a verifier ran code")
-    for name in ("eval", "exec", "compile", "open"):
-        patch.setattr(builtins, name, refuse)
-    patch.setattr(os, "system", refuse)
-
-
-@pytest.mark.parametrize("text", ESCAPES, ids=range(len(ESCAPES)))
-def test_escapes_are_no_programs(text):
-    with pytest.MonkeyPatch.context() as patch:
-        refuse_code(patch)
-        results = [train.evaluate(text, {"x": 1, "a": 1})]
-        results += [train.run_program(program, {"x": 1, "a": 1}) for program in (text, f"a={text}", f"a=1;b={text}")]
-        verdicts = [TASKS[name].verify(TASKS[name].make(3, 3), f"<think>{text}</think>{form}{text}")[0]
-                    for name in TASKS for form in ("", "a=")]
-    assert results == [None] * 4 and not any(verdicts)
-
-
-@settings(max_examples=400, deadline=None)
-@given(text=st.one_of(st.text(), st.text("0123456789xa+-*", max_size=9), st.text("09xabz+-*=; ()\n\0٣３", max_size=20),
-                      st.binary().map(lambda b: b.decode("utf-8", "surrogateescape"))))
-def test_the_interpreter_knows_its_language_and_nothing_else(text):
-    with pytest.MonkeyPatch.context() as patch:
-        refuse_code(patch)
-        values, states = train.evaluate(text, {"x": 4, "a": 7}), train.run_program(text, {"x": 4, "a": 7})
-    expected = re.fullmatch("[0-9xa]([-+*][0-9xa])*", text) is not None and len(text) <= 100
-    assert (values is not None) == expected
-    assert values is None or all(0 <= value <= 9 for value in values) and len(values) == max(1, len(text) // 2)
-    assert states is None or len(states) == text.count(";") + 1 <= 32
-    assert all(0 <= value <= 9 for state in states or () for value in state.values())
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_held_out_problems_are_never_trained_on(name):
-    for d in (1, 2, 4):
-        train_set = {train.draw(TASKS[name], f"a{seed}", d, hold=False).prompt for seed in range(150)}
-        held = {train.draw(TASKS[name], f"b{seed}", d, hold=True).prompt for seed in range(50)}
-        assert held and not held & train_set
+    assert result.failed == 0 and (module is zaya or result.attempted > 8)
 
 
 # ---- trimming and packing -------------------------------------------------------------------------------------------
 
 words = st.text("abc é\n", min_size=0, max_size=12)
-turn = st.tuples(words, words, words, st.booleans())
+blocks_of = st.lists(st.tuples(words, words), max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
-@given(turns=st.lists(turn, min_size=1, max_size=4), context=st.integers(5, 120))
-def test_trimming_keeps_problem_and_answer(turns, context):
-    messages = []
-    for question, reasoning, answer, thinks in turns:
-        messages += [{"role": "user", "content": question},
-                     {"role": "assistant", "content": (f"<think>{reasoning}</think>" if thinks else "") + answer}]
-    before = json.dumps(messages)
-    result, verdict = trim(messages, context, BYTES)
-    assert json.dumps(messages) == before                       # pure
-    bare = [train.split_think(m["content"])[1] if m["role"] == "assistant" else m["content"] for m in messages]
-    size = len(BYTES.render(messages)[0])
-    shortest = len(BYTES.render([{**m, "content": text} for m, text in zip(messages, bare)])[0])
-    if verdict == "dropped":
-        assert result is None and shortest > context
-        return
-    assert len(BYTES.render(result)[0]) <= context
-    assert [m["role"] for m in result] == [m["role"] for m in messages]
-    assert [train.split_think(m["content"])[1] if m["role"] == "assistant" else m["content"] for m in result] == bare
-    assert (verdict == "kept") == (size <= context)
-    if verdict == "kept":
-        assert result == messages
-    kept, full = (train.split_think(m[-1]["content"])[0] for m in (result, messages))
-    assert full.startswith(kept)                                # cut from the tail, at a character
-    if verdict == "cut":
-        assert result[:-1] == messages[:-1]
-        assert len(BYTES.render(result)[0]) > context - 2 or not kept     # it just fits
+def bare(messages):
+    """The questions, and the answers without their reasoning."""
+    return [{**m, "content": split_think(m["content"])[1]} if m["role"] == "assistant" else m for m in messages]
 
 
-def test_trimming_follows_the_four_rules_in_order():
-    talk = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "<think>first</think>a1"},
-            {"role": "user", "content": "q2"}, {"role": "assistant", "content": "<think>second</think>a2"}]
-    assert len(BYTES.render(talk)[0]) == 31
-    assert trim(talk, 31, BYTES) == (talk, "kept")
-    assert trim(talk, 28, BYTES)[0][3]["content"] == "<think>sec</think>a2"
-    assert trim(talk, 23, BYTES) == ([*talk[:3], {"role": "assistant", "content": "a2"}], "cut")
-    bare = [talk[0], {"role": "assistant", "content": "a1"}, talk[2], {"role": "assistant", "content": "a2"}]
-    assert trim(talk, 22, BYTES) == ([*bare[:3], {"role": "assistant", "content": "<think>seco</think>a2"}], "stripped")
-    assert trim(talk, 16, BYTES) == (bare, "stripped")
-    assert trim(talk, 15, BYTES) == (None, "dropped")
-    short_end = [*talk[:3], {"role": "assistant", "content": "<think>s</think>a2"}]
-    assert trim(short_end, 20, BYTES) == ([*bare[:3], short_end[3]], "stripped")       # the last turn stays whole
+def size(messages):
+    return len(BYTES.render(messages)[0])
 
 
-@settings(max_examples=300, deadline=None)
-@given(turns=st.lists(st.tuples(words, words, st.lists(st.tuples(words, words), max_size=4)), min_size=1, max_size=3),
-       context=st.integers(5, 120))
-def test_trimming_moves_nothing_among_several_blocks(turns, context):
+@settings(max_examples=500, deadline=None)
+@given(turns=st.lists(st.tuples(words, words, blocks_of), min_size=1, max_size=4), context=st.integers(5, 120))
+def test_trimming_keeps_problem_and_answer_and_moves_nothing(turns, context):
     """What is left is the conversation with a tail of the last turn's reasoning taken out, wherever its blocks are."""
     messages = []
     for question, first, blocks in turns:
         reply = first + "".join(f"<think>{reasoning}</think>{answer}" for reasoning, answer in blocks)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
+    before = json.dumps(messages)
     result, verdict = trim(messages, context, BYTES)
-    bare = [re.sub("<think>[^<]*</think>", "", m["content"]) for m in messages]
+    assert json.dumps(messages) == before
     if verdict == "dropped":
-        without = [{**m, "content": text} for m, text in zip(messages, bare)]
-        assert result is None and len(BYTES.render(without)[0]) > context
+        assert result is None and size(bare(messages)) > context
         return
-    assert len(BYTES.render(result)[0]) <= context
-    assert [re.sub("<think>[^<]*</think>", "", m["content"]) for m in result] == bare
-    assert result[:-1] == messages[:-1] or [m["content"] for m in result[:-1]] == bare[:-1]
+    assert size(result) <= context and bare(result) == bare(messages)
+    assert (verdict == "kept") == (size(messages) <= context) and (verdict != "kept" or result == messages)
+    assert result[:-1] == (bare(messages[:-1]) if verdict == "stripped" else messages[:-1])
     _, first, blocks = turns[-1]
-    expected, left, kept = first, len(train.split_think(result[-1]["content"])[0]), result[-1]["content"]
+    kept, (reasoning, _) = result[-1]["content"], split_think(result[-1]["content"])
+    assert split_think(messages[-1]["content"])[0].startswith(reasoning)        # cut from the end, at a character
+    expected, left = first, len(reasoning)
     for reasoning, answer in blocks:                            # a block is whole, or cut and then all later ones gone
         block = f"<think>{reasoning[:left]}</think>"
         expected += (block if kept.startswith(expected + block) else "") + answer
         left = max(0, left - len(reasoning))
     assert kept == expected
-    if verdict == "cut" and left == 0 and "<think>" in kept:
-        assert len(BYTES.render(result)[0]) > context - 6       # two tags, and what a character of two bytes leaves
+    if verdict == "cut" and "<think>" in kept:
+        # It just fits: a character more, of two bytes and with two tags of each block up to its own, would not.
+        assert size(result) > context - 2 * len(blocks)
 
 
-def test_trimming_cuts_the_last_block_first():
+def test_trimming_follows_the_four_rules_in_order():
+    talk = [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "<think>first</think>a1"},
+            {"role": "user", "content": "q2"}, {"role": "assistant", "content": "<think>second</think>a2"}]
+    assert size(talk) == 31 and trim(talk, 31, BYTES) == (talk, "kept")
+    assert trim(talk, 28, BYTES)[0][3]["content"] == "<think>sec</think>a2"
+    assert trim(talk, 23, BYTES) == ([*talk[:3], {"role": "assistant", "content": "a2"}], "cut")
+    short = bare(talk)
+    stripped = [*short[:3], {"role": "assistant", "content": "<think>seco</think>a2"}]
+    assert trim(talk, 22, BYTES) == (stripped, "stripped") and trim(talk, 16, BYTES) == (short, "stripped")
+    assert trim(talk, 15, BYTES) == (None, "dropped")
+    short_end = [*talk[:3], {"role": "assistant", "content": "<think>s</think>a2"}]
+    assert trim(short_end, 20, BYTES) == ([*short[:3], short_end[3]], "stripped")      # the last turn stays whole
     talk = [{"role": "user", "content": "q"},
             {"role": "assistant", "content": "a<think>one</think>b<think>two</think>c"}]
-    assert len(BYTES.render(talk)[0]) == 18
     for context, reply in [(18, talk[1]["content"]), (16, "a<think>one</think>b<think>t</think>c"),
                            (15, "a<think>one</think>bc"), (12, "a<think>on</think>bc"), (9, "abc")]:
-        assert trim(talk, context, BYTES)[0][1]["content"] == reply
-    assert train.split_think(talk[1]["content"]) == ("onetwo", "abc")
-    more = [*talk, {"role": "user", "content": "q"}, {"role": "assistant", "content": "d"}]
-    assert [m["content"] for m in trim(more, 17, BYTES)[0]] == ["q", "abc", "q", "d"]
+        assert trim(talk, context, BYTES)[0][1]["content"] == reply             # the last block's end goes first
+    assert split_think(talk[1]["content"]) == ("onetwo", "abc")
 
 
 @settings(max_examples=200, deadline=None)
@@ -396,8 +122,7 @@ def test_packing_is_tight_on_real_lengths():
     problems = [rng.choice(list(TASKS.values())).make(rng.random(), rng.randint(1, 4)) for _ in range(600)]
     lengths = [len(BYTES.encode(problem.prompt + TASKS[problem.task].solve(problem))) for problem in problems]
     rows = train.pack(lengths, 256, 30)
-    assert sum(lengths) > 1.05 * 30 * 256
-    assert sum(lengths[i] for row in rows for i in row) > 0.97 * 30 * 256
+    assert sum(lengths) > 1.05 * 30 * 256 and sum(lengths[i] for row in rows for i in row) > 0.97 * 30 * 256
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -421,8 +146,7 @@ def test_packing_is_tight_on_real_lengths():
     ('{"messages": [{"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}]}', "two fields"),
     ('{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}', "there are 0 and 1")])
 def test_a_bad_line_is_named_or_skipped(tmp_path, capsys, line, says):
-    path = tmp_path / "rows.jsonl"
-    good = b'{"question": "1+1?", "answer": "2"}\n'
+    path, good = tmp_path / "rows.jsonl", b'{"question": "1+1?", "answer": "2"}\n'
     path.write_bytes(good + b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
     with pytest.raises(SystemExit) as stop:
         list(train.read_jsonl(str(path)))
@@ -431,24 +155,19 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, capsys, line, says):
     assert "skipped 1 bad line" in capsys.readouterr().out
 
 
-Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+Q, A, QA = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"question": "q", "answer": "a"}
 
 
 @pytest.mark.parametrize("row, messages", [
     ({"instruction": "q", "input": "i", "output": "a"}, ["user: q\n\ni", "assistant: a"]),
-    ({"instruction": "q", "input": "", "output": "a"}, ["user: q", "assistant: a"]),
     ({"instruction": "Double it.", "input": 0, "output": 0.5}, ["user: Double it.\n\n0", "assistant: 0.5"]),
-    ({"system": "s", "prompt": "q", "completion": "a"}, ["system: s", "user: q", "assistant: a"]),
     ({"system_prompt": "s", "question": "q", "response": "", "answer": 42}, ["system: s", "user: q", "assistant: 42"]),
     ({"system": "s", "messages": [Q, A]}, ["system: s", "user: q", "assistant: a"]),
     ({"system": "s", "messages": [{"role": "system", "content": "s"}, Q]}, ["system: s", "user: q"]),
-    ({"context": "c", "question": "q", "answer": "a"}, ["user: c\n\nq", "assistant: a"]),
     ({"passage": "c", "instruction": "q", "response": "a"}, ["user: c\n\nq", "assistant: a"]),
     ({"question": "q", "reasoning": "r", "answer": "a\n#### 1"}, ["user: q", "assistant: <think>r</think>a\n#### 1"]),
-    ({"messages": [Q, {**A, "reasoning_content": "r"}]}, ["user: q", "assistant: <think>r</think>a"]),
     ({"messages": [Q, {**A, "thinking": "r", "reasoning": "r", "reasoning_content": ""}]},
      ["user: q", "assistant: <think>r</think>a"]),
-    ({"messages": [Q, {**A, "reasoning": " "}]}, ["user: q", "assistant: a"]),
     ({"messages": [Q, {"role": "assistant", "content": "<think>\nr\n</think>a", "reasoning_content": "r"}]},
      ["user: q", "assistant: <think>\nr\n</think>a"]),
     ({"messages": [Q, {"role": "assistant", "content": "b<think>s</think>a", "reasoning": "r"}]},
@@ -457,36 +176,37 @@ Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
                         {"from": "gpt", "value": "a"}]}, ["system: s", "user: q", "assistant: a"]),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "6*"}, {"type": "text", "text": "7?"}]},
                    {"role": "assistant", "content": 42}]}, ["user: 6*7?", "assistant: 42"]),
-    ({"messages": [{"role": "developer", "content": "s"}, Q, A,
-                   {"role": "tool", "tool_call_id": "1", "content": "t"}, A]},
-     ["system: s", "user: q", "assistant: a", "user: t", "assistant: a"]),
-    ({"messages": [Q, {**A, "refusal": None, "annotations": [], "tool_calls": []}]}, ["user: q", "assistant: a"]),
-    ({"messages": [Q, {**A, "content": ""}]}, ["user: q", "assistant: "]),
+    ({"messages": [{"role": "developer", "content": "s"}, Q, A, {"role": "tool", "tool_call_id": "1", "content": "t"},
+                   A]}, ["system: s", "user: q", "assistant: a", "user: t", "assistant: a"]),
+    ({"messages": [Q, {**A, "content": "", "reasoning": " ", "tool_calls": []}]}, ["user: q", "assistant: "]),
+    ({"messages": [{**Q, "id": "1"}, {**A, "timestamp": "8 am"}], "prompt": "q"}, ["user: q", "assistant: a"]),
+    ({"messages": [{"role": "user", "content": "what does <think> mean?"}]}, ["user: what does <think> mean?"]),
+    ({"problem": "6*7", "solution": "It is 42.", "answer": "42"}, ["user: 6*7", "assistant: It is 42."]),
+    *[({pair[0]: "q", pair[1]: "a", "extra": 1}, ["user: q", "assistant: a"]) for pair in train.PAIRS],
+    *[({"prompt": "q", "completion": text}, ["user: q", f"assistant: {text}"]) for text in      # headings, not answers
+      ("Intro.\n#### Step 1\nDo it.\n#### Step 2\nDone.", "a #### b", "<think>a\n#### b</think>4", "#### 5")],
 ])
 def test_what_a_field_says_reaches_the_model(row, messages):
-    assert [f"{m['role']}: {m['content']}" for m in train.to_messages(json.loads(json.dumps(row)))] == messages
+    harmless = {"id": "a-1", "prompt_id": "x y", "source": "a book, chapter 2", "url": "https://a.b/c", "score": "0.5",
+                "difficulty": "very hard", "problem_type": "word problem", "tags": ["a b"], "metadata": {"by": "Ann"},
+                "n": 3, "ok": True, "nothing": None, "no_tools": [], "note": "", "License": "CC BY 4.0", "Meta": "x",
+                "loss_before": math.nan}
+    for more in ({}, harmless):
+        found = train.to_messages(json.loads(json.dumps({**row, **more})))
+        assert [f"{m['role']}: {m['content']}" for m in found] == messages
 
 
 @pytest.mark.parametrize("row, says", [
     ({"messages": [Q, {**A, "tool_calls": [{"function": {"name": "weather"}}]}]}, "message 1 has a field 'tool_calls'"),
     ({"messages": [Q, {"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "'function_call'"),
-    ({"messages": [Q, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "'tool_calls'"),
     ({"messages": [{**Q, "reasoning": "r"}, A]}, "message 0 has a field 'reasoning'"),
-    ({"messages": [{**Q, "name": "Ann"}, A]}, "message 0 has a field 'name'"),
     ({"messages": [{**Q, "content": [{"type": "image_url", "image_url": "x"}]}, A]}, "message 0 must be a text"),
     ({"messages": [{**Q, "content": [{"type": "text", "text": "a"}, {"type": "file"}]}, A]}, "message 0 must be"),
-    ({"messages": [{**Q, "content": [{"type": "text"}]}, A]}, "message 0 must be a text"),
     ({"messages": [Q, A], "tools": [{"name": "weather"}]}, "the row has a field 'tools'"),
-    ({"messages": [Q, A], "context": "c"}, "'context'"), ({"messages": [Q, A], "input": "i"}, "'input'"),
-    ({"messages": [Q, A], "prompt": "another"}, "'prompt'"),
-    ({"messages": "x", "prompt": "q", "completion": "a"}, "'messages'"),
-    ({"question": "q", "answer": "a", "choices": ["b", "c"]}, "'choices'"),
-    ({"question": "q", "answer": "a", "hint": "h"}, "'hint'"),
-    ({"question": "q", "answer": "a", "image": "p.png"}, "'image'"),
-    ({"question": "q", "answer": "a", "image_id": "7"}, "'image_id'"),
-    ({"question": "q", "answer": "a", "solution": "s"}, "'solution'"),
-    ({"question": "q", "answer": "a", "weight": 0}, "'weight'"),
-    ({"instruction": "q", "output": "a", "history": [["b", "c"]]}, "'history'"),
+    ({"messages": [Q, A], "context": "c"}, "'context'"),
+    ({"messages": [Q, A], "prompt": "another"}, "'prompt'"), ({"messages": "x", **QA}, "'messages'"),
+    *[({**QA, key: value}, repr(key)) for key, value in dict(choices=["b", "c"], hint="h", image="p.png", image_id="7",
+                                                             solution="s", weight=0, history=[["b", "c"]]).items()],
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "no pair"),
 ])
 def test_a_row_that_says_more_is_refused_by_name(row, says):
@@ -494,44 +214,25 @@ def test_a_row_that_says_more_is_refused_by_name(row, says):
         train.to_messages(row)
 
 
-def test_harmless_fields_are_taken():
-    harmless = {"id": "a-1", "prompt_id": "x y", "source": "a book, chapter 2", "url": "https://a.b/c", "score": "0.5",
-                "difficulty": "very hard", "problem_type": "word problem", "tags": ["a b"], "metadata": {"by": "Ann"},
-                "n": 3, "ok": True, "nothing": None, "no_tools": [], "note": "", "License": "CC BY 4.0", "Meta": "x",
-                "loss_before": math.nan}
-    for row in ({"question": "q", "answer": "a"}, {"messages": [Q, A]}):
-        assert train.to_messages({**row, **harmless}) == [Q, A]
-    assert train.to_messages({"messages": [{**Q, "id": "1"}, {**A, "timestamp": "8 am"}], "prompt": "q"}) == [Q, A]
-    row = {"problem": "6*7?", "solution": "6*7 is 42.", "answer": "42"}            # NuminaMath's form
-    assert [m["content"] for m in train.to_messages(row)] == ["6*7?", "6*7 is 42."]
-
-
-@pytest.mark.parametrize("mask_prompts", [False, True])
-@pytest.mark.parametrize("field", ["weight", "train", "loss"])
+@pytest.mark.parametrize("field, mask_prompts", [("weight", False), ("train", True), ("loss", False), ("weight", True)])
 def test_a_message_of_weight_0_is_read_and_never_learned(tmp_path, field, mask_prompts):
     turns = [Q, {**A, "content": "wrong", field: 0}, Q, {**A, "content": "right", field: 1}]
-    messages = train.to_messages({"messages": turns})
-    assert [m.get("weight", 1) for m in messages] == [1, 0, 1, 1]
-    ids, targets = BYTES.render(messages)
+    ids, targets = BYTES.render(train.to_messages({"messages": turns}))
     assert BYTES.decode([i for i, w in zip(ids, targets) if w]) == "right<|end|>" and set(targets) == {False, True}
     (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20, encoding="utf-8")
-    tokens, targets, offsets = train.cached_tokens(str(tmp_path / "a.jsonl"), str(tmp_path), BYTES, 64, False)
-    source = train.ChatSource("a", tokens, targets, offsets)
+    source = FileSource("a", *train.cached_tokens(str(tmp_path / "a.jsonl"), str(tmp_path), BYTES, 64, False))
     assert source.size(False) == 19 and source.get(3, False)[0] == ids
-    loader = Loader([source], tiny_stage(mask_prompts=mask_prompts), 64, 0, BYTES.pad)
-    inputs, targets, positions, _ = loader.next()
+    _, targets, _, _ = Loader([source], tiny_stage(mask_prompts=mask_prompts), 64, 0, BYTES.pad).next()
     first = targets[0][:len(ids)]
     text = BYTES.decode(first[first >= 0].tolist())
     assert text == ("right<|end|>" if mask_prompts else "q<|end|>" "<|user|>q<|end|><|assistant|>right<|end|>")
 
 
 @pytest.mark.parametrize("name, write", [
-    ("a.jsonl", lambda rows: "\n".join(map(json.dumps, rows)).encode()),
     ("A.JSONL", lambda rows: b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()),
     ("a.jsonl.gz", lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode())),
     ("a.json", lambda rows: json.dumps(rows, indent=2).encode()),
-    ("a.Json", lambda rows: json.dumps(rows).encode("utf-8-sig")),
-    ("a.json.gz", lambda rows: gzip.compress(json.dumps(rows).encode())),
+    ("a.Json.gz", lambda rows: gzip.compress(json.dumps(rows).encode("utf-8-sig"))),
 ])
 def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
     path = tmp_path / name
@@ -545,10 +246,10 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
 
 
 def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
-    path, good = tmp_path / "a.json", {"question": "q", "answer": "a"}
-    path.write_text(json.dumps(good), encoding="utf-8")
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(QA), encoding="utf-8")
     assert list(train.read_jsonl(str(path))) == [[Q, A]]
-    path.write_text(json.dumps([good, {**good, "hint": "h"}, good]), encoding="utf-8")
+    path.write_text(json.dumps([QA, {**QA, "hint": "h"}, QA]), encoding="utf-8")
     with pytest.raises(SystemExit, match=r"a\.json:row 2: .*'hint'.*--skip-bad-lines"):
         list(train.read_jsonl(str(path)))
     assert len(list(train.read_jsonl(str(path), skip_bad_lines=True))) == 2
@@ -571,7 +272,7 @@ def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
     ("a.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "a"}\n' * 9)[:-9], "a.jsonl.gz is damaged: "),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz is damaged: Not a gzipped file"),
     ("a.txt", b"", "a.txt gave no tokens: it is empty"), ("a.jsonl", b"\n", "a.jsonl gave no tokens"),
-    ("a.jsonl", (json.dumps({"question": "q", "answer": "a"}) + "\n").encode("utf-16"), "a.jsonl gave no tokens"),
+    ("a.jsonl", (json.dumps(QA) + "\n").encode("utf-16"), "a.jsonl gave no tokens"),
 ], ids=range(12))
 def test_a_file_that_is_no_text_is_named_and_never_trained_on(tmp_path, name, content, says):
     path = tmp_path / name
@@ -589,56 +290,51 @@ def test_a_text_is_read_whatever_its_characters_and_line_ends(tmp_path, pack):
     path.write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))
     pieces = list(train.read_text(str(path)))
     assert "".join(pieces) == text and max(map(len, pieces)) < 1.1 * 2**20
-    tokens, targets, _ = train.cached_tokens(str(path), str(tmp_path / "data"), BYTES, 64, False)
-    assert BYTES.decode_bytes(tokens.tolist()).decode() == text and targets is None
-
-
-def test_pairs_and_messages_become_chats():
-    for question, answer in train.PAIRS:
-        messages = train.to_messages({question: "q", answer: "a", "extra": 1})
-        assert messages == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "what does <think> mean?"}]
-    assert train.to_messages({"messages": messages}) == messages
-    for text in ("Intro.\n#### Step 1\nDo it.\n#### Step 2\nDone.", "a #### b", "<think>a\n#### b</think>4", "#### 5"):
-        assert train.to_messages({"prompt": "q", "completion": text})[1]["content"] == text    # headings, not answers
+    tokens, *_ = train.cached_tokens(str(path), str(tmp_path / "data"), BYTES, 64, False)
+    assert BYTES.decode_bytes(tokens.tolist()).decode() == text
 
 
 @pytest.mark.parametrize("length", [5, 64, 65, 640, 1279, 1280, 1281, 5000])
 def test_windows_cover_a_text_once(length):
-    source = TextSource("t", np.arange(length), 64)
-    windows = [source.get(i, hold)[0] for hold in (False, True) for i in range(source.size(hold))]
-    assert sorted(token for window in windows for token in window) == list(range(length))
-    assert source.size(False) > 0
+    source = FileSource("t", np.arange(length), train.windows(np.arange(length), 64))
+    samples = [source.get(i, held_out)[0] for held_out in (False, True) for i in range(source.size(held_out))]
+    assert sorted(token for sample in samples for token in sample) == list(range(length))
+    assert source.size(False) > 0 and max(map(len, samples)) <= 64
 
 
-def test_files_are_tokenised_once(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("Grüße 123 \U0001f600\r\n" * 100_000, newline="")
+def test_conversations_are_tokenised_once(tmp_path, capsys):
+    path, folder = str(tmp_path / "b.jsonl"), str(tmp_path / "data")
     rows = [{"question": f"{i}?", "answer": f"{'so ' * i}\n#### {i}"} for i in range(60)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    folder = str(tmp_path / "data")
-    tokens, targets, offsets = train.cached_tokens(str(tmp_path / "a.txt"), folder, BYTES, 64, False)
-    assert BYTES.decode_bytes(tokens.tolist()) == (tmp_path / "a.txt").read_bytes() and targets is None
-    tokens, targets, offsets = train.cached_tokens(str(tmp_path / "b.jsonl"), folder, BYTES, 64, False)
+    tokens, offsets, targets = train.cached_tokens(path, folder, BYTES, 64, False)
     assert "cut" in capsys.readouterr().out
     assert isinstance(tokens, np.memmap) and len(offsets) == 61 and np.diff(offsets).max() == 64
-    source = train.ChatSource("b", tokens, targets, offsets)
-    rows = [source.get(i, hold)[0] for hold in (False, True) for i in range(source.size(hold))]
-    assert len(rows) == 60 and source.size(True) == 3
+    source = FileSource("b", tokens, offsets, targets)
+    assert source.size(False) == 57 and source.size(True) == 3
+    assert len({tuple(source.get(i, h)[0]) for h in (False, True) for i in range(source.size(h))}) == 60
     ids, wanted = source.get(2, False)
-    assert BYTES.decode(ids) == "<|user|>2?<|end|><|assistant|><think>so so</think>2<|end|>"
-    assert BYTES.decode([i for i, w in zip(ids, wanted) if w]) == "<think>so so</think>2<|end|>"
-    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "data").iterdir())
-    train.cached_tokens(str(tmp_path / "b.jsonl"), folder, BYTES, 64, False)
-    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "data").iterdir())
-    train.cached_tokens(str(tmp_path / "b.jsonl"), folder, BYTES, 48, False)    # trimmed anew for another context
+    told, said = "<|user|>2?<|end|><|assistant|>", "<think>so so</think>2<|end|>"
+    assert BYTES.decode(ids) == told + said and BYTES.decode([i for i, w in zip(ids, wanted) if w]) == said
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    train.cached_tokens(path, folder, BYTES, 64, False)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    train.cached_tokens(path, folder, BYTES, 48, False)         # trimmed anew for another context
     assert len(before) < len(list((tmp_path / "data").iterdir()))
 
 
 def make_loader(**changes):
     stage = tiny_stage(**changes)
     text = np.frombuffer((zaya.__doc__ * 3).encode(), np.uint8)
-    sources = [TextSource("text", text, stage.context), TaskSource(list(TASKS), stage, BYTES, 0)]
+    sources = [FileSource("text", text, train.windows(text, stage.context)), TaskSource(list(TASKS), stage, BYTES, 0)]
     return Loader(sources, stage, 512, 0, BYTES.pad)
+
+
+def samples_in(inputs, positions):
+    """Where a batch's samples lie: (row, start, end)."""
+    for row in range(len(inputs)):
+        starts = [i for i in range(64) if positions[row, i] == 0] + [64]
+        for start, end in zip(starts, starts[1:]):
+            yield row, start, start + int((positions[row, start:end] >= 0).sum())
 
 
 @pytest.mark.parametrize("mask_prompts", [False, True])
@@ -648,35 +344,24 @@ def test_batches_hold_whole_samples_apart(mask_prompts):
         inputs, targets, positions, origins = loader.next()
         assert inputs.shape == targets.shape == positions.shape == (8, 64)
         samples = {tuple(loader.sample(*origin)[0]): loader.sample(*origin)[1] for origin in origins}
-        for row in range(8):
-            starts = [i for i in range(64) if positions[row, i] == 0] + [64]
-            for start, end in zip(starts, starts[1:]):
-                length = int((positions[row, start:end] >= 0).sum())
-                ids = inputs[row, start:start + length].tolist()
-                wanted = samples[tuple(ids)]
-                assert positions[row, start:start + length].tolist() == list(range(length))
-                expect = [t if w or not mask_prompts else -100 for t, w in zip(ids[1:], wanted[1:])] + [-100]
-                assert targets[row, start:start + length].tolist() == expect
-            assert (targets[row][positions[row] < 0] == -100).all()
+        for row, start, end in samples_in(inputs, positions):
+            ids = inputs[row, start:end].tolist()
+            wanted = samples[tuple(ids)]
+            assert positions[row, start:end].tolist() == list(range(end - start))
+            expect = [t if w or not mask_prompts else -100 for t, w in zip(ids[1:], wanted[1:])] + [-100]
+            assert targets[row, start:end].tolist() == expect
+        assert (targets[positions < 0] == -100).all()
 
 
-def test_the_mixture_is_what_the_stage_asks_for():
-    for share in (0.0, 0.3, 0.86):
+def test_the_mixture_is_what_the_stage_asks_for_and_a_text_is_read_once_before_it_is_read_twice():
+    for share in (0.86, 0.3, 0.0):
         loader = make_loader(traces=share)
         for _ in range(30):
             loader.next()
         assert abs(loader.given["traces"] / sum(loader.given.values()) - share) < 0.02
-
-
-def test_every_text_is_read_once_before_any_is_read_twice():
-    loader = make_loader(traces=0.0)
-    size, seen = loader.sources["text"].size(False), []
-    while len(seen) < 2 * size:
-        seen += [number for name, number in loader.next()[3] if name == "text"]
-    first = {tuple(loader.sample("text", number)[0]) for number in range(size)}
-    assert len(first) == size
-    order = [[loader.sample("text", epoch * size + number)[0] for number in range(size)] for epoch in (0, 1)]
-    assert sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
+    count = loader.sources["text"].size(False)
+    order = [[loader.sample("text", epoch * count + number)[0] for number in range(count)] for epoch in (0, 1)]
+    assert len(set(map(tuple, order[0]))) == count and sorted(order[0]) == sorted(order[1]) and order[0] != order[1]
 
 
 def test_a_loader_goes_on_where_it_stopped():
@@ -685,20 +370,47 @@ def test_a_loader_goes_on_where_it_stopped():
         one.next()
     two.load_state_dict(json.loads(json.dumps(one.state_dict())))
     for _ in range(5):
-        for a, b in zip(one.next()[:3], two.next()[:3]):
-            assert torch.equal(a, b)
+        assert all(torch.equal(a, b) for a, b in zip(one.next()[:3], two.next()[:3]))
 
 
 def test_packed_samples_get_the_logits_they_get_alone():
-    model, loader = tiny_model(), make_loader()
-    inputs, _, positions, _ = loader.next()
+    model, (inputs, _, positions, _) = tiny_model(), make_loader().next()
     with torch.no_grad():
         packed = model(inputs, position_ids=positions)
-        for row in range(len(inputs)):
-            starts = [i for i in range(64) if positions[row, i] == 0] + [64]
-            for start, end in zip(starts, starts[1:]):
-                end = start + int((positions[row, start:end] >= 0).sum())
-                assert (packed[row, start:end] - model(inputs[row:row + 1, start:end])[0]).abs().max() < 1e-5
+        for row, start, end in samples_in(inputs, positions):
+            assert (packed[row, start:end] - model(inputs[row:row + 1, start:end])[0]).abs().max() < 1e-5
+
+
+def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
+    """Tails of right and of wrong replies; the target is right, but for a dot where no reply solved a column, and for
+    an honest search where no reply is right."""
+    cuts, problems, right, honest = [], [], [], []
+    monkeypatch.setattr(train, "cut_tail", lambda *call: cuts.append((call[0], rsa.cut_tail(*call))) or cuts[-1][1])
+    draw = train.draw
+    monkeypatch.setattr(train, "draw", lambda *call: problems.append(draw(*call)) or problems[-1])
+    source = TaskSource(["column_sums", "find", "synthesize"], tiny_stage(aggregation=1.0, tail=9), BYTES, 0)
+    for index in range(100):
+        cuts.clear()
+        problems.clear()
+        question, answer = source.exchange(random.Random(index), held_out=False)
+        problem = problems[0]                                   # a later one is for corrupt
+        assert question == rsa.terse_prompt(problem.prompt, [tail for _, tail in cuts]) and 1 <= len(cuts) <= 4
+        assert all(len(tail) <= 9 and "</think>" not in tail and text.split("</think>")[0].endswith(tail)
+                   for text, tail in cuts)
+        task = TASKS[problem.task]
+        assert task.reads                                       # column_sums does not: it has no such rows
+        rewards = [task.verify(problem, text)[0] for text, _ in cuts]
+        right += rewards
+        if task.name == "find" and "." in answer:               # a guess of its own that failed
+            label = answer[answer.rindex(".") - 1]
+            column = next(c for c in problem.data["columns"] if c[2] == label)
+            found = re.findall(f"{label}([0-9])", "".join(text.split("</think>")[1] for text, _ in cuts))
+            assert not any((column[0] + int(x)) % 10 < column[1] for x in found)
+        elif task.name == "synthesize" and not any(rewards):
+            honest.append("#n" in answer)                       # nobody found it, and it may well not either
+        else:
+            assert task.verify(problem, answer)[0] == 1
+    assert 0.2 < np.mean(right) < 0.8 and any(honest)
 
 
 # ---- optimizers and steps -------------------------------------------------------------------------------------------
@@ -740,10 +452,9 @@ def test_muon_moves_each_matrix_as_if_alone():
 def test_muon_refuses_what_is_no_matrix(shape):
     """Biases of one length would be orthogonalised together, and a convolution's kernels taken for matrices."""
     matrix, other = torch.nn.Parameter(torch.zeros(4, 4)), torch.nn.Parameter(torch.zeros(shape))
-    with pytest.raises(ValueError, match=re.escape(str(shape))):
-        Muon([matrix, other])
-    with pytest.raises(ValueError, match=re.escape(str(shape))):
-        Muon([matrix]).add_param_group({"params": [other]})
+    for add in (lambda: Muon([matrix, other]), lambda: Muon([matrix]).add_param_group({"params": [other]})):
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            add()
 
 
 @pytest.mark.parametrize("clip, moves", [(0, [3, 4]), (10, [3, 4]), (1, [0.6, 0.8])])
@@ -751,7 +462,7 @@ def test_gradients_are_clipped_unless_the_bound_is_zero(clip, moves):
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.data.zero_()
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert train.descend(layer, [torch.optim.SGD(layer.parameters(), 1.0)], clip, 1.0) == pytest.approx(5)
+    assert train.optimizer_step(layer, [torch.optim.SGD(layer.parameters(), 1.0)], clip, 1.0) == pytest.approx(5)
     assert (-layer.weight.data[0]).tolist() == pytest.approx(moves)
 
 
@@ -775,17 +486,20 @@ def test_every_parameter_has_one_optimizer():
     assert not any(word in name for name in in_muon for word in ("conv", "embed", "norm", "scale", "bias", "temp"))
 
 
-def step_once(model, batch, micro_batch=10**6, **changes):
-    config = train.resolve(train.TrainConfig(preset="smoke", **changes))
+def train_steps(model, batch, steps=1, micro_batch=10**6):
+    """Updates on one batch -> their rows."""
+    config = train.resolve(train.TrainConfig(preset="smoke"))
     config.micro_batch = micro_batch
-    return train.train_step(model, train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2), batch, config,
-                            torch.float32, 1e-2)
+    count = max(1, (batch[1] >= 0).sum().item())
+    optimizers, balancer = train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2)
+    return [train.train_step(model, optimizers, balancer, batch, count, config, torch.float32, 1e-2)
+            for _ in range(steps)]
 
 
 def test_micro_batches_add_up_to_the_batch():
     *batch, _ = make_loader(mask_prompts=True).next()
     models = [tiny_model() for _ in range(2)]
-    rows = [step_once(model, batch, micro) for model, micro in zip(models, (10**6, 128))]
+    rows = [train_steps(model, batch, micro_batch=micro)[0] for model, micro in zip(models, (10**6, 128))]
     assert rows[0].keys() == rows[1].keys()
     assert all(abs(rows[0][key] - rows[1][key]) < 1e-4 for key in rows[0])
     for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
@@ -794,16 +508,15 @@ def test_micro_batches_add_up_to_the_batch():
 
 def test_a_batch_without_targets_has_loss_zero():
     inputs, targets, positions, _ = make_loader().next()
-    row = step_once(tiny_model(), (inputs, torch.full_like(targets, -100), positions))
+    row, = train_steps(tiny_model(), (inputs, torch.full_like(targets, -100), positions))
     assert row["loss"] == 0 and row["norm"] == 0
 
 
 def test_a_step_on_nan_changes_nothing():
-    *batch, _ = make_loader().next()
-    model = tiny_model()
+    model, (*batch, _) = tiny_model(), make_loader().next()
     model.layers[0].experts.down_proj.data[:, 0, 0] = float("nan")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    row = step_once(model, batch)
+    row, = train_steps(model, batch)
     assert not np.isfinite(row["loss"])
     for name, tensor in model.state_dict().items():
         assert "down_proj" in name or torch.equal(tensor, before[name])
@@ -838,10 +551,7 @@ def test_every_preset_is_consistent(preset):
 def test_training_learns_and_balances():
     """Twelve updates on one batch: the loss falls a lot, and every router's choices stay counted."""
     *batch, _ = make_loader().next()
-    model = tiny_model()
-    config = train.resolve(train.TrainConfig(preset="smoke"))
-    optimizers, balancer = train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2)
-    rows = [train.train_step(model, optimizers, balancer, batch, config, torch.float32, 1e-2) for _ in range(12)]
+    rows = train_steps(tiny_model(), batch, steps=12)
     assert rows[-1]["loss"] < 0.75 * rows[0]["loss"]
     assert all(0 < row["entropy"] <= 1.0001 and row["load"] >= 1 for row in rows)
 
@@ -909,12 +619,11 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
     problems = {}
 
     def perfect(model, tokenizer, prompts, *_):
-        return [TASKS["add"].solve(problems[p]) if p in problems and not TASKS["add"].verify_answer(problems[p].data, "x")
-                else "no" for p in prompts]
+        return [TASKS["add"].solve(problems[p]) if p in problems else "no" for p in prompts]
     for i in range(9):
         for attempt in range(60):                               # whichever of these are asked
             d = TASKS["add"].levels[i % len(TASKS["add"].levels)] + attempt // 50
-            problem = train.draw(TASKS["add"], f"eval {i} {attempt}", d, hold=True)
+            problem = train.draw(TASKS["add"], f"eval {i} {attempt}", d, held_out=True)
             problems[problem.prompt] = problem
     monkeypatch.setattr(train, "reply", perfect)
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
@@ -988,77 +697,3 @@ def test_test_time_compute_by_hand(monkeypatch):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
     # The first populations are one; then two rounds, one of Delethink, one of full RSA, and greedy.
     assert [size for size, _ in parrot.calls] == [5 * 16, 5 * 8] + [5 * 8] * 4 + [5]
-
-
-# ---- aggregation prompts, other people's tasks ----------------------------------------------------------------------
-
-def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
-    """The tails are cut by rsa.cut_tail, some of right and some of wrong replies; the target is right, but for dots
-    where no candidate solved a column, and for honest searches where no candidate is right."""
-    cut = []
-    monkeypatch.setattr(train, "cut_tail", lambda text, tail, tokenizer: cut.append(
-        (text, train_cut(text, tail, tokenizer))) or cut[-1][1])
-    train_cut = rsa.cut_tail
-    tasks = ["column_sums", "find", "synthesize"]               # the first does not read: it has no such rows
-    source = TaskSource(tasks, tiny_stage(aggregation=1.0, tail=9), BYTES, 0)
-    right, honest = [], []
-    for index in range(100):
-        rng = random.Random(index)
-        cut.clear()
-        question, answer = source.exchange(rng, hold=False)
-        tails = [tail for _, tail in cut]
-        problem_text = question.split("|")[-1]
-        assert question == rsa.terse_prompt(problem_text, tails) and 1 <= len(tails) <= 4
-        assert all(len(tail) <= 9 and "</think>" not in tail and text.split("</think>")[0].endswith(tail)
-                   for text, tail in cut)
-        task = {"find": "find", "fit": "synthesize"}[problem_text.split(" ")[0]]
-        problem = next(p for p in [train.draw(TASKS[task], seed, d, False) for seed, d in drawn(index)]
-                       if p.prompt == problem_text)
-        if task == "find" and "." in answer:                    # a guess of its own that failed
-            label = answer[answer.rindex(".") - 1]
-            column = next(c for c in problem.data["columns"] if c[2] == label)
-            found = re.findall(f"{label}([0-9])", "".join(text.split("</think>")[1] for text, _ in cut))
-            assert not any((column[0] + int(x)) % 10 < column[1] for x in found)
-        elif task == "synthesize" and not any(TASKS[task].verify(problem, text)[0] for text, _ in cut):
-            honest.append("#n" in answer)                       # nobody found it, and it may well not either
-        else:
-            assert TASKS[task].verify(problem, answer)[0] == 1
-        right += [TASKS[task].verify(problem, text)[0] for text, _ in cut]
-    assert 0.2 < np.mean(right) < 0.8 and any(honest)
-
-
-def drawn(index):
-    """The (seed, difficulty) that TaskSource.exchange draws its problem with."""
-    rng = random.Random(index)
-    rng.random()
-    rng.choice(["find", "synthesize"])
-    d = min(rng.randint(1, 2), rng.randint(1, 2))
-    return [(rng.getrandbits(48), d)]
-
-
-def test_problems_are_the_same_in_every_process():
-    """Sets of strings have another order in each process: nothing may depend on it."""
-    code = "import train; print([t.make(s, 4) for t in train.TASKS.values() for s in range(20)])"
-    said = [subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, text=True,
-                           capture_output=True, cwd=os.path.dirname(train.__file__), check=True).stdout
-            for seed in ("1", "2")]
-    assert said[0] == said[1] and len(said[0]) > 1000
-
-
-def test_reasoning_gym_datasets_are_tasks():
-    pytest.importorskip("reasoning_gym")
-    task = train.find_task("reasoning_gym:chain_sum")
-    problem = task.make(5, 2)
-    assert problem == task.make(5, 2) and json.loads(json.dumps(problem.data)) == problem.data
-    assert task.verify(problem, task.solve(problem)) == (1, 1) and task.verify(problem, task.corrupt(problem)) == (0, 1)
-    assert all(task.verify(problem, f"<think></think>{text}")[0] == 0 for text in ("", "x", "٣", "\0", "9" * 900))
-    assert np.mean([len(task.make(i, 9).prompt) - len(task.make(i, 1).prompt) for i in range(20)]) > 10
-    with pytest.raises(SystemExit, match="did you mean chain_sum"):
-        train.find_task("reasoning_gym:chain_summ")
-
-
-def test_reasoning_gym_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(SystemExit, match="pip install reasoning-gym"):
-        train.ReasoningGym("reasoning_gym:chain_sum")

@@ -66,7 +66,7 @@ def fit(kind, setting):
     config, stage, tokenizer, sources, shape = setting
     torch.manual_seed(config.seed)
     model, begun = KINDS[kind](Zaya(shape)), time.perf_counter()
-    probe = arms.train.Loader(sources, stage, 8 * stage.context, 0, tokenizer.pad, hold=True).next()
+    probe = arms.train.Loader(sources, stage, 8 * stage.context, 0, tokenizer.pad, held_out=True).next()
     losses, seen = [], {"0": norms(model, probe[0], probe[2])}
     for row in arms.pretrain(model, setting, name=kind):
         losses.append(row["loss"])

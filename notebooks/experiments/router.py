@@ -277,7 +277,7 @@ def routing(model, setting, tokens=2048):
     model.eval()
     shares = []
     for kind in kinds.values():
-        inputs, _, positions, _ = arms.train.Loader([kind], stage, tokens, 0, tokenizer.pad, hold=True).next()
+        inputs, _, positions, _ = arms.train.Loader([kind], stage, tokens, 0, tokenizer.pad, held_out=True).next()
         choices = []
         model.hidden_states(inputs, position_ids=positions, routing=choices)
         counts = torch.nn.functional.one_hot(torch.stack(choices), len(model.layers[0].gate.balancing_biases))

@@ -82,14 +82,14 @@ class Traces:
     def __init__(self, plan, fit, context, seed):
         self.plan, self.fit, self.context, self.seed = plan, fit, context, seed
 
-    def size(self, hold):
+    def size(self, held_out):
         return None
 
-    def get(self, index, hold):
+    def get(self, index, held_out):
         rng, sample = random.Random(f"{self.seed} {index}"), None
         while sample is None:               # one that was dropped gives way to the next
             task = train.find_task(rng.choice(self.plan.tasks))
-            problem = train.draw(task, rng.getrandbits(48), rng.randint(1, self.plan.short.difficulty), hold)
+            problem = train.draw(task, rng.getrandbits(48), rng.randint(1, self.plan.short.difficulty), held_out)
             sample = self.fit(conversation(problem), self.context)
         return sample
 
