@@ -26,6 +26,25 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def read_json(path):
+    """The JSON object in a file -> dict.  Raises FileNotFoundError, or ValueError if the file is damaged."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def write_json(path, content, indent=2):
+    """Write under a temporary name, then rename: nobody ever reads half a file."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=indent, ensure_ascii=False)
+    os.replace(f"{path}.tmp", path)
+
+
 @dataclass
 class ZayaConfig:
     """The model's shape; every field has the name of the official config (HF ZayaConfig) except `skip_expert`.
@@ -60,83 +79,74 @@ class ZayaConfig:
     # cca_time0 and cca_time1 are the taps of CCA's convolutions.
     FIXED = dict(model_type="zaya", hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
                  attention_dropout=0.0, cca_time0=2, cca_time1=2)
-    # What HF's base config writes about the file, its classes' outputs and its generate, which changes no logit; names
-    # that begin with _ or end with _token_id are of the same kind.  Any other unknown field may change one: refused.
-    DESCRIPTIVE = set("""
+    # What a config.json says about the file, HF's outputs and its generate.  It changes no logit, as no name does that
+    # begins with _ or ends with _token_id.  Any other unknown field may change one: refused.
+    DESCRIPTIVE = """
         architectures auto_map dtype torch_dtype transformers_version unsloth_version unsloth_fixed name_or_path
-        tokenizer_class finetuning_task problem_type num_labels id2label label2id task_specific_params prefix
-        use_cache return_dict return_dict_in_generate output_attentions output_hidden_states output_router_logits
-        output_scores chunk_size_feed_forward is_decoder is_encoder_decoder add_cross_attention tie_encoder_decoder
-        torchscript tf_legacy_loss use_bfloat16 attn_implementation experts_implementation
-        do_sample temperature top_k top_p typical_p max_length min_length num_beams num_beam_groups early_stopping
-        num_return_sequences repetition_penalty diversity_penalty length_penalty no_repeat_ngram_size
-        encoder_no_repeat_ngram_size remove_invalid_values""".split())
+        id2label label2id num_labels problem_type use_cache return_dict output_attentions output_hidden_states
+        output_router_logits chunk_size_feed_forward is_decoder is_encoder_decoder tie_encoder_decoder
+        do_sample temperature top_k top_p max_length min_length repetition_penalty""".split()
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "head_dim", "num_experts", "moe_intermediate_size", "router_hidden_size",
-                     "max_position_embeddings"):
-            value = getattr(self, name)
-            self._require(type(value) is int and value > 0, f"{name} must be a positive integer, not {value!r}")
-        for name in ("rms_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            self._require(type(value) in (int, float) and 0 < value < math.inf,
-                          f"{name} must be a positive number, not {value!r}")
-        for name in ("tie_word_embeddings", "skip_expert"):
-            value = getattr(self, name)
-            self._require(type(value) is bool, f"{name} must be true or false, not {value!r}")
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self, name)
-            ids = value if name == "eos_token_id" and type(value) is list else [value]
-            self._require(value is None or all(type(i) is int and i >= 0 for i in ids),
-                          f"{name} must be null or a token's number, not {value!r}")
-        self._require(self.sliding_window is None or type(self.sliding_window) is int and self.sliding_window > 0,
-                      f"sliding_window must be null or a positive number of tokens, not {self.sliding_window!r}")
-        self._require(self.layer_types is None or isinstance(self.layer_types, (list, tuple)),
-                      f"layer_types must be a list with a layer type per layer, not {self.layer_types!r}")
-        self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
-        self._require(self.num_attention_heads % self.num_key_value_heads == 0,
-                      f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
-                      f"({self.num_key_value_heads}): each KV head serves a group of query heads of one size")
-        self._require(self.num_key_value_heads * self.head_dim % 2 == 0,
-                      f"num_key_value_heads * head_dim ({self.num_key_value_heads} * {self.head_dim}) must be even: "
-                      "half of the value channels come from the previous token")
-        self._require(len(self.layer_types) == self.num_hidden_layers,
-                      f"layer_types names {len(self.layer_types)} layers, num_hidden_layers {self.num_hidden_layers}")
-        unknown = [kind for kind in self.layer_types if kind not in ("hybrid", "hybrid_sliding")]
-        self._require(not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {unknown[:1]}")
-        self._require("hybrid_sliding" not in self.layer_types or self.sliding_window,
-                      "layer_types has 'hybrid_sliding' layers: set sliding_window to the number of tokens they see")
-        self._fill_rope_parameters()
+        def whole(value, least=1):
+            return type(value) is int and value >= least
 
-    def _fill_rope_parameters(self):
-        """Complete `rope_parameters` by the published values, and refuse every other kind of RoPE."""
-        given = self.rope_parameters or {}
-        self._require(not given or isinstance(given, dict) and ("hybrid" in given or "hybrid_sliding" in given),
+        def positive(value):
+            return type(value) in (int, float) and 0 < value < math.inf
+
+        def token(value):
+            return value is None or whole(value, 0)
+
+        for names, works, wanted in (
+            ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
+             "moe_intermediate_size router_hidden_size max_position_embeddings", whole, "a positive integer"),
+            ("rms_norm_eps initializer_range", positive, "a positive number"),
+            ("tie_word_embeddings skip_expert", lambda value: type(value) is bool, "true or false"),
+            ("sliding_window", lambda value: value is None or whole(value), "null or a positive number of tokens"),
+            ("layer_types", lambda value: value is None or type(value) in (list, tuple), "a list of layer types"),
+            ("pad_token_id bos_token_id", token, "null or a token's number"),
+            ("eos_token_id", lambda value: token(value) or type(value) is list and all(whole(i, 0) for i in value),
+             "null, a token's number or a list of them"),
+        ):
+            for name in names.split():
+                value = getattr(self, name)
+                self._require(works(value), f"{name} must be {wanted}, not {value!r}")
+
+        H, K, D, L = self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.num_hidden_layers
+        self.layer_types = kinds = list(self.layer_types or ["hybrid"] * L)
+        unknown = [kind for kind in kinds if kind not in ("hybrid", "hybrid_sliding")]
+        for works, problem in (
+            (H % K == 0, f"num_attention_heads ({H}) must be a multiple of num_key_value_heads ({K})"),
+            (K * D % 2 == 0, f"num_key_value_heads * head_dim ({K} * {D}) must be even: half of the value channels "
+             "come from the previous token"),
+            (len(kinds) == L, f"layer_types names {len(kinds)} layers, num_hidden_layers {L}"),
+            (not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {unknown[:1]}"),
+            ("hybrid_sliding" not in kinds or self.sliding_window,
+             "layer_types has 'hybrid_sliding' layers: set sliding_window to the number of tokens they see"),
+        ):
+            self._require(works, problem)
+
+        given, self.rope_parameters, thetas = self.rope_parameters or {}, {}, {"hybrid": 5e6, "hybrid_sliding": 1e4}
+        self._require(type(given) is dict and (not given or thetas.keys() & given.keys()),
                       f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
         # The file on the hub has a "rope_type" beside the layer types, which HF ignores.
-        self._only_default_rope("rope_parameters", given, {"hybrid", "hybrid_sliding"})
-        self.rope_parameters = {}
-        for kind, theta in (("hybrid", 5e6), ("hybrid_sliding", 1e4)):
-            inner, where = given.get(kind) or {}, f"rope_parameters[{kind!r}]"
-            self._require(isinstance(inner, dict), f"{where} must be a dict, not {inner!r}")
-            inner = {name: value for name, value in inner.items() if value is not None}
-            rope = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": theta, **inner}
+        others = [item for item in given.items() if item[0] not in thetas]
+        for kind, theta in thetas.items():
+            own, where = given.get(kind) or {}, f"rope_parameters[{kind!r}]"
+            self._require(type(own) is dict, f"{where} must be a dict, not {own!r}")
+            rope = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": theta}
+            rope.update((name, value) for name, value in own.items() if value is not None)
             self.rope_parameters[kind] = rope
-            if kind not in self.layer_types:
-                continue
-            self._only_default_rope(where, rope, {"partial_rotary_factor", "rope_theta"})
-            theta, share = rope["rope_theta"], rope["partial_rotary_factor"]
-            self._require(type(theta) in (int, float) and 0 < theta < math.inf,
-                          f"{where}: rope_theta must be a positive number, not {theta!r}")
-            self._require(type(share) in (int, float) and 0 <= share <= 1 and self.head_dim * share % 2 == 0,
-                          f"{where}: partial_rotary_factor {share!r} must make head_dim ({self.head_dim}) times it an "
-                          "even number of rotated channels")
-
-    def _only_default_rope(self, where, values, known):
-        for name, value in values.items():
-            self._require(name in known or value is None or (name == "rope_type" and value == "default"),
-                          f"{where}: {name} {value!r} is not implemented, only the rope_type 'default'")
+            if kind in kinds:
+                others += [item for item in rope.items() if item[0] not in ("partial_rotary_factor", "rope_theta")]
+                theta, share = rope["rope_theta"], rope["partial_rotary_factor"]
+                self._require(positive(theta), f"{where}: rope_theta must be a positive number, not {theta!r}")
+                self._require(type(share) in (int, float) and 0 <= share <= 1 and D * share % 2 == 0,
+                              f"{where}: partial_rotary_factor {share!r} must make head_dim ({D}) times it an even "
+                              "number of rotated channels")
+        for name, value in others:
+            self._require(value is None or (name, value) == ("rope_type", "default"),
+                          f"rope_parameters: {name} {value!r} is not implemented, only the rope_type 'default'")
 
     @staticmethod
     def _require(condition, message):
@@ -154,46 +164,41 @@ class ZayaConfig:
         `small` keeps the published ratios: queries E/2 wide, keys and values E/8, router E/8.  `tiny` is too narrow for
         them: with keys of E/8 = 16 channels it hardly learned to copy, with 32 it did.
         """
-        shapes = {
-            "smoke": dict(vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
-                          num_key_value_heads=1, head_dim=16, num_experts=4, moe_intermediate_size=64,
-                          router_hidden_size=16, max_position_embeddings=4096, initializer_range=0.125),
-            "tiny": dict(vocab_size=512, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=1, head_dim=32, num_experts=8, moe_intermediate_size=128,
-                         router_hidden_size=32, max_position_embeddings=8192, initializer_range=0.088),
-            "small": dict(vocab_size=8192, hidden_size=512, num_hidden_layers=12, num_attention_heads=4,
-                          num_key_value_heads=1, head_dim=64, num_experts=16, moe_intermediate_size=512,
-                          router_hidden_size=64, max_position_embeddings=32768, initializer_range=0.044),
-            "zaya1-8b": {},
+        sizes = [field.name for field in fields(cls)[:9]] + ["max_position_embeddings", "initializer_range"]
+        shapes = {  # V   E   L  H  K   D   X    F   R  positions  std
+            "smoke": (384, 64, 2, 2, 1, 16, 4, 64, 16, 4096, 0.125),
+            "tiny": (512, 128, 4, 4, 1, 32, 8, 128, 32, 8192, 0.088),
+            "small": (8192, 512, 12, 4, 1, 64, 16, 512, 64, 32768, 0.044),
+            "zaya1-8b": (),
         }
         if name not in shapes:
             raise ValueError(f"ZayaConfig has no preset {name!r}; it has {', '.join(shapes)}")
-        return cls(**{**shapes[name], **changes})
+        return cls(**{**dict(zip(sizes, shapes[name])), **changes})
 
     @classmethod
     def from_dict(cls, values):
         """Read an official config.json.  ValueError for a field that may change the numbers and is not implemented:
         one that is neither ours nor descriptive, unless it is null or empty."""
-        known = {field.name for field in fields(cls)}
+        ours = {}
         for name, value in values.items():
-            if name in cls.FIXED:
-                cls._require(value in (None, cls.FIXED[name]),
-                             f"{name} {value!r} is not implemented, only {cls.FIXED[name]!r}")
-            elif not (name in known or name in cls.DESCRIPTIVE or name.startswith("_") or name.endswith("_token_id")):
-                cls._require(value in (None, {}, []), f"the field {name!r} is not implemented: set it to null if the "
-                             "model computes the same without it")
-        values = {name: value for name, value in values.items() if name in known}
-        rope = values.get("rope_parameters")
-        if isinstance(rope, dict):                              # HF rotates all channels where a file names no share
-            values["rope_parameters"] = {kind: {"partial_rotary_factor": 1.0, **inner} if isinstance(inner, dict)
-                                         else inner for kind, inner in rope.items()}
-        return cls(**values)
+            if name in cls.__dataclass_fields__:
+                ours[name] = value
+            elif not (name in cls.DESCRIPTIVE or name.startswith("_") or name.endswith("_token_id")):
+                only = cls.FIXED.get(name)
+                cls._require(value in (None, {}, [], only), f"{name} {value!r} is not implemented, only {only!r}; set "
+                             "it to null if the model computes the same without it")
+        rope = ours.get("rope_parameters")
+        if type(rope) is dict:                                  # HF rotates all channels where a file names no share
+            ours["rope_parameters"] = {kind: {"partial_rotary_factor": 1.0, **own} if type(own) is dict else own
+                                       for kind, own in rope.items()}
+        return cls(**ours)
 
     def to_dict(self):
-        official = {name: value for name, value in asdict(self).items() if name != "skip_expert"}
-        ours = {} if self.skip_expert else {"skip_expert": False}
-        return {"architectures": ["ZayaForCausalLM"], "dtype": "float32", "use_cache": True,
-                "output_router_logits": False, **self.FIXED, **official, **ours}
+        values = {"architectures": ["ZayaForCausalLM"], "dtype": "float32", "use_cache": True,
+                  "output_router_logits": False, **self.FIXED, **asdict(self)}
+        if self.skip_expert:                                    # HF has no such field, and always that expert
+            del values["skip_expert"]
+        return values
 
 
 class RMSNorm(nn.Module):
@@ -234,11 +239,8 @@ class CCA(nn.Module):
     """
 
     class Positions:
-        """Where the tokens of one call stand, and the whole of what follows from it; `CCA.positions` makes them.
-
-        position_ids (B, S) int64, None for rows of one sample each; cos, sin (B or 1, S, R/2) fp32; mask (B, 1, S, T)
-        bool, True where a query sees a key, None for causal attention.
-        """
+        """Where the tokens of one call stand, and what follows from it: position_ids (B, S) int64, or None for rows of
+        one sample each; cos, sin (B or 1, S, R/2) fp32; mask (B, 1, S, T) bool, None for causal attention."""
 
         def __init__(self, position_ids, cos, sin, mask):
             self.position_ids, self.cos, self.sin, self.mask = position_ids, cos, sin, mask
@@ -250,48 +252,68 @@ class CCA(nn.Module):
         self.rope_parameters = rope_parameters or {"rope_theta": 5e6, "partial_rotary_factor": 0.5}
         self.sliding_window = sliding_window
         q_size, kv_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        channels = q_size + kv_size
         self.q_proj = nn.Linear(hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, kv_size, bias=False)
         self.v_proj_current = nn.Linear(hidden_size, kv_size // 2, bias=False)
         self.v_proj_delayed = nn.Linear(hidden_size, kv_size // 2, bias=False)
-        self.conv_qk_depthwise = nn.Conv1d(q_size + kv_size, q_size + kv_size, 2, groups=q_size + kv_size)
-        self.conv_qk_grouped = nn.Conv1d(q_size + kv_size, q_size + kv_size, 2,
-                                         groups=num_attention_heads + num_key_value_heads)
+        self.conv_qk_depthwise = nn.Conv1d(channels, channels, 2, groups=channels)
+        self.conv_qk_grouped = nn.Conv1d(channels, channels, 2, groups=channels // head_dim)
         self.temp = nn.Parameter(torch.ones(num_key_value_heads))
         self.o_proj = nn.Linear(q_size, hidden_size, bias=False)
 
     def forward(self, x, positions=None, cache=None):
-        B, S, _ = x.shape
         positions = self.locate(x, positions, cache)
         packed = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                    # (B, S, C)
-        delayed = self.v_proj_delayed(x)                                            # (B, S, K*D/2)
-        if cache is not None and cache.packed is not None:
-            before, value_before = cache.packed, cache.delayed
-        else:
-            before = packed.new_zeros(B, 2, packed.shape[-1])
-            value_before = delayed.new_zeros(B, 1, delayed.shape[-1])
-        seen = torch.cat([before.to(packed.dtype), packed], 1)                      # (B, 2 + S, C)
-        shifted = torch.cat([value_before.to(delayed.dtype), delayed], 1)           # (B, 1 + S, K*D/2)
-        if cache is not None:                                                       # the decode state, kept in fp32
-            cache.packed = seen[:, S:].float()
-            cache.delayed = shifted[:, S:].float()
-        shifted = shifted[:, :S]
-        if positions.position_ids is not None:
-            shifted = shifted * (positions.position_ids >= 1)[..., None]
-        v = torch.cat([self.v_proj_current(x), shifted], -1).view(B, S, self.kv_heads, self.head_dim)
-
-        q_mean, k_mean = self.qk_mean(packed.float())
-        mixed = self.convolve(seen, positions.position_ids).float()                 # (B, S, H + K, D)
-        q = self.unit(mixed[:, :, :self.heads] + q_mean)                            # (B, S, H, D) fp32
-        k = self.unit(mixed[:, :, self.heads:] + k_mean) * self.temp.float()[:, None]
-        q = self.apply_rotary(q, positions.cos, positions.sin).to(v.dtype)
-        k = self.apply_rotary(k, positions.cos, positions.sin).to(v.dtype)
+        current, delayed = self.v_proj_current(x), self.v_proj_delayed(x)           # (B, S, K*D/2) each
+        q, k, v = self.mix(packed, current, delayed, positions, cache)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
             k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
-        causal = positions.mask is None and S > 1
+        return self.o_proj(self.attend(q, k, v, positions, cache))
+
+    def mix(self, packed, current, delayed, positions, cache):
+        """From the projections to what attention compares: rotated q (B, S, H, D), k and v (B, S, K, D)."""
+        S, ids = packed.shape[1], positions.position_ids
+        # What came before the new tokens: two packed latents and one delayed value, zeros where a row begins.
+        seen, shifted = F.pad(packed, (0, 0, 2, 0)), F.pad(delayed, (0, 0, 1, 0))   # (B, 2 + S, C), (B, 1 + S, K*D/2)
+        if cache is not None:
+            if cache.packed is not None:
+                seen[:, :2], shifted[:, :1] = cache.packed, cache.delayed
+            cache.packed, cache.delayed = seen[:, S:].float(), shifted[:, S:].float()
+        shifted = shifted[:, :S]
+        if ids is not None:
+            shifted = shifted * (ids >= 1)[..., None]
+        v = torch.cat([current, shifted], -1).unflatten(-1, (self.kv_heads, self.head_dim))
+
+        q_mean, k_mean = self.qk_mean(packed.float())
+        mixed = self.convolve(seen, ids).float()                                    # (B, S, H + K, D)
+        q = self.unit(mixed[:, :, :self.heads] + q_mean)                            # fp32 up to RoPE
+        k = self.unit(mixed[:, :, self.heads:] + k_mean) * self.temp.float()[:, None]
+        q = self.apply_rotary(q, positions.cos, positions.sin)
+        k = self.apply_rotary(k, positions.cos, positions.sin)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def attend(self, q, k, v, positions, cache):
+        """q (B, H, S, D) on k and v (B, K, T, D) -> (B, S, H*D)."""
+        causal = positions.mask is None and q.shape[2] > 1
         out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+        return out.transpose(1, 2).flatten(2)
+
+    def locate(self, x, positions=None, cache=None):
+        """`positions` in any form that `forward` takes -> Positions."""
+        if positions is not None and not isinstance(positions, torch.Tensor):
+            return positions
+        if positions is not None and positions.shape != x.shape[:2]:
+            raise ValueError(f"CCA: position ids must have the shape (B, S) of x, {tuple(x.shape[:2])}, not "
+                             f"{tuple(positions.shape)}")
+        if cache is not None:
+            if positions is None and not cache.plain:
+                raise ValueError("CCA: the tokens in this cache came with position ids, so the next ones need theirs")
+            cache.plain = positions is None
+        rotated = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+        return self.positions(x, positions, self.rope_parameters["rope_theta"], rotated, self.sliding_window,
+                              cache.columns if cache is not None else 0)
 
     @classmethod
     def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
@@ -309,28 +331,10 @@ class CCA(nn.Module):
         mask = cls.attention_mask(position.expand(B, S), keys, sliding_window) if masked else None
         return cls.Positions(position_ids, cos, sin, mask)
 
-    def locate(self, x, positions=None, cache=None):
-        """`positions` in any form that `forward` takes -> Positions."""
-        if positions is not None and not isinstance(positions, torch.Tensor):
-            return positions
-        if positions is not None and positions.shape != x.shape[:2]:
-            raise ValueError(f"CCA: position ids must have the shape (B, S) of x, {tuple(x.shape[:2])}, not "
-                             f"{tuple(positions.shape)}")
-        if cache is not None:
-            if positions is None and not cache.plain:
-                raise ValueError("CCA: the tokens in this cache came with position ids, so the next ones need theirs")
-            cache.plain = positions is None
-        rotated = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
-        return self.positions(x, positions, self.rope_parameters["rope_theta"], rotated, self.sliding_window,
-                              cache.columns if cache is not None else 0)
-
     def qk_mean(self, packed):
         """(B, S, C) latents before the convolutions -> m_q (B, S, H, D), m_k (B, S, K, D)."""
-        B, S, _ = packed.shape
-        latents = packed.view(B, S, self.heads + self.kv_heads, self.head_dim)
-        q = latents[:, :, :self.heads].reshape(B, S, self.kv_heads, -1, self.head_dim)     # (B, S, K, H/K, D)
-        k = latents[:, :, self.heads:].unsqueeze(3)                                        # (B, S, K, 1, D)
-        q_mean = (q + k) / 2
+        q, k = packed.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads], 2)
+        q_mean = (q.unflatten(2, (self.kv_heads, -1)) + k.unsqueeze(3)) / 2                # (B, S, K, H/K, D)
         return q_mean.flatten(2, 3), q_mean.mean(3)
 
     def convolve(self, seen, position_ids=None):
@@ -429,6 +433,64 @@ class Router(nn.Module):
             ones = torch.ones_like(choice) if count is None else count.long()
             self.load.scatter_add_(0, choice.flatten(), ones.flatten())
         return scores.gather(-1, choice[..., None]).squeeze(-1), choice, r
+
+
+class PIDBalancer:
+    """Keeps the experts evenly loaded by training the routers' biases, without an auxiliary loss.
+
+        error_e = p_e - 1 / classes          p_e: share of the global batch's tokens that chose e
+        b      <- AdamW(b, gradient = error)
+
+    TR section II.  As a controller: the bias accumulates (integrates) the error through AdamW's steps.  Momentum acts
+    as a smoothed proportional term, and the second moment sets the gain.
+
+    Contract: `model` is any module; a router in it is a module with the buffers `balancing_biases` (classes,), which
+    it adds to its scores before the choice, and `load` (classes,) int64, to which it adds one per real token that chose
+    the class while `training` (see the last lines of Router.forward); `skip_expert` says whether the last class is one.
+    Make the balancer after loading weights.  Call `step()` once per optimizer step: counts of micro-batches, and of
+    processes if torch.distributed runs, add up until then.  The biases are kept in fp32, whatever the model's dtype.
+    lr and betas are unpublished; these are AMD Primus'.  ZAYA1-8B ships with its skip expert's bias still at -1, never
+    chosen, so by default it stays there; `balance_skip=True` gives it its share.  No official class: HF only runs the
+    trained biases.
+    """
+
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), balance_skip=False):
+        self.routers = [module for module in model.modules() if hasattr(module, "balancing_biases")]
+        skip = any(router.skip_expert for router in self.routers) and not balance_skip
+        self.biases = nn.Parameter(torch.stack([router.balancing_biases.float() for router in self.routers]))
+        self.classes = self.biases.shape[1] - skip
+        self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self):
+        """Update the biases from the counts and clear them.  Returns what to log: {"load": worst expert's load over
+        the mean, "entropy": H(p) / ln(classes) averaged over layers, "bias": largest |bias|, "skip": skipped share}.
+        RuntimeError if nothing was counted.
+        """
+        load = torch.stack([router.load for router in self.routers])                # (L, router classes) int64
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        if load.sum() == 0:
+            raise RuntimeError("PIDBalancer.step: no router counted anything; call model.train() before the forward")
+        balanced = load[:, :self.classes]
+        share = balanced / balanced.sum(1, keepdim=True).clamp_min(1)
+        self.biases.grad = F.pad(share - 1 / self.classes, (0, load.shape[1] - self.classes))
+        self.optimizer.step()
+        for router, bias in zip(self.routers, self.biases):
+            router.balancing_biases.copy_(bias)
+            router.load.zero_()
+        entropy = -torch.special.xlogy(share, share).sum(1) / math.log(max(self.classes, 2))
+        return {"load": (share.max() * self.classes).item(),
+                "entropy": entropy.mean().item(),
+                "bias": self.biases[:, :self.classes].abs().max().item(),
+                "skip": (1 - balanced.sum() / load.sum()).item()}
+
+    def state_dict(self):
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        """Take up a saved state; the biases themselves are part of the model's weights."""
+        self.optimizer.load_state_dict(state)
 
 
 class Experts(nn.Module):
@@ -531,20 +593,21 @@ class LayerCache:
         if sliding_window:
             self.start = max(self.start, self.end - sliding_window + 1)
         if self.k is None or self.end + S > self.k.shape[2]:
-            live, capacity = self.end - self.start, 64
-            while capacity < 2 * (live + S):
-                capacity *= 2
-            for name, new in (("k", k), ("v", v)):
-                grown = new.new_zeros(*new.shape[:2], capacity, new.shape[3])     # zeros: may be read, masked
-                if live:
-                    grown[:, :, :live] = getattr(self, name)[:, :, self.start:self.end]
-                setattr(self, name, grown)
+            live = self.end - self.start
+            room = max(64, 2 * (live + S)) - live
+            self.k = self._with_room(self.k, k, room)
+            self.v = self._with_room(self.v, v, room)
             self.start, self.end = 0, live
         self.k[:, :, self.end:self.end + S] = k
         self.v[:, :, self.end:self.end + S] = v
         self.end += S
         self.columns += S
         return self.k[:, :, self.start:self.end], self.v[:, :, self.start:self.end]
+
+    def _with_room(self, old, new, room):
+        """The live columns of a buffer, and zeros behind them: they may be read, masked, and 0 * NaN is NaN."""
+        live = new[:, :, :0] if old is None else old[:, :, self.start:self.end]
+        return F.pad(live, (0, 0, 0, room))
 
     def select(self, rows):
         """Keep these rows (an index tensor; a row may be named several times), in this order."""
@@ -578,8 +641,8 @@ class Cache:
 class Zaya(nn.Module):
     """The language model: embedding, L layers, final norm, tied LM head in fp32.  Equals HF ZayaForCausalLM.
 
-    model(input_ids) -> logits (B, S, V) fp32.  Pasting it needs Layer and what Layer needs, Cache and LayerCache, and
-    for from_pretrained ZayaConfig.
+    model(input_ids) -> logits (B, S, V) fp32.  Pasting it needs Layer and what Layer needs, Cache and LayerCache; its
+    checkpoints also need ZayaConfig, read_json and write_json.
     """
 
     def __init__(self, config):
@@ -592,14 +655,11 @@ class Zaya(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for module in self.modules():                           # as HF; norms, scales and temperatures are born right
-            if isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
-            elif hasattr(module, "gate_up_proj"):
-                nn.init.normal_(module.gate_up_proj, std=config.initializer_range)
-                nn.init.normal_(module.down_proj, std=config.initializer_range)
+        for name, parameter in self.named_parameters():         # as HF; norms, scales and temperatures are born right
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=config.initializer_range)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None):
         """input_ids (B, S) int64 -> logits (B, S, V) fp32; the arguments are those of `hidden_states`."""
@@ -624,13 +684,12 @@ class Zaya(nn.Module):
         cache: continue from it, and advance it.
         routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
         """
-        B = len(input_ids)
         columns = cache.columns if cache is not None else 0
         offset = cache.position if cache is not None else None
         if position_ids is None and (attention_mask is not None or offset is not None):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             if offset is None:
-                offset = real.new_full((B,), columns)
+                offset = real.new_full((len(real),), columns)
             position_ids = (offset[:, None] + real.cumsum(1) - 1).masked_fill(real == 0, -1)
             if cache is not None:
                 cache.position = offset + real.sum(1)
@@ -755,70 +814,64 @@ class Zaya(nn.Module):
     def parameter_counts(self):
         """{"total", "non_embedding", "active"}; active: non-embedding parameters that one token passes through."""
         total = sum(p.numel() for p in self.parameters())
-        body = total - self.embed_tokens.weight.numel() - (0 if self.config.tie_word_embeddings
-                                                           else self.lm_head.weight.numel())
+        embeddings = self.output_weight.numel() * (1 if self.config.tie_word_embeddings else 2)
         experts = sum(p.numel() for layer in self.layers for p in layer.experts.parameters())
-        return {"total": total, "non_embedding": body,
-                "active": body - experts + experts // self.config.num_experts}
+        idle = experts - experts // self.config.num_experts
+        return {"total": total, "non_embedding": total - embeddings, "active": total - embeddings - idle}
 
     # ---- the official checkpoint layout -----------------------------------------------------------------------------
 
     @staticmethod
     def official_name(name):
         """Our parameter name -> HF's.  HF nests the projections, the key temperature, the MoE and the router's MLP."""
-        name = name.replace(".self_attn.", ".self_attn.qkv_proj.").replace(".qkv_proj.o_proj", ".o_proj")
-        name = name.replace(".qkv_proj.temp", ".qk_norm.temp")
-        name = name.replace(".gate.", ".mlp.gate.").replace(".experts.", ".mlp.experts.")
-        for inner in ("norm", "fc1", "fc2", "out_proj"):
-            name = name.replace(f".gate.{inner}.", f".gate.router_mlp.{inner}.")
+        name = re.sub(r"\.self_attn\.(?=\w_proj_|[qk]_proj|conv)", ".self_attn.qkv_proj.", name)
+        name = name.replace(".self_attn.temp", ".self_attn.qk_norm.temp")
+        name = re.sub(r"\.gate\.(?=norm|fc|out_proj)", ".gate.router_mlp.", name)
+        name = re.sub(r"\.(gate|experts)\.", r".mlp.\1.", name)
         return name if name.startswith("lm_head.") else "model." + name
 
     def save_pretrained(self, directory, max_shard_bytes=5_000_000_000, state_dict=None):
         """Write config.json, generation_config.json and model.safetensors (sharded with an index above
         `max_shard_bytes`) that HF's ZayaForCausalLM.from_pretrained loads, each under a temporary name, then renamed.
+
+        state_dict: instead of the model's own, such as the whole tensors of a sharded model.
         """
         from safetensors.torch import save_file
         os.makedirs(directory, exist_ok=True)
-        state_dict = self.state_dict() if state_dict is None else state_dict        # whole tensors of a sharded model
-        shards, size = [{}], 0
-        for name, tensor in state_dict.items():
-            bytes_here = tensor.numel() * tensor.element_size()
-            if shards[-1] and size + bytes_here > max_shard_bytes:
+        shards, size, total = [{}], 0, 0
+        for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
+            if shards[-1] and size + tensor.nbytes > max_shard_bytes:
                 shards.append({})
                 size = 0
             shards[-1][self.official_name(name)] = tensor.contiguous()
-            size += bytes_here
-        names = ["model.safetensors"] if len(shards) == 1 else \
-            [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        config = {**self.config.to_dict(), "dtype": str(self.embed_tokens.weight.dtype).removeprefix("torch.")}
-        # Without the second file HF's generate and its server would be greedy, whatever temperature they are asked for.
-        texts = {"config.json": config,
-                 "generation_config.json": {"do_sample": True, "top_k": 0, "eos_token_id": self.config.eos_token_id,
-                                            "pad_token_id": self.config.pad_token_id}}
-        if len(shards) > 1:
-            texts["model.safetensors.index.json"] = {
-                "metadata": {"total_size": sum(t.numel() * t.element_size() for t in state_dict.values())},
-                "weight_map": {tensor: name for shard, name in zip(shards, names) for tensor in shard}}
-        for name, shard in zip(names, shards):
+            size += tensor.nbytes
+            total += tensor.nbytes
+        places, written = {}, {"model.safetensors.index.json"} if len(shards) > 1 else set()
+        for number, shard in enumerate(shards, 1):
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
             path = os.path.join(directory, name)
             save_file(shard, path + ".tmp", metadata={"format": "pt"})
             os.replace(path + ".tmp", path)
-        for name, text in texts.items():
-            path = os.path.join(directory, name)
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(text, file, indent=2)
-            os.replace(path + ".tmp", path)
+            places.update(dict.fromkeys(shard, name))
+            written.add(name)
+        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        write_json(os.path.join(directory, "config.json"), {**self.config.to_dict(), "dtype": dtype})
+        # Without this file HF's generate and its server would be greedy, whatever temperature they are asked for.
+        write_json(os.path.join(directory, "generation_config.json"), {
+            "do_sample": True, "top_k": 0, "eos_token_id": self.config.eos_token_id,
+            "pad_token_id": self.config.pad_token_id})
+        if len(shards) > 1:
+            write_json(os.path.join(directory, "model.safetensors.index.json"),
+                       {"metadata": {"total_size": total}, "weight_map": places})
         for name in os.listdir(directory):                      # an earlier save's shards, a killed one's leavings
             ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?", name)
-            if ours and name not in (*names, *texts):
+            if ours and name not in written:
                 os.remove(os.path.join(directory, name))
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
-        """Read config.json and *.safetensors (or a .pt file of the same tensors) in the official layout.
+        """Read config.json and *.safetensors in the official layout.
 
-        model.safetensors is the model.  Without it the index says which file a tensor is read from; without that
-        all files of the folder are read, and none may hold a tensor of another.
         The weights stay memory-mapped until they are written to or moved: no second copy, and nothing is read that
         is not used.  `dtype` converts them one by one.  Raises FileNotFoundError or ValueError naming the file or
         tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
@@ -826,143 +879,68 @@ class Zaya(nn.Module):
         path = os.path.join(directory, "config.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} is no checkpoint in the official layout")
+        values = read_json(path)
         try:
-            config = ZayaConfig.from_dict(cls.read_json(path))
+            config = ZayaConfig.from_dict(values)
         except ValueError as error:
-            raise error if path in str(error) else ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
-        expected = {cls.official_name(name): name for name in model.state_dict()}
-        wanted, state, source = model.state_dict(), {}, {}
-        for file, named in cls.weight_files(directory).items():
-            for official, tensor in cls.read_tensors(os.path.join(directory, file), named):
-                if official in source:
-                    raise ValueError(f"{directory}: tensor {official!r} is in both {source[official]} and {file}: "
-                                     "move one of the files away")
-                source[official] = file
-                if official == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                if official not in expected:
-                    raise ValueError(f"{file}: tensor {official!r} has no place in this config")
-                name = expected[official]
-                if tensor.shape != wanted[name].shape:
-                    raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
-                                     f"the config needs {tuple(wanted[name].shape)}")
+        wanted = {cls.official_name(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
+        if config.tie_word_embeddings:                          # some files hold a copy of the tied LM head
+            wanted["lm_head.weight"] = None, model.output_weight.shape
+        state, source = {}, {}
+        for file, official, tensor in cls.stored_tensors(directory):
+            if official in source:
+                raise ValueError(f"{directory}: tensor {official!r} is in both {source[official]} and {file}: "
+                                 "move one of the files away")
+            source[official] = file
+            if official not in wanted:
+                raise ValueError(f"{file}: tensor {official!r} has no place in this config")
+            name, shape = wanted[official]
+            if tensor.shape != shape:
+                raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
+                                 f"the config needs {tuple(shape)}")
+            if name:
                 # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
                 state[name] = tensor.to(device, torch.float32 if "balancing_biases" in name else dtype)
-        missing = [official for official, name in expected.items() if name not in state]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(f"{directory}: tensor {missing[0]!r} is missing{more}")
+        for official, (name, _) in wanted.items():
+            if name and name not in state:
+                raise ValueError(f"{directory}: tensor {official!r} is missing")
         model.load_state_dict(state, assign=True)
         for layer in model.layers:                              # not in the file: born on the meta device
             layer.gate.load = torch.zeros(config.router_classes, dtype=torch.long, device=device)
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
         return model.eval()
 
     @staticmethod
-    def read_json(path):
-        """The JSON object in a file -> dict.  ValueError naming the file if it is damaged."""
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                content = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} is damaged: it must hold a JSON object, not a {type(content).__name__}")
-        return content
+    def stored_tensors(directory):
+        """Yield (file name, official tensor name, tensor) of a folder's weights.
 
-    @classmethod
-    def weight_files(cls, directory):
-        """The files that hold a checkpoint's weights -> {file name: the tensors to read from it, None for all}."""
-        names = sorted(os.listdir(directory))
-        if "model.safetensors" in names:                        # the model, whatever else lies beside it
-            return {"model.safetensors": None}
-        index, files = os.path.join(directory, "model.safetensors.index.json"), {}
-        if os.path.exists(index):
-            places = cls.read_json(index).get("weight_map")
-            if not (places and isinstance(places, dict) and all(isinstance(file, str) for file in places.values())):
-                raise ValueError(f"{index} is damaged: weight_map must name a file for each tensor")
-            for tensor, file in places.items():
-                if not os.path.exists(os.path.join(directory, file)):
-                    raise FileNotFoundError(f"{index} names {file}, which is not in {directory!r}")
-                files.setdefault(file, []).append(tensor)
-            return files
-        files = [name for name in names if name.endswith(".safetensors")] or \
-            [name for name in names if name.endswith(".pt") and name != "trainer.pt"]
-        if not files:
-            raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors and no *.pt")
-        return dict.fromkeys(files)
-
-    @staticmethod
-    def read_tensors(path, named=None):
-        """Yield (official name, tensor), of all tensors in a file or of the `named` ones."""
-        if path.endswith(".pt"):
-            yield from torch.load(path, weights_only=True, mmap=True, map_location="cpu").items()
-            return
-        from safetensors import SafetensorError, safe_open
-        try:
-            opened = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
-        with opened as file:
-            held = set(file.keys())
-            for name in named or sorted(held):
-                if name not in held:
-                    raise ValueError(f"{path} lacks the tensor {name!r}, which model.safetensors.index.json puts there")
-                yield name, file.get_tensor(name)
-
-
-class PIDBalancer:
-    """Keeps the experts evenly loaded by training the routers' biases, without an auxiliary loss.
-
-        error_e = p_e - 1 / classes          p_e: share of the global batch's tokens that chose e
-        b      <- AdamW(b, gradient = error)
-
-    TR section II.  Read as a controller: Adam's first moment integrates the error, its second adapts the gain, and the
-    bias itself is the accumulated output.  `model`: any module with `Router`s in it, its weights already loaded, in
-    training mode so that the routers count their choices; counts add up over micro-batches and, if torch.distributed
-    runs, over ranks, until `step()`.  The biases are kept in fp32 here, whatever the model's dtype.
-    lr and betas are unpublished; these are AMD Primus'.  The skip expert: ZAYA1-8B ships with its bias still at -1,
-    never chosen, so by default it is left there and the classes are the experts; `balance_skip=True` gives it its
-    share.  No official class: HF only runs the trained biases.
-    """
-
-    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), balance_skip=False):
-        self.routers = [module for module in model.modules() if hasattr(module, "balancing_biases")]
-        skip = any(router.skip_expert for router in self.routers) and not balance_skip
-        self.biases = nn.Parameter(torch.stack([router.balancing_biases.float() for router in self.routers]))
-        self.classes = self.biases.shape[1] - skip
-        self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
-
-    @torch.no_grad()
-    def step(self):
-        """Update the biases from the counts and clear them.  Returns what to log: {"load": worst expert's load over
-        the mean, "entropy": H(p) / ln(classes) averaged over layers, "bias": largest |bias|, "skip": skipped share}.
+        model.safetensors is the model, whatever lies beside it.  Without it the index says which file a tensor is read
+        from; without an index all files are read.
         """
-        load = torch.stack([router.load for router in self.routers])                # (L, router classes) int64
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(load)
-        if load.sum() == 0:
-            raise RuntimeError("PIDBalancer.step: no router counted anything; call model.train() before the forward")
-        skipped = 1 - load[:, :self.classes].sum() / load.sum()
-        share = load[:, :self.classes] / load[:, :self.classes].sum(1, keepdim=True).clamp_min(1)
-        self.biases.grad = F.pad(share - 1 / self.classes, (0, load.shape[1] - self.classes))
-        self.optimizer.step()
-        for router, bias in zip(self.routers, self.biases):
-            router.balancing_biases.copy_(bias)
-            router.load.zero_()
-        entropy = -(share * share.clamp_min(1e-20).log()).sum(1) / math.log(max(self.classes, 2))
-        return {"load": (share.max() * self.classes).item(), "entropy": entropy.mean().item(),
-                "bias": self.biases[:, :self.classes].abs().max().item(), "skip": skipped.item()}
-
-    def state_dict(self):
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state):
-        """Take up a saved state; the biases themselves are part of the model's weights."""
-        self.optimizer.load_state_dict(state)
+        from safetensors import SafetensorError, safe_open
+        files = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
+        index, places = os.path.join(directory, "model.safetensors.index.json"), {}
+        if "model.safetensors" in files:
+            files = ["model.safetensors"]
+        elif os.path.exists(index):
+            places = read_json(index).get("weight_map")
+            if not (places and type(places) is dict and all(type(file) is str for file in places.values())):
+                raise ValueError(f"{index} is damaged: weight_map must name a file for each tensor")
+            files = sorted(set(places.values()))
+        if not files:
+            raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors")
+        for file in files:
+            path = os.path.join(directory, file)
+            if not os.path.exists(path):
+                raise FileNotFoundError(f"{index} names {file}, which is not in {directory!r}")
+            try:
+                with safe_open(path, "pt") as opened:
+                    for name in [name for name in places if places[name] == file] or opened.keys():
+                        yield file, name, opened.get_tensor(name)
+            except SafetensorError as error:                    # also for a tensor that only the index knows
+                raise ValueError(f"{path} is damaged: {error}") from None
 
 
 class Tokenizer:
@@ -971,7 +949,8 @@ class Tokenizer:
     encode(str or bytes) -> list[int];  decode(list[int]) -> str;  decode_bytes -> the exact bytes.  Special tokens are
     never made from ordinary text, only by `render`, which lays out a chat:
     <|user|>…<|end|><|assistant|><think>…</think>…<|end|>.
-    Saved as tokenizer.json in the layout of the `tokenizers` library, so HF's AutoTokenizer reads our checkpoints.
+    Saved as tokenizer.json in the layout of the `tokenizers` library, so HF's AutoTokenizer reads our checkpoints;
+    for that it needs read_json and write_json pasted with it.
     """
     PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     SPECIAL = ["<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<think>", "</think>"]
@@ -996,13 +975,17 @@ class Tokenizer:
         merges = vocab_size - 256 - len(cls.SPECIAL)
         if merges < 0:
             raise ValueError(f"vocab_size {vocab_size} is below the {256 + len(cls.SPECIAL)} bytes and special tokens")
-        counts = Counter(regex.findall(cls.PATTERN, text))
-        words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in counts]
-        counts, pairs, where = list(counts.values()), Counter(), defaultdict(set)
-        for index, word in enumerate(words):
-            for pair in zip(word, word[1:]):
-                pairs[pair] += counts[index]
+        words, counts, pairs, where = [], [], Counter(), defaultdict(set)
+
+        def count(index, times):                                # add or take away the pairs of a word
+            for pair in zip(words[index], words[index][1:]):
+                pairs[pair] += times * counts[index]
                 where[pair].add(index)
+
+        for word, times in Counter(regex.findall(cls.PATTERN, text)).items():
+            words.append([bytes([byte]) for byte in word.encode("utf-8", "replace")])
+            counts.append(times)
+            count(len(words) - 1, 1)
         ranks = {bytes([i]): i for i in range(256)}
         for _ in progress(range(merges)):
             best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
@@ -1010,19 +993,15 @@ class Tokenizer:
                 raise ValueError(f"the text has too few different words for {vocab_size} tokens: it gave {len(ranks)} "
                                  f"and {len(cls.SPECIAL)} special ones; use a smaller vocab_size or more text")
             ranks[best[0] + best[1]] = len(ranks)
-            for index in sorted(where.pop(best)):
-                word, merged, i = words[index], [], 0
-                while i < len(word):
-                    step = 2 if tuple(word[i:i + 2]) == best else 1
-                    merged.append(b"".join(word[i:i + step]))
-                    i += step
-                for pair in zip(word, word[1:]):
-                    pairs[pair] -= counts[index]
-                for pair in zip(merged, merged[1:]):
-                    pairs[pair] += counts[index]
-                    where[pair].add(index)
-                words[index] = merged
-            del pairs[best]
+            for index in sorted(where[best]):
+                count(index, -1)
+                word, i = words[index], 0
+                while i + 1 < len(word):
+                    if (word[i], word[i + 1]) == best:
+                        word[i:i + 2] = [word[i] + word[i + 1]]
+                    i += 1
+                count(index, 1)
+            del pairs[best], where[best]
         return cls(ranks)
 
     @classmethod
@@ -1035,10 +1014,9 @@ class Tokenizer:
             raise ValueError(f"tiktoken knows no encoding {name!r}: {error}") from None
         except Exception as error:
             raise RuntimeError(
-                f"tiktoken could not download the encoding {name!r} ({type(error).__name__}). On a machine with a "
-                f"network run  python -c \"import tiktoken; tiktoken.get_encoding('{name}')\"  with TIKTOKEN_CACHE_DIR "
-                "set to a folder, copy that folder here and set TIKTOKEN_CACHE_DIR to it; or leave --tokenizer out, "
-                "then a tokenizer is trained on your data") from None
+                f"tiktoken could not download the encoding {name!r} ({type(error).__name__}).  Set TIKTOKEN_CACHE_DIR "
+                f"to a folder, call tiktoken.get_encoding({name!r}) where there is a network, and copy the folder "
+                "here; or leave --tokenizer out, then a tokenizer is trained on your data") from None
         return cls(encoding._mergeable_ranks, encoding._pat_str, name)
 
     def encode(self, text):
@@ -1046,8 +1024,10 @@ class Tokenizer:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         ids = []
         for i, piece in enumerate(re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))):
-            ids += [self.ranks[bytes([ord(c) - 0xDC00])] for c in piece] if i % 2 else \
-                self.encoding.encode_ordinary(piece)
+            if i % 2:                                           # the odd pieces are the escaped bytes
+                ids += [self.ranks[byte.encode("utf-8", "surrogateescape")] for byte in piece]
+            else:
+                ids += self.encoding.encode_ordinary(piece)
         return ids
 
     def decode_bytes(self, ids):
@@ -1068,11 +1048,14 @@ class Tokenizer:
             role, content = message["role"], message["content"]
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"role {role!r} is not one of system, user, assistant")
-            ours = role == "assistant"
-            body = self.encoding.encode(content, allowed_special={"<think>", "</think>"}, disallowed_special=()) \
-                if ours else self.encode(content)
+            if role == "assistant":
+                tags = {"<think>", "</think>"}
+                body = self.encoding.encode(content, allowed_special=tags, disallowed_special=())
+            else:
+                body = self.encode(content)
+            learned = role == "assistant" and message.get("weight", 1) != 0
             ids += [self.special[f"<|{role}|>"], *body, self.end]
-            targets += [False] + [ours and message.get("weight", 1) != 0] * (len(body) + 1)
+            targets += [False] + [learned] * (len(body) + 1)
         if generation_prompt:
             ids.append(self.special["<|assistant|>"])
             targets.append(False)
@@ -1085,6 +1068,19 @@ class Tokenizer:
         others = [byte for byte in range(256) if byte not in plain]
         return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
 
+    def _merges(self):
+        """The pair of tokens that each token was merged from, by rank."""
+        merges = []
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            parts = [token[i:i + 1] for i in range(len(token))]
+            while len(parts) > 2:                               # undo the last merge: apply all the earlier ones
+                ranks = [self.ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+                i = ranks.index(min(ranks))
+                parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            if len(parts) == 2:
+                merges.append(parts)
+        return merges
+
     def save_pretrained(self, directory):
         """Write tokenizer.json and tokenizer_config.json (with the chat template), each by rename."""
         visible = self._visible()
@@ -1092,36 +1088,20 @@ class Tokenizer:
         def spell(token):
             return "".join(visible[byte] for byte in token)
 
-        merges = []
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            parts = [token[i:i + 1] for i in range(len(token))]
-            while len(parts) > 2:                               # undo the last merge: apply all the earlier ones
-                rank_of = [self.ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-                i = rank_of.index(min(rank_of))
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            if len(parts) == 2:
-                merges.append([spell(parts[0]), spell(parts[1])])
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        files = {
-            "tokenizer.json": {
-                "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-                # The tags are no control tokens: a server that leaves those out of its replies must keep the tags.
-                "added_tokens": [{"id": i, "content": token, **flags, "special": "think" not in token}
-                                 for token, i in self.special.items()],
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "decoder": level,
-                "model": {"type": "BPE", "vocab": {spell(token): rank for token, rank in self.ranks.items()},
-                          "merges": merges}},
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "bos_token": "<|endoftext|>",
-                "eos_token": "<|end|>", "chat_template": self.CHAT_TEMPLATE, "clean_up_tokenization_spaces": False}}
+        # The tags are no control tokens: a server that leaves those out of its replies must keep the tags.
+        added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                      special="think" not in token) for token, i in self.special.items()]
         os.makedirs(directory, exist_ok=True)
-        for name, content in files.items():
-            path = os.path.join(directory, name)
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(content, file, ensure_ascii=False)
-            os.replace(path + ".tmp", path)
+        write_json(os.path.join(directory, "tokenizer.json"), {
+            "version": "1.0", "added_tokens": added, "decoder": level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+            "model": {"type": "BPE", "vocab": {spell(token): rank for token, rank in self.ranks.items()},
+                      "merges": [[spell(a), spell(b)] for a, b in self._merges()]}}, indent=None)
+        write_json(os.path.join(directory, "tokenizer_config.json"), {
+            "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "bos_token": "<|endoftext|>",
+            "eos_token": "<|end|>", "chat_template": self.CHAT_TEMPLATE, "clean_up_tokenization_spaces": False})
 
     @classmethod
     def from_pretrained(cls, directory):
@@ -1129,11 +1109,9 @@ class Tokenizer:
         path = os.path.join(directory, "tokenizer.json")
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path} not found: {directory!r} has no tokenizer")
+        content, byte_of = read_json(path), {character: byte for byte, character in cls._visible().items()}
         try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-            byte_of = {character: byte for byte, character in cls._visible().items()}
             ranks = {bytes(byte_of[c] for c in token): rank for token, rank in content["model"]["vocab"].items()}
             tokenizer = cls(ranks, pattern)
             if {token["content"]: token["id"] for token in content["added_tokens"]} != tokenizer.special:
