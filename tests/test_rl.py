@@ -364,7 +364,7 @@ def sampled_groups(model, prompts=PROMPTS[:2], group_size=2):
 
 
 def step(model, groups, advantages, lr=1e-3, micro_batch=10**6):
-    config = train.resolve(train.TrainConfig(preset="smoke"))
+    config = train.TrainConfig(preset="smoke")
     config.micro_batch = micro_batch
     optimizers, balancer = train.make_optimizers(model, lr, momentum=0.0), PIDBalancer(model, 1e-4)
     return train.rl_step(model, optimizers, balancer, groups, torch.tensor(advantages), config, torch.float32, lr)

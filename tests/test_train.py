@@ -776,7 +776,7 @@ def test_every_parameter_has_one_optimizer():
 
 
 def step_once(model, batch, micro_batch=10**6, **changes):
-    config = train.resolve(train.TrainConfig(preset="smoke", **changes))
+    config = train.TrainConfig(preset="smoke", **changes)
     config.micro_batch = micro_batch
     return train.train_step(model, train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2), batch, config,
                             torch.float32, 1e-2)
@@ -823,7 +823,7 @@ def test_prompts_do_not_teach_when_they_are_masked():
 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_is_consistent(preset):
-    config = train.resolve(train.TrainConfig(preset=preset))
+    config = train.TrainConfig(preset=preset)
     shape = ZayaConfig.preset(preset)
     longest = max(config.context.values())
     assert config.micro_batch >= longest <= shape.max_position_embeddings
@@ -839,7 +839,7 @@ def test_training_learns_and_balances():
     """Twelve updates on one batch: the loss falls a lot, and every router's choices stay counted."""
     *batch, _ = make_loader().next()
     model = tiny_model()
-    config = train.resolve(train.TrainConfig(preset="smoke"))
+    config = train.TrainConfig(preset="smoke")
     optimizers, balancer = train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2)
     rows = [train.train_step(model, optimizers, balancer, batch, config, torch.float32, 1e-2) for _ in range(12)]
     assert rows[-1]["loss"] < 0.75 * rows[0]["loss"]
@@ -906,22 +906,20 @@ def test_replies_go_through_the_chat_form():
 
 
 def test_pass_at_1_counts_right_answers(monkeypatch):
-    problems = {}
-
-    def perfect(model, tokenizer, prompts, *_):
-        return [TASKS["add"].solve(problems[p]) if p in problems and not TASKS["add"].verify_answer(problems[p].data, "x")
-                else "no" for p in prompts]
+    """A source that adds like the teacher and says nothing else."""
+    solved = {}
     for i in range(9):
         for attempt in range(60):                               # whichever of these are asked
             d = TASKS["add"].levels[i % len(TASKS["add"].levels)] + attempt // 50
             problem = train.draw(TASKS["add"], f"eval {i} {attempt}", d, hold=True)
-            problems[problem.prompt] = problem
-    monkeypatch.setattr(train, "reply", perfect)
+            solved[problem.prompt] = TASKS["add"].solve(problem)
+    monkeypatch.setattr(train, "Checkpoint", lambda *_: lambda prompts, *_: [solved.get(p, "no") for p in prompts])
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
-    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5
+    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == result["greedy"] == 0.5
     assert all(chance < 0.4 for chance in result["chance"].values())
     low, high = result["ci95"]
     assert low < 0.5 < high and 0.4 < high - low < 0.6
+    assert train.pass_at_1(None, BYTES, ["add"], problems=9, samples=0)["problems"] == 0
 
 
 # ---- test-time compute ----------------------------------------------------------------------------------------------
@@ -969,10 +967,10 @@ class Parrot:
 
 def test_test_time_compute_by_hand(monkeypatch):
     """Three tokens of tail show the `ok`; a quarter of the singles are right, the rest agree on nothing found."""
-    asked = train.Evaluation({"find": 3}, 5, rsa.Budget(8, 2, 1, 64, 3), most_rounds=2)
+    eval_spec = train.Evaluation({"find": 3}, 5, rsa.Budget(8, 2, 1, 64, 3), most_rounds=2)
     parrot = Parrot()
     monkeypatch.setattr(train, "Checkpoint", lambda *_, **__: parrot)
-    row = train.evaluate_ttc(None, BYTES, "find", asked)
+    row = train.evaluate_ttc(None, BYTES, "find", eval_spec)
     assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.4
     assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
     assert row["maj@N"] == row["maj@equal_tokens"] == 0         # twelve of sixteen say that they found nothing
@@ -986,8 +984,8 @@ def test_test_time_compute_by_hand(monkeypatch):
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
     for key in ("single", "maj@N", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    # The first populations are one; then two rounds, one of Delethink, one of full RSA, and greedy.
-    assert [size for size, _ in parrot.calls] == [5 * 16, 5 * 8] + [5 * 8] * 4 + [5]
+    # The methods' first populations are one; two rounds, one of Delethink and one of full RSA; plain samples; greedy.
+    assert [size for size, _ in parrot.calls] == [5 * 8] + [5 * 8] * 4 + [5 * 16, 5]
 
 
 # ---- aggregation prompts, other people's tasks ----------------------------------------------------------------------
