@@ -27,6 +27,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -67,11 +68,11 @@ from zaya import Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
 @dataclass
 class Stage:
-    """What one stage trains on, and how long.  Lengths in tokens; `traces` is the share of reasoning traces."""
+    """What one supervised stage trains on, and how long.  Lengths are in tokens."""
     steps: int
     context: int
     rope_theta: float
-    traces: float
+    traces: float                           # share of reasoning traces among the tokens
     lr: float
     lr_end: float
     difficulty: int                         # generated problems go up to this difficulty …
@@ -117,95 +118,165 @@ CODE = ("registers", "program", "synthesize", "falsify")        # CodeI/O, stand
 REASONING = MATH + PUZZLES + CODE
 
 
-def rl_stages(steps, context, rope_theta, lr, groups, group_size, reward_model_steps, tail):
-    """The four stages of the cascade (TR section IV): `steps`, `context` and `lr` one each, the rest shared."""
-    def stage(index, tasks, **more):
-        return RLStage(steps[index], context[index], rope_theta, lr[index], lr[index] / 5, tasks, groups, group_size,
-                       tail=tail, **more)
-    return dict(warmup=stage(0, MATH + PUZZLES), rlve=stage(1, REASONING, adaptive=True, aggregation=0.25),
-                mathcode=stage(2, MATH + CODE, aggregation=0.4),
-                behavior=stage(3, ("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
+def rl_stages(steps, lr, reward_model_steps, **shared):
+    """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest of RLStage shared."""
+    each = [dict(shared, steps=steps[i], lr=lr[i], lr_end=lr[i] / 5) for i in range(4)]
+    return {
+        "warmup": RLStage(tasks=MATH + PUZZLES, **each[0]),
+        "rlve": RLStage(tasks=REASONING, adaptive=True, aggregation=0.25, **each[1]),
+        "mathcode": RLStage(tasks=MATH + CODE, aggregation=0.4, **each[2]),
+        "behavior": RLStage(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps,
+                            **each[3])}
 
 
-# lr: one value for Muon and AdamW, whose update sizes are matched.  balancer_lr: AMD Primus' 1e-3 at full size; a run
-# of a thousand steps needs larger ones.  zaya1-8b has the report's own contexts, bases and rates (TR section III), but
-# not its 13.2T tokens.
+# One learning rate serves Muon and AdamW, whose update sizes are matched.  The balancer's rate is AMD Primus' 1e-3 at
+# full size; a run of a thousand steps needs larger ones.  zaya1-8b has the report's own contexts, bases and rates (TR
+# section III), but not its 13.2T tokens.
+# The columns of a Stage: steps, context, rope_theta, traces, lr, lr_end, difficulty, turns, mask_prompts.
 PRESETS = {
     "smoke": dict(
         tokens_per_step=1024, text_bytes=300_000, balancer_lr=1e-2, eval_problems=4, eval_samples=2,
-        evaluate=Evaluation(dict(find=1, column_sums=2), 4, Budget(4, 2, 1, 64, 8), 2),
-        stages=dict(pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
-                    midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
-                    sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, 0.1, 8),
-                    **rl_stages((4, 4, 4, 4), (64,) * 4, 5e5, (1e-3,) * 4, 2, 4, 4, 8))),
+        evaluate=Evaluation(dict(find=1, column_sums=2), 4, Budget(4, 2, 1, 64, 8), most_rounds=2),
+        stages=dict(
+            pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
+            midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
+            sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, aggregation=0.1, tail=8),
+            **rl_stages(steps=(4, 4, 4, 4), lr=(1e-3, 1e-3, 1e-3, 1e-3), context=64, rope_theta=5e5, groups=2,
+                        group_size=4, reward_model_steps=4, tail=8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
         evaluate=Evaluation(dict(find=6, synthesize=4, column_sums=10), 100, BUDGETS["tiny"]),
-        stages=dict(pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-                    midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-                    sft=Stage(2400, 256, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, 0.45),
-                    **rl_stages((36, 110, 130, 40), (96,) * 4, 5e5, (2e-3, 2e-3, 2e-3, 7e-4), 16, 8, 60, 24))),
+        stages=dict(
+            pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
+            midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
+            sft=Stage(2400, 256, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
+            **rl_stages(steps=(36, 110, 130, 40), lr=(2e-3, 2e-3, 2e-3, 7e-4), context=96, rope_theta=5e5, groups=16,
+                        group_size=8, reward_model_steps=60, tail=24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         evaluate=Evaluation(dict(find=12, synthesize=8, column_sums=20), 100, Budget(16, 4, 2, 1024, 64)),
-        stages=dict(pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
-                    midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
-                    sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, 0.25, 64),
-                    **rl_stages((200, 400, 400, 200), (1024,) * 4, 5e6, (1e-4,) * 4, 32, 16, 500, 64))),
+        stages=dict(
+            pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
+            midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
+            sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, aggregation=0.25, tail=64),
+            **rl_stages(steps=(200, 400, 400, 200), lr=(1e-4, 1e-4, 1e-4, 1e-4), context=1024, rope_theta=5e6,
+                        groups=32, group_size=16, reward_model_steps=500, tail=64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         evaluate=Evaluation(dict(find=24, synthesize=12, column_sums=30), 100, BUDGETS["default"]),
-        stages=dict(pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
-                    midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
-                    sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, 0.25, 4096),
-                    **rl_stages((232, 400, 848, 384), (65536,) * 4, 5e6, (1e-5, 1e-5, 5e-6, 2e-6), 128, 16, 1000,
-                                4096))),
+        stages=dict(
+            pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
+            midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
+            sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, aggregation=0.25, tail=4096),
+            **rl_stages(steps=(232, 400, 848, 384), lr=(1e-5, 1e-5, 5e-6, 2e-6), context=65536, rope_theta=5e6,
+                        groups=128, group_size=16, reward_model_steps=1000, tail=4096))),
 }
 
 
-def option(default, help, group, type=None, least=None, most=2**31 - 1):
-    """A setting with its place in -h; a number has a `least` and a `most`, and nan lies between none."""
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata=dict(help=help, group=group, type=type, least=least, most=most))
+def option(default, help, group, least=None, most=2**31 - 1, number=None):
+    """A field of TrainConfig with its help and bounds; number: the type of a setting that has one value a stage."""
+    default = dict(default_factory=list) if default == [] else dict(default=default)
+    return field(**default, metadata=dict(help=help, group=group, least=least, most=most, number=number))
+
+
+RUN = "run (a run that goes on may change these, and must keep all others)"
 
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run; the command line is built from these fields.  None: the preset decides."""
-    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape and the stages' lengths", "run")
-    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages, in this order; evaluate measures test-time "
-                         "compute", "run")
-    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", "run", str)
-    seed: int = option(0, "seed of the weights, the data order and the sampled answers", "run", least=0,
-                       most=2**63 - 1)
-    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", "run")
-    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", "run",
-                        least=0)
-    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "run")
+    """Every setting of a run, checked and complete once it is made: a None becomes what the preset says.
+
+    The command line is built from these fields.  Raises SystemExit.
+    """
+    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths", "recipe")
+    seed: int = option(0, "of the weights, the data order and the sampled answers", "recipe", 0, 2**63 - 1)
+    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "recipe")
     data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
     tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
-    tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data", str)
-    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", "data")
-    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", int, least=1)
-    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", int, least=2)
-    lr: dict = option(None, "peak learning rate, likewise per stage (0.2 x lr is an update's RMS)", "training", float,
-                      least=0, most=10)
-    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", int, least=1)
-    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", int, least=1)
-    groups: int = option(None, "prompts in one step of reinforcement learning", "training", int, least=1)
-    group_size: int = option(None, "rollouts of one prompt", "training", int, least=2)
-    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training", least=0, most=10)
-    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", "training", least=0,
-                              most=1e9)
-    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", float, least=0,
-                                most=1)
-    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", "bookkeeping", least=1)
-    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", "bookkeeping", least=1)
-    eval_problems: int = option(None, "held-out problems per task", "bookkeeping", int, least=0)
-    eval_samples: int = option(None, "sampled answers per held-out problem", "bookkeeping", int, least=0)
+    tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data")
+    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", 1, number=int)
+    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", 2, number=int)
+    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", "training", 0, 10, float)
+    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", 1)
+    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", 1)
+    groups: int = option(None, "prompts in one step of reinforcement learning", "training", 1)
+    group_size: int = option(None, "rollouts of one prompt", "training", 2)
+    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training", 0, 10)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", "training", 0, 1e9)
+    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", 0, 1)
+    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute", RUN)
+    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", RUN)
+    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", RUN)
+    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", RUN, 0)
+    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", RUN)
+    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", RUN, 1)
+    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", RUN, 1)
+    eval_problems: int = option(None, "held-out problems per task", RUN, 0)
+    eval_samples: int = option(None, "sampled answers per held-out problem", RUN, 0)
+
+    def __post_init__(self):
+        check_choice("--preset", self.preset, list(PRESETS))
+        for name in self.stages.split(","):
+            check_choice("--stages", name, [*STAGES, "evaluate"])
+        check_choice("--device", self.device, ["auto", "cpu", "cuda", "mps"])
+        self.fill_in(PRESETS[self.preset])
+        for setting in dataclasses.fields(self):
+            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
+            numbers = value.values() if isinstance(value, dict) else [value]
+            for number in numbers if least is not None else []:
+                if not least <= number <= most:                 # nan lies between none
+                    raise SystemExit(f"{flag(setting.name)} {number} must be at least {least} and at most {most}")
+        # A supervised stage packs the tokens of a step into rows as long as its context.
+        for name in STAGES[:3]:
+            context = self.context[name]
+            if name in self.stages.split(",") and (self.tokens_per_step % context or self.micro_batch < context):
+                raise SystemExit(f"--tokens-per-step {self.tokens_per_step} must be a multiple of {name}'s context "
+                                 f"({context}), and --micro-batch {self.micro_batch} at least as long")
+
+    def fill_in(self, preset):
+        """Give what is None the preset's value, and steps, context and lr one value a stage."""
+        self.out = self.out or os.path.join("out", self.preset)
+        usual = {**vars(preset["stages"]["warmup"]), **preset}          # groups and group_size are an RL stage's
+        for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples", "groups", "group_size"):
+            if getattr(self, name) is None:
+                setattr(self, name, usual[name])
+        for name in ("steps", "context", "lr"):
+            given, values = getattr(self, name) or {}, {}
+            for stage in STAGES:
+                values[stage] = given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
+            setattr(self, name, values)
+        if self.micro_batch is None:
+            self.micro_batch = max(16384, *self.context.values())
 
 
-SHAPE_FLAGS = ["hidden_size", "num_hidden_layers", "num_experts", "moe_intermediate_size", "vocab_size"]
+def check_choice(option, given, choices):
+    """Raise SystemExit, which names the closest choice, if `given` is none of them."""
+    if given not in choices:
+        closest = difflib.get_close_matches(given, choices, 1, 0)[0]
+        raise SystemExit(f"{option} {given}: did you mean {closest}? There are {', '.join(choices)}")
+
+
+def settings(config):
+    """What a run must keep to go on: {setting: value}."""
+    return {setting.name: getattr(config, setting.name) for setting in dataclasses.fields(config)
+            if setting.metadata["group"] != RUN}
+
+
+def stage_settings(config, name):
+    """The preset's stage with the run's changes in it; the final rate keeps its ratio to the peak."""
+    stage, lr = PRESETS[config.preset]["stages"][name], config.lr[name]
+    stage = dataclasses.replace(stage, steps=config.steps[name], context=config.context[name], lr=lr,
+                                lr_end=lr * stage.lr_end / stage.lr)
+    if isinstance(stage, RLStage):
+        # Other people's tasks, which bring a verifier, join every stage that has no reward model.
+        tasks = [task for task in task_names(config.tasks) if task in stage.tasks
+                 or (task.startswith("reasoning_gym:") and not stage.reward_model_steps)]
+        stage = dataclasses.replace(stage, tasks=tuple(tasks), groups=config.groups, group_size=config.group_size)
+    return stage
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse_stage_values(text, kind):
@@ -222,113 +293,46 @@ def parse_stage_values(text, kind):
         try:
             values[name or None] = kind(value)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{value!r} is not a {'whole ' * (kind is int)}number; write one for all "
-                                             "stages, or pretrain=…,midtrain=…") from None
+            wanted = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{value!r} is not a {wanted}; write one for all stages, or "
+                                             "pretrain=…,midtrain=…") from None
     return values
+
+
+def add_option(group, setting):
+    """A field of TrainConfig as an option of argparse."""
+    text = setting.metadata["help"]
+    if setting.default not in (None, False, dataclasses.MISSING):
+        text += f" (default {setting.default})"
+    form = {bool: dict(action="store_true"), list: dict(nargs="+", metavar="FILE"),
+            dict: dict(type=lambda text: parse_stage_values(text, setting.metadata["number"]), metavar="N")}
+    usual = dict(type=setting.type, metavar="NAME" if setting.type is str else "N")
+    group.add_argument(flag(setting.name), help=text, default=argparse.SUPPRESS, **form.get(setting.type, usual))
 
 
 def parse_arguments(arguments):
     """Command line -> (TrainConfig, {ZayaConfig field: value}).  An unknown option is an error with the closest one."""
     parser = argparse.ArgumentParser(prog="python train.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = {}
-    for setting in dataclasses.fields(TrainConfig):
-        about = setting.metadata
-        group = groups.setdefault(about["group"], None) or parser.add_argument_group(about["group"])
-        groups[about["group"]] = group
-        default = "" if setting.default in (None, False, dataclasses.MISSING) else f" (default {setting.default})"
-        flag = "--" + setting.name.replace("_", "-")
-        shown = {"help": about["help"] + default, "default": argparse.SUPPRESS}
-        if setting.type is bool:
-            group.add_argument(flag, action="store_true", **shown)
-        elif setting.type is list:
-            group.add_argument(flag, nargs="+", metavar="FILE", **shown)
-        elif setting.type is dict:
-            kind = about["type"]
-            group.add_argument(flag, type=lambda text, kind=kind: parse_stage_values(text, kind), metavar="N", **shown)
-        else:
-            kind = about["type"] or setting.type
-            group.add_argument(flag, type=kind, metavar={int: "N", float: "X"}.get(kind, "NAME"), **shown)
-    shape = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
+    for title, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda setting: setting.metadata["group"]):
+        group = parser.add_argument_group(title)
+        for setting in fields:
+            add_option(group, setting)
+    group = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
     for setting in dataclasses.fields(ZayaConfig):
         if setting.type is int and not setting.name.endswith("token_id"):       # those are the tokenizer's
-            shape.add_argument("--" + setting.name.replace("_", "-"), type=int, metavar="N", default=argparse.SUPPRESS,
-                               help="" if setting.name in SHAPE_FLAGS else argparse.SUPPRESS)
-    values, unknown = parser.parse_known_args(arguments)
+            usual = setting.name in ("hidden_size", "num_hidden_layers", "num_experts", "vocab_size")
+            group.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
+                               help="" if usual else argparse.SUPPRESS)
+    given, unknown = parser.parse_known_args(arguments)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-        parser.error(f"unknown option {unknown[0]}" + (f"; did you mean {close[0]}?" if close else "; see -h"))
-    ours = {setting.name for setting in dataclasses.fields(TrainConfig)}
-    values = vars(values)
-    changes = {name: value for name, value in values.items() if name not in ours}
-    return resolve(TrainConfig(**{name: value for name, value in values.items() if name in ours})), changes
-
-
-def resolve(config):
-    """Fill in what the preset decides, and check names."""
-    if config.preset not in PRESETS:
-        raise SystemExit(f"--preset {config.preset}: there are {', '.join(PRESETS)}")
-    preset = PRESETS[config.preset]
-    for name in config.stages.split(","):
-        if name not in [*STAGES, "evaluate"]:
-            close = difflib.get_close_matches(name, [*STAGES, "evaluate"], 1, 0)
-            raise SystemExit(f"--stages {config.stages}: no stage {name!r}; did you mean {close[0]}? "
-                             f"There are {', '.join([*STAGES, 'evaluate'])}")
-    config.out = config.out or os.path.join("out", config.preset)
-    for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples"):
-        if getattr(config, name) is None:
-            setattr(config, name, preset[name])
-    for name in ("groups", "group_size"):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(preset["stages"]["warmup"], name))
-    for name in ("steps", "context", "lr"):
-        given = getattr(config, name) or {}
-        setattr(config, name, {stage: given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
-                               for stage in STAGES})
-    config.micro_batch = config.micro_batch or max(16384, *config.context.values())
-    for setting in dataclasses.fields(TrainConfig):
-        value, least, most = getattr(config, setting.name), setting.metadata["least"], setting.metadata["most"]
-        for number in () if least is None else value.values() if isinstance(value, dict) else [value]:
-            if not least <= number <= most:
-                raise SystemExit(f"--{setting.name.replace('_', '-')} {number} must be at least {least} and at most "
-                                 f"{most}")
-    for name in (name for name in STAGES if name in config.stages.split(",")):
-        context = config.context[name]
-        supervised = not isinstance(preset["stages"][name], RLStage)
-        if supervised and (config.tokens_per_step % context or config.micro_batch < context):
-            raise SystemExit(f"--tokens-per-step {config.tokens_per_step} must be a multiple of {name}'s context "
-                             f"({context}), and --micro-batch {config.micro_batch} at least as long")
-    if config.device not in ("auto", "cpu", "cuda", "mps"):
-        raise SystemExit(f"--device {config.device}: there are auto, cpu, cuda and mps")
-    if len(set(config.data)) < len(config.data):
-        raise SystemExit("--data names a file twice")
-    return config
-
-
-def stages_to_run(config):
-    """The stages there are, and those of them that were asked for; an RL stage without any of --tasks is left out."""
-    there = []
-    for name in STAGES:
-        asks = getattr(stage_settings(config, name), "tasks", None)
-        if asks != ():
-            there.append(name)
-        elif name in config.stages.split(","):
-            print(f"{name} is left out: --tasks {config.tasks} has none of what it asks, "
-                  + ", ".join(PRESETS[config.preset]["stages"][name].tasks))
-    return there, [name for name in there if name in config.stages.split(",")]
-
-
-def stage_settings(config, name):
-    """The preset's Stage with the command line's changes in it; the final rate keeps its ratio to the peak."""
-    stage = PRESETS[config.preset]["stages"][name]
-    lr = config.lr[name]
-    if isinstance(stage, RLStage):
-        names = [n for n in task_names(config.tasks) if n in stage.tasks or
-                 (n.startswith("reasoning_gym:") and not stage.reward_model_steps)]
-        stage = dataclasses.replace(stage, tasks=tuple(names), groups=config.groups, group_size=config.group_size)
-    return dataclasses.replace(stage, steps=config.steps[name], context=config.context[name], lr=lr,
-                               lr_end=lr * stage.lr_end / stage.lr)
+        close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        advice = f"did you mean {close[0]}?" if close else "see -h"
+        parser.error(f"unknown option {unknown[0]}; {advice}")
+    ours, shape = {}, {}
+    for name, value in vars(given).items():
+        (ours if name in TrainConfig.__dataclass_fields__ else shape)[name] = value
+    return TrainConfig(**ours), shape
 
 
 # ---- data: trimming, packing, sources -------------------------------------------------------------------------------
@@ -1829,37 +1833,37 @@ class GatedReward:
 @torch.no_grad()
 def held_out_loss(model, sources, stage, pad, late, tokens=16384):
     """Mean loss on held-out samples: {source: {"loss": all positions, "late": from position `late` on}}."""
-    result = {}
+    result, device = {}, model.norm.weight.device
     model.eval()
     for source in sources:
         if source.size(held_out=True) == 0:
             continue
         loader = Loader([source], stage, max(tokens, stage.context), 0, pad, held_out=True)
         inputs, targets, positions, _ = loader.next()
-        losses = []                                             # a tensor (S,) for each row
-        for x, y, p in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
-            x, y, p = (t.to(model.norm.weight.device) for t in (x, y, p))
+        losses = []                                             # a tensor (S,) for each of this process' rows
+        for batch in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
+            x, y, p = (part.to(device) for part in batch)
             logits = model.logits(model.hidden_states(x, position_ids=p))
             losses += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu()
-        losses, counted = torch.stack(unshard(losses)[:len(inputs)]), targets >= 0
-        if not counted.any():
-            continue
+        losses = torch.stack(unshard(losses)[:len(inputs)])     # (rows, S), without the padding of shard_rows
+        counted = targets >= 0
         far = counted & (positions >= late)
-        result[source.name] = {"loss": losses[counted].mean().item(),
-                               "late": losses[far].mean().item() if far.any() else None}
+        if counted.any():
+            result[source.name] = {"loss": losses[counted].mean().item(),
+                                   "late": losses[far].mean().item() if far.any() else None}
     return result
 
 
 def held_out_problems(tasks, count, levels=None):
-    """`count` held-out problems a task, over its levels in turn; none twice: easy ones run out, then harder ones take
-    their place."""
+    """`count` held-out problems a task, over its levels in turn; none twice: when the easy ones have run out, harder
+    ones take their place."""
     problems, seen = [], set()
     for name in tasks:
         task = find_task(name)
-        asked = levels or task.levels
         for i in range(count):
+            level = (levels or task.levels)[i % len(levels or task.levels)]
             for attempt in range(1000):
-                problem = draw(task, f"eval {i} {attempt}", asked[i % len(asked)] + attempt // 50, held_out=True)
+                problem = draw(task, f"eval {i} {attempt}", level + attempt // 50, held_out=True)
                 if (name, problem.prompt) not in seen:
                     break
             seen.add((name, problem.prompt))
@@ -1867,19 +1871,42 @@ def held_out_problems(tasks, count, levels=None):
     return problems
 
 
-def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0, batch=128):
+def verify_replies(problems, replies):
+    """(problems, samples) texts -> rewards, an array (problems, samples)."""
+    rewards = []
+    for problem, texts in zip(problems, replies):
+        verify = find_task(problem.task).verify
+        rewards.append([verify(problem, text)[0] for text in texts])
+    return np.array(rewards, float)
+
+
+def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0):
     """The share of `samples` replies to each problem that are right: (problems,) array."""
-    # A reply may be half as long again as the teacher's, and a search longer; in this order a batch ends together.
-    limit = [max(160, len(tokenizer.encode(find_task(p.task).solve(p))) * 3 // 2 + 16) for p in problems]
-    order = sorted((i for i in range(len(problems)) for _ in range(samples)), key=lambda i: (limit[i], i))
-    rates = np.zeros(len(problems))
-    for start in tqdm(shard(range(0, len(order), batch)), desc="held-out problems", leave=False, disable=None):
-        part = order[start:start + batch]
-        texts = reply(model, tokenizer, [problems[i].prompt for i in part], max(limit[i] for i in part), seed + start,
-                      temperature)
-        for i, text in zip(part, texts):
-            rates[i] += find_task(problems[i].task).verify(problems[i], text)[0] / samples
+    source, rates = Checkpoint(model, tokenizer, temperature), np.zeros(len(problems))
+    names = list(dict.fromkeys(problem.task for problem in problems))
+    # The processes share out the tasks: replies to one are about equally long, and a batch waits for its longest.
+    for name in tqdm(shard(names), desc="held-out problems", leave=False, disable=None):
+        mine = [i for i, problem in enumerate(problems) if problem.task == name]
+        prompts, limit = [], 160
+        for i in mine:                                          # half as long again as the teacher's; a search: longer
+            limit = max(limit, len(tokenizer.encode(find_task(name).solve(problems[i]))) * 3 // 2 + 16)
+            prompts += [problems[i].prompt] * samples
+        replies = np.array(source(prompts, limit, seed), object).reshape(-1, samples)
+        rates[mine] = verify_replies([problems[i] for i in mine], replies).mean(1)
     return np.array(all_reduce(*rates))
+
+
+def chance_rates(problems):
+    """What the teacher's replies to *other* problems of the same task and difficulty would earn: (problems,) array."""
+    rates = np.zeros(len(problems))
+    for i, problem in enumerate(problems):
+        task, rewards = find_task(problem.task), []
+        for other in problems:
+            alike = (other.task, other.difficulty) == (problem.task, problem.difficulty)
+            if alike and other.prompt != problem.prompt:
+                rewards.append(task.verify(problem, task.solve(other, i))[0])
+        rates[i] = sum(rewards) / max(1, len(rewards))
+    return rates
 
 
 def pass_at_1(model, tokenizer, tasks, problems, samples):
@@ -1888,22 +1915,27 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
     -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
     "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
     """
-    held = held_out_problems(tasks, problems)
-    rates = solve_rates(model, tokenizer, held, samples)
-    greedy = solve_rates(model, tokenizer, held, 1, temperature=0.0)
-    chance = [np.mean([find_task(p.task).verify(p, find_task(p.task).solve(other, i))[0] for other in held
-                       if (other.task, other.difficulty) == (p.task, p.difficulty) and other.prompt != p.prompt] or [0])
-              for i, p in enumerate(held)]
-    by_task = np.reshape(rates, (len(tasks), problems))
-    means = [dict(zip(tasks, np.reshape(x, (len(tasks), problems)).mean(1).tolist())) for x in (rates, greedy, chance)]
-    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean()),
-            "problems": len(held), "tasks": means[0], "tasks_ci95": dict(zip(tasks, map(interval, by_task))),
-            "greedy_tasks": means[1], "chance": means[2]}
+    held = held_out_problems(tasks, problems if samples else 0)
+    result = {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": len(held), "tasks": {}, "tasks_ci95": {},
+              "greedy_tasks": {}, "chance": {}}
+    if held:
+        rates, greedy = solve_rates(model, tokenizer, held, samples), solve_rates(model, tokenizer, held, 1, 0.0)
+        chance = chance_rates(held)
+        result |= {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean())}
+        for i, task in enumerate(tasks):
+            its = slice(i * problems, (i + 1) * problems)
+            result["tasks"][task], result["tasks_ci95"][task] = float(rates[its].mean()), interval(rates[its])
+            result["greedy_tasks"][task], result["chance"][task] = float(greedy[its].mean()), float(chance[its].mean())
+    return result
 
 
 def vote(texts):
     """The most frequent answer, letter by letter; a reply without one has no vote.  "" if none has."""
-    votes = collections.Counter(answer for text in texts if (answer := split_answer(text)))
+    votes = collections.Counter()
+    for text in texts:
+        answer = split_answer(text)
+        if answer:
+            votes[answer] += 1
     return votes.most_common(1)[0][0] if votes else ""
 
 
@@ -1913,34 +1945,36 @@ def field_vote(labels, texts):
     >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
     'b5c1'
     """
-    answers = [split_answer(text) or "" for text in texts]
-    pairs = collections.Counter(answer[i:i + 2] for answer in answers for i in range(0, len(answer) - 1, 2))
-    return "".join(label + max("0123456789", key=lambda value: pairs[label + value]) for label in labels)
+    votes = collections.Counter()
+    for text in texts:
+        answer = split_answer(text) or ""
+        votes.update(answer[i:i + 2] for i in range(0, len(answer) - 1, 2))     # "b5c1" -> "b5", "c1"
+    return "".join(max((label + value for value in "0123456789"), key=votes.__getitem__) for label in labels)
 
 
-def sample_methods(prompts, generate, asked, seed, tokenizer):
-    """-> N (T + 1) plain samples a prompt, and the populations of Markovian RSA and of two special cases of it."""
-    b, known = asked.budget, {}
+def sample_together(model, tokenizer):
+    """-> generate(prompts, max_new_tokens, seed) for markovian_rsa.  Every process samples its share of the batches and
+    gets all; a call that was made before, as the methods' first rounds are, is not sampled again."""
+    source, known = Checkpoint(model, tokenizer, share=shard), {}
 
-    def remembered(*call):
-        """The methods' first rounds are the same: sampled once."""
-        key = (tuple(call[0]), *call[1:])
-        if key not in known:
-            texts = all_gather(generate(*call, progress=functools.partial(
-                tqdm, desc="test-time compute", total=len(call[0]), unit=" rollouts", leave=False, disable=None)))
-            known[key] = [next(text for text in some if text is not None) for some in zip(*texts)]
-        return known[key]
+    def generate(prompts, max_new_tokens, seed):
+        call = (tuple(prompts), max_new_tokens, seed)
+        if call not in known:
+            bar = functools.partial(tqdm, desc="test-time compute", total=len(prompts), leave=False, disable=None)
+            known[call] = [None] * len(prompts)
+            for part in all_gather(source(prompts, max_new_tokens, seed, progress=bar)):
+                known[call] = [old if new is None else new for old, new in zip(known[call], part)]
+        return known[call]
 
-    def sample(population, subset, rounds, tail):
-        return markovian_rsa(prompts, remembered, population, subset, rounds, b.budget, tail, seed, tokenizer)
-
-    plain = [[c.text for c in result.candidates] for result in sample(b.population * (b.rounds + 1), 1, 0, 0)]
-    return plain, {"markovian_rsa": sample(b.population, b.subset, asked.most_rounds, b.tail),
-                   "delethink": sample(b.population, 1, b.rounds, b.tail),
-                   "full_rsa": sample(b.population, b.subset, b.rounds, b.budget)}
+    return generate
 
 
-def evaluate_ttc(model, tokenizer, name, asked, seed=0):
+def texts_of(result):
+    """The texts of a rsa.Result, a list a round."""
+    return [[candidate.text for candidate in candidates] for candidates in result.rounds]
+
+
+def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
     """Test-time compute on one task: Markovian RSA beside what else as many tokens can buy, as an entry of report.json.
 
     Shares are of held-out problems, with 95 % intervals over them.  Votes, pass@N and the choice of a reply that says
@@ -1948,56 +1982,67 @@ def evaluate_ttc(model, tokenizer, name, asked, seed=0):
     method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
     then, a problem.
     """
-    task, N, T = find_task(name), asked.budget.population, asked.budget.rounds
-    problems = held_out_problems([name], asked.problems, (asked.tasks[name],))
-    source = Checkpoint(model, tokenizer, share=shard)
-    equal, methods = sample_methods([p.prompt for p in problems], source, asked, seed, tokenizer)
-    greedy = Checkpoint(model, tokenizer, 0.0)([p.prompt for p in problems], asked.budget.budget, seed)
-    first = [texts[:N] for texts in equal]
+    task, budget, difficulty = find_task(name), eval_spec.budget, eval_spec.tasks[name]
+    N, T = budget.population, budget.rounds
+    problems = held_out_problems([name], eval_spec.problems, (difficulty,))
+    prompts = [problem.prompt for problem in problems]
+    generate, longest = sample_together(model, tokenizer), {}
+    tokens, curves, scores = {}, {}, {}                         # curves[method][round], scores[key]: (problems,) arrays
 
-    def verified(texts):
-        """(problems, samples) texts -> rewards, likewise."""
-        return [[task.verify(p, text)[0] for text in some] for p, some in zip(problems, texts)]
+    def sample(method, population, subset, rounds, tail):
+        """-> the texts of all populations, an array (rounds + 1, problems, population)."""
+        results = markovian_rsa(prompts, generate, population, subset, rounds, budget.budget, tail, seed, tokenizer)
+        longest[method] = max(result.longest_prompt for result in results)
+        texts = np.array([texts_of(result) for result in results], object)
+        return texts.swapaxes(0, 1)
+
+    def spend(method, texts):
+        """What a method's rounds cost and yield."""
+        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in texts]
+        tokens[method] = (np.cumsum(spent) / len(problems)).tolist()
+        curves[method] = [verify_replies(problems, replies).mean(1) for replies in texts]
 
     def right(answers):
-        return [float(task.verify_answer(p.data, answer)) for p, answer in zip(problems, answers)]
+        return np.array([task.verify_answer(p.data, answer) for p, answer in zip(problems, answers)], float)
 
-    def populations(method):
-        """(rounds, problems, candidates) texts."""
-        return [[[c.text for c in r.rounds[t]] for r in methods[method]] for t in range(len(methods[method][0].rounds))]
+    # Markovian RSA, and two special cases of it.
+    recursive = sample("markovian_rsa", N, budget.subset, eval_spec.most_rounds, budget.tail)
+    spend("markovian_rsa", recursive)
+    spend("delethink", sample("delethink", N, 1, T, budget.tail))
+    spend("full_rsa", sample("full_rsa", N, budget.subset, T, budget.budget))
+    curves["markovian_rsa_majority"] = [right(map(vote, replies)) for replies in recursive]
+    for method in list(curves):
+        scores[method] = curves[method][T]
 
-    def mean(rewards):
-        return [sum(some) / len(some) for some in rewards]
-
-    rounds = {method: [mean(verified(texts)) for texts in populations(method)] for method in methods}
-    rounds["vote"] = [right(vote(texts[:N * (t + 1)]) for texts in equal) for t in range(T + 1)]
-    rounds["markovian_rsa_majority"] = [right(map(vote, texts)) for texts in populations("markovian_rsa")]
-    scores = {"single": mean(verified(equal)),
-              "greedy": mean(verified([text] for text in greedy)),
-              "pass@N": map(max, verified(first)), "pass@equal_tokens": map(max, verified(equal)),
-              "maj@N": right(map(vote, first)), "maj@equal_tokens": rounds["vote"][T],
-              **{method: rounds[method][T] for method in (*methods, "markovian_rsa_majority")}}
-    if task.self_verified("") is not None:
-        chosen = [next((text for text in texts if task.self_verified(text)), texts[0]) for texts in equal]
-        scores["certified@equal_tokens"] = mean(verified([text] for text in chosen))
+    # As many plain samples as T rounds cost: T + 1 rounds of N, of which a vote looks at all so far.
+    plain = sample("vote", N * (T + 1), 1, 0, 0)[0]
+    spend("vote", plain.reshape(-1, T + 1, N).swapaxes(0, 1))
+    curves["vote"] = [right(map(vote, plain[:, :N * (t + 1)])) for t in range(T + 1)]
+    scores["maj@N"] = curves["vote"][0]
+    scores["maj@equal_tokens"] = curves["vote"][T]
+    rewards = verify_replies(problems, plain)
+    scores["single"] = rewards.mean(1)
+    scores["pass@N"] = rewards[:, :N].max(1)
+    scores["pass@equal_tokens"] = rewards.max(1)
+    greedy = Checkpoint(model, tokenizer, 0.0)(prompts, budget.budget, seed)
+    scores["greedy"] = verify_replies(problems, zip(greedy))[:, 0]
+    if task.self_verified("") is not None:                      # the first reply that says it holds, else the first
+        chosen = [max(texts, key=task.self_verified) for texts in plain]
+        scores["certified@equal_tokens"] = verify_replies(problems, zip(chosen))[:, 0]
     if task.labelled:
-        labels = [[label for *_, label in p.data["columns"]] for p in problems]
-        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, equal))
-    samples = [[texts[N * t:N * (t + 1)] for texts in equal] for t in range(T + 1)]
-    spent = {method: [sum(count_tokens(text, tokenizer) for some in texts for text in some) / len(problems)
-                      for texts in (samples if method == "vote" else populations(method))]
-             for method in ("vote", *methods)}
-    row = {"task": name, "difficulty": asked.tasks[name], "problems": len(problems), "population": N,
-           "subset": asked.budget.subset, "T": T, "tail": asked.budget.tail,
-           "generated_tokens": sum(spent["markovian_rsa"][:T + 1]),
-           "longest_prompt": max(result.longest_prompt for result in methods["markovian_rsa"]),
-           "longest_prompt_full_rsa": max(result.longest_prompt for result in methods["full_rsa"]),
-           "rounds": {method: [sum(v) / len(v) for v in values] for method, values in rounds.items()},
-           "rounds_ci95": {method: [interval(v) for v in values] for method, values in rounds.items()},
-           "tokens": {method: np.cumsum(values).tolist() for method, values in spent.items()}}
-    for key, values in scores.items():
-        values = [float(value) for value in values]
-        row |= {key: sum(values) / len(values), key + "_ci95": interval(values)}
+        labels = [[label for *_, label in problem.data["columns"]] for problem in problems]
+        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, plain))
+
+    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "population": N,
+           "subset": budget.subset, "T": T, "tail": budget.tail, "longest_prompt": longest["markovian_rsa"],
+           "longest_prompt_full_rsa": longest["full_rsa"], "generated_tokens": tokens["markovian_rsa"][T],
+           "rounds": {}, "rounds_ci95": {}, "tokens": tokens}
+    for method, rounds in curves.items():
+        row["rounds"][method] = np.mean(rounds, 1).tolist()
+        row["rounds_ci95"][method] = list(map(interval, rounds))
+    for key, rates in scores.items():
+        row[key] = float(rates.mean())
+        row[key + "_ci95"] = interval(rates)
     return row
 
 
@@ -2005,12 +2050,16 @@ def show_samples(model, tokenizer, sources, seed):
     """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
     rng, device = random.Random(seed), model.norm.weight.device
     generator = torch.Generator().manual_seed(seed)
-    for source in (source for source in sources if not isinstance(source, TaskSource) and source.size(held_out=True)):
-        ids, wanted = source.get(rng.randrange(source.size(held_out=True)), held_out=True)
-        ids = ids[:wanted.index(True)] if source.is_traces and True in wanted else ids[:24]     # up to the reply
-        text = model.generate(torch.tensor([ids[-200:]], device=device), 48, 0.8, generator=generator)[0].tolist()
-        print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids[-200:]):])!r}")
-    tasks = [name for source in sources if isinstance(source, TaskSource) for name in source.tasks]
+    tasks = []
+    for source in sources:
+        if isinstance(source, TaskSource):
+            tasks += source.tasks
+        elif source.size(held_out=True):
+            ids, wanted = source.get(rng.randrange(source.size(held_out=True)), held_out=True)
+            shown = wanted.index(True) if source.is_traces and True in wanted else 24       # a chat: up to the reply
+            ids = ids[:shown][-200:]
+            text = model.generate(torch.tensor([ids], device=device), 48, 0.8, generator=generator)[0].tolist()
+            print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids):])!r}")
     for name in rng.sample(tasks, min(2, len(tasks))):
         problem = draw(find_task(name), f"show {seed}", 2, held_out=True)
         answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
@@ -2022,12 +2071,12 @@ def show_samples(model, tokenizer, sources, seed):
 
 
 @contextlib.contextmanager
-def alone_in(out):
+def lock_folder(out):
     """Keep other runs out of a folder until this one ends: two would delete each other's checkpoints and log.
 
-    The system holds the lock, and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
+    The system holds the lock and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
     """
-    if not is_main():                                             # the first process holds it for all
+    if not is_main():                                           # the first process holds it for all
         yield
         return
     with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
@@ -2043,29 +2092,18 @@ def alone_in(out):
                 raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
                                  "--out") from None
             print(f"{out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
-        try:
-            yield
-        except OSError as error:
-            if error.filename is None and error.strerror:       # a write that failed does not say where
-                error.filename = f"{out} or what is printed"
-            raise
+        yield
 
 
-def write_json(path, content):
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+def write_text(path, text):
+    """Write a temporary file and rename it: at any moment the old file is whole, or the new one."""
+    with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
     os.replace(path + ".tmp", path)
 
 
-def write_trainer_state(path, state):
-    """torch.save, but what the system said, such as that the disk is full, is the error."""
-    try:
-        with open(path, "wb") as file:
-            torch.save(state, file)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1))
 
 
 def save_checkpoint(folder, model, tokenizer, state=None):
@@ -2076,7 +2114,11 @@ def save_checkpoint(folder, model, tokenizer, state=None):
         model.save_pretrained(folder + ".new", state_dict=weights)
         tokenizer.save_pretrained(folder + ".new")
         if state is not None:
-            write_trainer_state(os.path.join(folder + ".new", "trainer.pt"), state)
+            try:
+                with open(os.path.join(folder + ".new", "trainer.pt"), "wb") as file:
+                    torch.save(state, file)
+            except RuntimeError as error:                       # torch hides what the system said: the disk is full
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         if os.path.exists(folder):
             shutil.rmtree(folder + ".old", ignore_errors=True)
             os.rename(folder, folder + ".old")
@@ -2102,8 +2144,9 @@ def load_checkpoint(folder, device):
         model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
     except ValueError as error:
         raise Damaged(f"{folder} is damaged: {error}") from None
-    for parameter in model.parameters():                        # out of the mapped file, into aligned memory:
-        parameter.data = parameter.data.clone()                 # else a resumed run may round differently
+    # The weights move out of the mapped file into aligned memory, else a resumed run may round differently.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     path, state = os.path.join(folder, "trainer.pt"), None
     if os.path.exists(path):
         try:
@@ -2122,18 +2165,15 @@ class Log:
                "kl_live", "rollouts_per_second", "difficulty"]
 
     def __init__(self, out, stage, step):
-        if not is_main():
-            self.file = open(os.devnull, "w", encoding="utf-8")
-            self.writer = csv.DictWriter(self.file, self.COLUMNS)
-            return
-        path = os.path.join(out, "log.csv")
-        rows = [row for row in read_log(out) if STAGES.index(row["stage"]) < STAGES.index(stage)
-                or (row["stage"] == stage and int(row["step"]) <= step)]
-        with open(path + ".tmp", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
+        path = os.path.join(out, "log.csv") if is_main() else os.devnull
+        if is_main():
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.COLUMNS)
             writer.writeheader()
-            writer.writerows(rows)
-        os.replace(path + ".tmp", path)
+            for row in read_log(out):
+                if (STAGES.index(row["stage"]), int(row["step"])) <= (STAGES.index(stage), step):
+                    writer.writerow(row)
+            write_text(path, text.getvalue())
         self.file = open(path, "a", encoding="utf-8", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
@@ -2164,10 +2204,9 @@ def read_log(out):
 
 # ---- many processes -------------------------------------------------------------------------------------------------
 # torchrun --nproc_per_node N train.py …: the same run, whatever N is.  FSDP2 shards weights, gradients and optimizer
-# states over the processes; each computes its own rows of every batch.  Steps and losses do not know: FSDP2 averages
-# gradients, so a loss is divided by what *one* process has on average.  Sampling needs no gradients: each process
-# samples its share of the prompts with a whole copy of the weights.  Every process tokenises and packs, or
-# the first does for all.  All processes need to see the same --out and --data.
+# states over the processes; each computes its own rows of every batch.  FSDP2 averages gradients, so a loss is divided
+# by what *one* process has on average.  Sampling needs no gradients: each process samples its share of the prompts with
+# a whole copy of the weights.  All processes need to see the same --out and --data.
 
 
 def world_size():
@@ -2201,7 +2240,10 @@ def all_gather(value):
 def unshard(part):
     """The parts of all processes in the old order: unshard(shard(items)) == items."""
     parts = all_gather(part)
-    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    whole = [None] * sum(map(len, parts))
+    for number, items in enumerate(parts):
+        whole[number::len(parts)] = items
+    return whole
 
 
 def all_reduce(*numbers):
@@ -2226,18 +2268,18 @@ def shard_model(model, size=0):
     """
     if world_size() == 1:
         return model
-    size, device = size or world_size(), next(model.parameters()).device.type
-    shape, names = ((size,), ("shard",)) if size == world_size() else \
-        ((world_size() // size, size), ("replicate", "shard"))
-    mesh = dist.init_device_mesh(device, shape, mesh_dim_names=names)
+    device, copies = next(model.parameters()).device.type, world_size() // (size or world_size())
+    if copies == 1:
+        mesh = dist.init_device_mesh(device, (world_size(),), mesh_dim_names=("shard",))
+    else:
+        mesh = dist.init_device_mesh(device, (copies, size), mesh_dim_names=("replicate", "shard"))
     # A layer's router state is a view, which FSDP2 warns about: an operation in place would lose its gradient.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if hasattr(model, "hidden_states"):
-        register_fsdp_forward_method(model, "hidden_states")
+    register_fsdp_forward_method(model, "hidden_states")
     return model
 
 
@@ -2247,12 +2289,10 @@ def whole_weights(model):
 
 
 def shard_rows(batch):
-    """This process' rows of each tensor (rows, S); rows of padding are added until all have equally many, since FSDP2
-    wants every process to take part in every forward pass."""
-    inputs, targets, positions = batch
-    missing = -len(inputs) % world_size()
-    padded = [F.pad(t, (0, 0, 0, missing), value=v) for t, v in ((inputs, 0), (targets, -100), (positions, -1))]
-    return [shard(t) for t in padded]
+    """This process' rows of input_ids, targets, position_ids (rows, S).  Rows of padding are added until all processes
+    have equally many, since FSDP2 wants every process to take part in every forward pass."""
+    missing = -len(batch[0]) % world_size()
+    return [shard(F.pad(part, (0, 0, 0, missing), value=padding)) for part, padding in zip(batch, (0, -100, -1))]
 
 
 class OptimizerState:
@@ -2274,24 +2314,12 @@ class OptimizerState:
         set_optimizer_state_dict(self.model, self.optimizers, state, options=self.options)
 
 
-@contextlib.contextmanager
-def process_group():
-    """Among torchrun's processes; alone, nothing.  The first process speaks, but whichever stops first says why.
-
-    torchrun sends SIGTERM when one of them has ended.  A thread waits for it, as the process itself may be waiting for
-    a message that will never come.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    store, number, processes = next(dist.rendezvous("env://"))
+def exit_on_sigterm(say):
+    """torchrun sends SIGTERM when another process has ended.  A thread waits for it, as the main thread may be waiting
+    for a message that will never come."""
     reader, writer = os.pipe()
 
-    def say(message):
-        if store.add("said", 1) == 1:
-            print(message, file=sys.__stderr__, flush=True)
-
-    def wait_for_sigterm():
+    def wait():
         while os.read(reader, 1)[0] != signal.SIGTERM:
             pass
         try:
@@ -2303,7 +2331,23 @@ def process_group():
     os.set_blocking(writer, False)
     signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
     signal.set_wakeup_fd(writer)
-    threading.Thread(target=wait_for_sigterm, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def process_group():
+    """Initialise torch.distributed under torchrun; a no-op otherwise.  Only the first process prints, but whichever
+    stops first says why."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    store, number, processes = next(dist.rendezvous("env://"))
+
+    def say(message):
+        if store.add("said", 1) == 1:
+            print(message, file=sys.__stderr__, flush=True)
+
+    exit_on_sigterm(say)
     if number:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     gpu = torch.cuda.is_available()
@@ -2328,380 +2372,306 @@ def process_group():
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-MUST_STAY = ["preset", "seed", "data", "tasks", "tokenizer", "context", "tokens_per_step", "micro_batch",
-             "weight_decay", "grad_clip", "balancer_lr", "lr", "steps", "dtype", "groups", "group_size"]
-
-
-def settings(config):
-    return {name: getattr(config, name) for name in MUST_STAY}
-
-
-def check_same_run(folder, name, state, model, config, changes):
-    """A run goes on only with the settings and the shape it began with; which one differs is said."""
-    if state is None:
-        raise SystemExit(f"{folder} has no trainer.pt to go on from: put it back, or delete {folder}")
-    pairs = [(setting, state["settings"].get(setting), now) for setting, now in settings(config).items()]
-    pairs += [(setting, getattr(model.config, setting), now) for setting, now in changes.items()]
-    for setting, then, now in pairs:
-        then, now = (value[name] if isinstance(value, dict) else value for value in (then, now))
-        if then != now:
-            raise SystemExit(f"{folder} was made with {setting}={then}, and now it is {now}. Go on with the old value, "
-                             f"take another --out, or delete {folder}")
+def first_characters(path, skip_bad_lines, most=4_000_000):
+    """The text that a file begins with; of chats what is said, a message a line."""
+    if file_kind(path) == "txt":
+        pieces = read_text(path)
+    else:
+        pieces = (message["content"] + "\n" for messages in read_jsonl(path, skip_bad_lines) for message in messages)
+    text = io.StringIO()
+    for piece in pieces:
+        text.write(piece)
+        if text.tell() >= most:
+            break
+    if not text.getvalue().strip():
+        raise SystemExit(f"{path} has no text")
+    return text.getvalue()[:most]
 
 
 def make_tokenizer(config, vocab_size):
     """A new run's tokenizer: named, or trained on the data (digits stay single).  Every checkpoint keeps it."""
+    if config.tokenizer and vocab_size:
+        raise SystemExit("--tokenizer brings its own vocabulary: leave out --vocab-size")
     if config.tokenizer:
-        if vocab_size:
-            raise SystemExit("--tokenizer brings its own vocabulary: leave out --vocab-size")
         try:
-            tokenizer = Tokenizer.named(config.tokenizer)
+            return Tokenizer.named(config.tokenizer)
         except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"--tokenizer {config.tokenizer}: {error}") from None
-    else:
-        texts = []
-        for path in config.data:
-            if file_kind(path) != "txt":
-                budget = 4_000_000
-                for messages in read_jsonl(path, config.skip_bad_lines):
-                    texts += [message["content"] for message in messages]
-                    budget -= sum(len(message["content"]) + 1 for message in messages)
-                    if budget < 0:
-                        break
-            else:
-                texts.append("".join(itertools.islice(read_text(path), 4))[:4_000_000])
-            if not any(texts):
-                raise SystemExit(f"{path} has no text")
-        texts = texts or list(python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values())
-        try:
-            tokenizer = Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size,
-                                        lambda merges: tqdm(merges, desc="learning tokens", leave=False, disable=None))
-        except ValueError as error:
-            raise SystemExit(f"--vocab-size: {error}") from None
-    return tokenizer
-
-
-def new_model(config, changes, tokenizer):
-    changes = {**changes, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad,
-               "bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end}
+            raise SystemExit(f"--tokenizer {config.tokenizer}: {str(error).splitlines()[0]}") from None
+    texts = [first_characters(path, config.skip_bad_lines) for path in config.data]
+    texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
     try:
-        shape = ZayaConfig.preset(config.preset, **changes)
+        return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size,
+                               functools.partial(tqdm, desc="learning tokens", leave=False, disable=None))
+    except ValueError as error:
+        raise SystemExit(f"--vocab-size: {error}") from None
+
+
+def new_model(config, shape, tokenizer):
+    """The preset's model with the command line's shape and random weights."""
+    shape = {**shape, "vocab_size": tokenizer.vocab_size, "pad_token_id": tokenizer.pad,
+             "bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end}
+    try:
+        model_config = ZayaConfig.preset(config.preset, **shape)
     except ValueError as error:
         raise SystemExit(str(error)) from None
     torch.manual_seed(config.seed)
-    return fuse(Zaya(shape))
+    return fuse(Zaya(model_config))
 
 
-def write_report(out, report):
-    """report.json for programs; report.md, report.png and loss.png for people."""
-    if not is_main():
-        return
-    write_json(os.path.join(out, "report.json"), report)
-    stages = [name for name in STAGES if name in report["stages"]]
-    results = [report["stages"][name] for name in stages]
-    params = {name: f"{count / 1e6:.2f}M" for name, count in report["params"].items()}
-
-    def table(*rows):
-        """Markdown lines; the first row is the head."""
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""]
-
-    text = [f"# {report['preset']}, seed {report['seed']}", "",
-            f"{params['total']} parameters, {params['active']} active per token (without the embedding)", "",
-            "Held-out pass@1 at temperature 1, at each task's own levels (chance: the teacher's answer to another "
-            "one):", ""]
-    text += table(["task", "chance", *stages],
-                  *([task, f"{chance:.2f}", *(f"{r['tasks'].get(task, 0):.2f}" for r in results)]
-                    for task, chance in results[-1]["chance"].items()),
-                  ["**all**", "", *(f"**{r['pass@1']:.3f}**" for r in results)],
-                  ["95 % interval", "", *("{:.3f}-{:.3f}".format(*r["ci95"]) for r in results)],
-                  ["greedy", "", *(f"{r['greedy']:.3f}" for r in results)],
-                  ["problems", "", *(str(result["problems"]) for result in results)],
-                  ["minutes", "", *(f"{report['seconds'][name] / 60:.1f}" for name in stages)])
-    last, asked = results[-1], [task for task in REASONING if task in results[-1]["tasks"]]
-    sft = report["stages"].get("sft", {"tasks_ci95": {}})
-    if stages[-1] in STAGES[3:] and asked and last["tasks"].keys() <= sft["tasks_ci95"].keys():
-        text += ["Reinforcement learning, per task, with 95 % intervals (and greedy):", ""]
-        text += table(["task", "after sft", f"after {stages[-1]}"],
-                      *([task, *("{:.2f} [{:.2f}, {:.2f}] ({:.2f})".format(
-                          r["tasks"][task], *r["tasks_ci95"][task], r["greedy_tasks"][task]) for r in (sft, last))]
-                        for task in last["tasks"]),
-                      ["**the tasks of the RL stages**", *(f"**{np.mean([r['tasks'][t] for t in asked]):.3f}** "
-                                                      f"({np.mean([r['greedy_tasks'][t] for t in asked]):.3f})"
-                                                      for r in (sft, last))])
-    if "rlve" in stages and "start" in report["stages"]["rlve"]:
-        rlve = report["stages"]["rlve"]
-        text += ["Difficulty of the adaptive environments, first and last:", ""]
-        text += table(["environment", "found", "reached"], *([task, str(d), str(rlve["end"][task])]
-                                                             for task, d in rlve["start"].items()))
-    if report["ttc"]:
-        text += ttc_table(report["ttc"], table)
-    text += ["Held-out loss per token (late: at positions beyond the first stage's context):", ""]
-    text += table(["stage", "source", "before", "after", "late, before", "late, after"],
-                  *([name, source, *("-" if loss[key] is None else f"{loss[key]:.3f}"
-                                     for key in ("before", "after", "late_before", "late_after"))]
-                    for name, result in zip(stages, results) for source, loss in result["loss"].items()))
-    with open(os.path.join(out, "report.md.tmp"), "w", encoding="utf-8", errors="replace") as file:
-        file.write("\n".join(text))
-    os.replace(os.path.join(out, "report.md.tmp"), os.path.join(out, "report.md"))
-    draw_report(out, report, stages)
+def is_done(state):
+    """Whether a trainer state is that of a finished stage."""
+    return state is not None and state.get("done", False)
 
 
-def ttc_table(rows, table):
-    """Markdown lines: test-time compute, a column a task."""
-    first = rows[0]
-    N, T = first["population"], first["T"]
-    kinds = [("single", "one sample"), ("greedy", "greedy"), ("maj@N", f"majority of {N}"),
-             ("maj@equal_tokens", f"majority of {N * (T + 1)}: equal tokens"),
-             ("field_vote@equal_tokens", f"… vote on each field, of {N * (T + 1)}"),
-             ("certified@equal_tokens", f"the first of {N * (T + 1)} that says it holds"),
-             ("pass@N", f"any of {N} (oracle)"), ("pass@equal_tokens", f"any of {N * (T + 1)} (oracle)"),
-             ("delethink", "Delethink, C = 1"), ("full_rsa", "full RSA"),
-             ("markovian_rsa", f"**Markovian RSA**, tails of {first['tail']}"),
-             ("markovian_rsa_majority", "… majority of its last round")]
-    text = [f"Test-time compute on {first['problems']} held-out problems a task: N = {N}, C = {first['subset']}, "
-            f"T = {T}, shares that are right with 95 % intervals:", ""]
-    return text + table(
-        ["", *(f"{row['task']}, difficulty {row['difficulty']}" for row in rows)],
-        *([what, *("{:.2f} [{:.2f}, {:.2f}]".format(row[key], *row[key + "_ci95"]) if key in row else "-"
-                   for row in rows)] for key, what in kinds if any(key in row for row in rows)),
-        ["tokens generated a problem", *(f"{row['generated_tokens']:,.0f}" for row in rows)],
-        ["longest prompt (full RSA's)", *(f"{r['longest_prompt']} ({r['longest_prompt_full_rsa']})" for r in rows)])
+def check_same_run(folder, name, model, state, config, shape):
+    """A run goes on only with the settings and the shape that it began with; which one differs is said."""
+    if state is None:
+        raise SystemExit(f"{folder} has no trainer.pt to go on from: put it back, or delete {folder}")
+    then = {**vars(model.config), **state["settings"]}
+    for setting, now in {**settings(config), **shape}.items():
+        before = then.get(setting)
+        if isinstance(now, dict) and isinstance(before, dict):  # one value a stage: only this stage's counts
+            before, now = before.get(name), now[name]
+        if before != now:
+            raise SystemExit(f"{folder} was made with {setting}={before}, and now it is {now}. Go on with the old "
+                             f"value, take another --out, or delete {folder}")
 
 
-def draw_report(out, report, stages):
-    """report.png: what each stage solves.  loss.png: loss and balance over the steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def save(figure, name):
-        figure.tight_layout()
-        figure.savefig(os.path.join(out, name + ".tmp"), format="png", dpi=110)
-        plt.close(figure)
-        os.replace(os.path.join(out, name + ".tmp"), os.path.join(out, name))
-
-    tasks, width = list(report["stages"][stages[-1]]["tasks"]), 0.8 / len(stages)
-    rows, panels = (2, len(report["ttc"])) if report["ttc"] else (1, 1)
-    figure = plt.figure(figsize=(12, 4 * rows))
-    axis = figure.add_subplot(rows, 1, 1)
-    for number, row in enumerate(report["ttc"]):
-        draw_ttc(figure.add_subplot(rows, panels, panels + 1 + number), row, number)
-    for i, stage in enumerate(stages):
-        solved = [report["stages"][stage]["tasks"].get(task, 0) for task in tasks]
-        place = np.arange(len(tasks)) + (i - (len(stages) - 1) / 2) * width
-        axis.bar(place, solved, width, label=f"after {stage}", color=plt.cm.viridis(i / len(stages)))
-    chance = list(report["stages"][stages[-1]]["chance"].values())
-    axis.hlines(chance, np.arange(len(tasks)) - 0.45, np.arange(len(tasks)) + 0.45, "black", "dotted", label="chance")
-    axis.set_xticks(range(len(tasks)), tasks, rotation=20)
-    axis.set(ylim=(0, 1.05), ylabel="pass@1", title="Held-out problems solved, one sample at temperature 1")
-    axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    save(figure, "report.png")
-
-    log = read_log(out)
-    draw_curves(log, [("loss", "training loss (nats per token)"), ("entropy", "expert load entropy\n(1 = even)")],
-                [name for name in stages if name in STAGES[:3]], f"{report['preset']}, seed {report['seed']}",
-                lambda figure: save(figure, "loss.png"))
-    cascade = [name for name in stages if name in STAGES[3:]]
-    if cascade:
-        draw_curves(log, [("reward", "mean reward"), ("zero_groups", "groups\nwithout signal"),
-                          ("no_end repetitive", "replies without end\n(dotted: repetitive)"), ("norm", "gradient norm"),
-                          ("difficulty", "difficulty of the\nenvironments (rlve)")], cascade,
-                    f"Reinforcement learning: {report['preset']}, seed {report['seed']}",
-                    lambda figure: save(figure, "rewards.png"))
+def open_stage(name, stages, config, shape, device):
+    """Where a stage goes on: its own checkpoint if it was begun, else the end of the stage before, else new weights
+    -> model, tokenizer, trainer state (None: not begun)."""
+    before = stages[stages.index(name) - 1]
+    for origin in (name, before):
+        folder = os.path.join(config.out, origin)
+        found = load_checkpoint(folder, device)
+        if found:
+            model, tokenizer, state = found
+            if origin != name and not is_done(state):
+                raise SystemExit(f"{before} in {config.out} is not finished: run --stages {before} first")
+            check_same_run(folder, origin, model, state, config, shape)
+            return model, tokenizer, state if origin == name else None
+        if name == STAGES[0]:
+            tokenizer = make_tokenizer(config, shape.get("vocab_size"))
+            model = new_model(config, shape, tokenizer).to(device)
+            print(f"the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}, "
+                  "or up to half a nat above it: random logits have a variance near 1")
+            return model, tokenizer, None
+    raise SystemExit(f"{name} goes on from {before}, but that is not in {config.out}: run --stages {before} first")
 
 
-def draw_ttc(axis, row, number):
-    """Accuracy against generated tokens, a dot a round, on one task."""
-    for method, label in (("vote", "majority vote"), ("delethink", "Delethink, C = 1"), ("full_rsa", "full RSA"),
-                          ("markovian_rsa", "Markovian RSA")):
-        values, bounds = np.array(row["rounds"][method]), np.array(row["rounds_ci95"][method])
-        bold = method == "markovian_rsa"
-        axis.errorbar(row["tokens"][method], values, (values - bounds[:, 0], bounds[:, 1] - values), marker="o",
-                      markersize=4, capsize=2, label=label, linewidth=2 if bold else 1.2, zorder=3 if bold else 2)
-    axis.axhline(row["greedy"], color="gray", linestyle="dotted", label="greedy")
-    axis.set(title=f"{row['task']}, difficulty {row['difficulty']}", xlabel="tokens generated a problem",
-             ylim=(0, 1.02))
-    axis.grid(alpha=0.3)
-    if number == 0:
-        axis.set_ylabel("right (a dot a round)")
-        axis.legend(fontsize=8)
+def finish_stage(name, stages, config, shape, report, device, dtype):
+    """Train one stage to its end from wherever it stands, and measure it once -> model, tokenizer."""
+    model, tokenizer, state = open_stage(name, stages, config, shape, device)
+    counts = model.parameter_counts()
+    report["params"] = {"total": counts["total"], "active": counts["active"]}
+    if name == STAGES[0]:
+        print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without the "
+              f"embedding), vocabulary {tokenizer.vocab_size}")
+    if not is_done(state):
+        # What an older run in this folder measured from this stage on was measured on other weights.
+        for later in [*STAGES[STAGES.index(name):], "evaluate"]:
+            report["stages"].pop(later, None)
+            report["seconds"].pop(later, None)
+        report["ttc"].clear()
+        stage = stage_settings(config, name)
+        train = rl_stage if isinstance(stage, RLStage) else supervised_stage
+        state = train(name, config, stage, model, tokenizer, state, device, dtype)
+        if world_size() > 1:                                    # it was sharded: whole again, to sample from
+            model, tokenizer, _ = load_checkpoint(os.path.join(config.out, name), device)
+    if name in report["stages"]:
+        print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
+    else:
+        measure_stage(name, config, model, tokenizer, state, report)
+    return model, tokenizer
 
 
-def draw_curves(log, curves, stages, title, save):
-    """One panel per (columns, label) over the steps of all stages; a column of task=value texts gets a line a task."""
-    import matplotlib.pyplot as plt
-    height = [1.6] + [1.6 if columns == "difficulty" else 1 for columns, _ in curves[1:]]
-    figure, axes = plt.subplots(len(curves), 1, figsize=(9, 1 + 1.8 * sum(height)), sharex=True, height_ratios=height)
-    start = 0
-    for number, stage in enumerate(stages):
-        rows = [row for row in log if row["stage"] == stage]
-        for axis, column, style in [(axis, column, style) for axis, (columns, _) in zip(axes, curves)
-                                    for column, style in zip(columns.split(), ("solid", "dotted"))]:
-            seen = [(start + int(row["step"]), row[column]) for row in rows if row[column]]
-            if not seen:
-                continue
-            steps, values = zip(*seen)
-            if column == "difficulty":
-                lines = [dict(part.split("=") for part in value.split()) for value in values]
-                for i, task in enumerate(lines[0]):
-                    axis.plot(steps, [int(line[task]) for line in lines], color=plt.cm.tab20(i), label=task)
-                axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-                continue
-            values = np.array(values, float)
-            width = min(15, 2 * (len(values) // 8) + 1)
-            smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
-            axis.plot(steps, smooth, color=f"C{number}", label=stage, linestyle=style)
-            axis.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.7)
-        start += int(rows[-1]["step"]) if rows else 0
-    for axis, (_, label) in zip(axes, curves):
-        axis.set_ylabel(label)
-    axes[0].set_title(title)
-    axes[0].legend()
-    axes[-1].set_xlabel("step")
-    save(figure)
+def measure_stage(name, config, model, tokenizer, state, report):
+    """Ask a finished stage's model held-out problems; the results go into the report and are printed."""
+    result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
+    result |= {key: state[key] for key in ("start", "end", "judged") if key in state}
+    result["loss"], losses = {}, []
+    for source, after in state.get("after", {}).items():
+        before = state["before"][source]
+        result["loss"][source] = {"before": before["loss"], "after": after["loss"], "late_before": before["late"],
+                                  "late_after": after["late"]}
+        losses.append(f"{source} {before['loss']:.2f} -> {after['loss']:.2f}")
+    report["stages"][name], report["seconds"][name] = result, state["seconds"]
+    write_report(config.out, report)
+    said = [f"{name}: {state['seconds']:.0f} s"]
+    if losses:
+        said.append("held-out loss " + ", ".join(losses))
+    said.append("pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}], greedy {greedy:.3f}, on {problems} held-out "
+                "problems".format(**result))
+    print(" | ".join(said))
 
 
-def run_evaluation(config, report, tasks, device):
-    """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
-    asked, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
+def run_evaluation(config, report, device):
+    """Test-time compute of the finished model, task by task -> report["ttc"]; what is there already stays."""
+    eval_spec, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
     if not (final and report["stages"]):
         raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
                          "first")
     model, tokenizer, _ = final
-    for name in tasks:
-        if any((row["task"], row["difficulty"]) == (name, asked.tasks[name]) for row in report["ttc"]):
+    done = [(row["task"], row["difficulty"]) for row in report["ttc"]]
+    for name, difficulty in eval_spec.tasks.items():
+        if name not in task_names(config.tasks) or (name, difficulty) in done:
             continue
         begun = time.perf_counter()
-        row = evaluate_ttc(model, tokenizer, name, asked, config.seed)
+        row = evaluate_ttc(model, tokenizer, name, eval_spec, config.seed)
+        seconds = time.perf_counter() - begun
         report["ttc"].append(row)
-        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
+        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + seconds
         write_report(config.out, report)
         print("evaluate: {task} at {difficulty} | single {single:.3f}, vote at equal tokens {maj@equal_tokens:.3f}, "
               "Markovian RSA {markovian_rsa:.3f} [{markovian_rsa_ci95[0]:.3f}, {markovian_rsa_ci95[1]:.3f}], full RSA "
-              "{full_rsa:.3f} | ".format(**row) + f"{time.perf_counter() - begun:.0f} s")
-
-
-# What a run without problems would report, and the kinds of what is in a report.
-NO_RESULT = {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": 0, "tasks": {}, "tasks_ci95": {},
-             "greedy_tasks": {}, "chance": {}}
-
-
-def alike(content, sample):
-    """Whether a dictionary read from a file has everything that `sample` has, of the same kinds."""
-    return isinstance(content, dict) and all(isinstance(content.get(key), (int, float) if type(value) is float else
-                                                        type(value)) for key, value in sample.items())
+              "{full_rsa:.3f} | ".format(**row) + f"{seconds:.0f} s")
 
 
 def read_report(config):
     """report.json of this run so far.  Raises Damaged if there is one that no run of this program wrote."""
-    report = {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
     path = os.path.join(config.out, "report.json")
     if not os.path.exists(path):
-        return report
-    older = read_json(path)
-    if not (alike(older, report) and alike(older["params"], {"total": 0, "active": 0})
-            and older["stages"].keys() <= older["seconds"].keys() & {*STAGES}
-            and all(alike(result, {**NO_RESULT, "loss": {}}) for result in older["stages"].values())
-            and all(alike(row, {"task": "", "difficulty": 0, "rounds": {}}) for row in older["ttc"])):
+        return {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
+    report = read_json(path)
+    try:
+        report_table(report)                                    # a report of this program can be shown
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         raise Damaged(f"{path} is no report of this program, or a part of one (without it finished stages are measured "
-                      "again)")
-    if config.stages == "evaluate" and (older["preset"], older["seed"]) != (config.preset, config.seed):
-        raise SystemExit(f"{config.out} was made with --preset {older['preset']} --seed {older['seed']}: say so again")
-    return {**older, "preset": config.preset, "seed": config.seed}
+                      "again)") from None
+    if config.stages == "evaluate" and (report["preset"], report["seed"]) != (config.preset, config.seed):
+        raise SystemExit(f"{config.out} was made with --preset {report['preset']} --seed {report['seed']}: say so "
+                         "again")
+    return {**report, "preset": config.preset, "seed": config.seed}
 
 
-def run_stages(config, changes, device, dtype):
-    """All that was asked for, one stage after the other, with a report after each."""
-    begun, report = time.perf_counter(), read_report(config)
-    (there, wanted), tasks, model = stages_to_run(config), task_names(config.tasks), None
-    evaluated = [name for name in PRESETS[config.preset]["evaluate"].tasks
-                 if name in tasks and "evaluate" in config.stages.split(",")]
-    if not (wanted or evaluated):
-        raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
-    for name in wanted:
-        folder, stage = os.path.join(config.out, name), stage_settings(config, name)
-        found = load_checkpoint(folder, device)
-        if found:
-            model, tokenizer, state = found
-            check_same_run(folder, name, state, model, config, changes)
-        elif name == STAGES[0]:
-            tokenizer = make_tokenizer(config, changes.get("vocab_size"))
-            model, state = new_model(config, changes, tokenizer).to(device), None
-            print(f"the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}, "
-                  "or up to half a nat above it: random logits have a variance near 1")
-        else:
-            before = there[there.index(name) - 1]
-            if not (found := load_checkpoint(os.path.join(config.out, before), device)):
-                raise SystemExit(f"{name} goes on from {before}, but that is not in {config.out}: "
-                                 f"run --stages {before} first")
-            model, tokenizer, state = found
-            if not (state and state.get("done")):
-                raise SystemExit(f"{before} in {config.out} is not finished: run --stages {before} first")
-            check_same_run(os.path.join(config.out, before), before, state, model, config, changes)
-            state = None
-        if name == wanted[0]:
-            counts = model.parameter_counts()
-            report["params"] = {"total": counts["total"], "active": counts["active"]}
-            print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without "
-                  f"the embedding), vocabulary {tokenizer.vocab_size}")
-        if not (state and state.get("done")):                   # what an older run in this folder reported is gone
-            for later in [*STAGES[STAGES.index(name):], "evaluate"]:
-                report["stages"].pop(later, None)
-                report["seconds"].pop(later, None)
-            report["ttc"] = []
-        if state and state.get("done") and name in report["stages"]:
-            print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
-            continue
-        if not (state and state.get("done")):
-            train_stage = rl_stage if isinstance(stage, RLStage) else supervised_stage
-            state = train_stage(name, config, stage, model, tokenizer, state, device, dtype)
-            if world_size() > 1:                                # it was sharded: whole again, to sample from
-                model, tokenizer, _ = load_checkpoint(folder, device)
-        result = pass_at_1(model, tokenizer, tasks, config.eval_problems, config.eval_samples) \
-            if tasks and config.eval_problems and config.eval_samples else \
-            dict(NO_RESULT)
-        result |= {key: state[key] for key in ("start", "end", "judged") if key in state}
-        result["loss"] = {source: {"before": state["before"][source]["loss"], "after": after["loss"],
-                                   "late_before": state["before"][source]["late"], "late_after": after["late"]}
-                          for source, after in state.get("after", {}).items()}
-        report["seconds"][name], report["stages"][name] = state["seconds"], result
-        write_report(config.out, report)
-        losses = ", ".join(f"{source} {l['before']:.2f} -> {l['after']:.2f}" for source, l in result["loss"].items())
-        print(f"{name}: {state['seconds']:.0f} s | " + (f"held-out loss {losses} | " if losses else "")
-              + "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}], greedy {greedy:.3f}, on {problems} held-out "
-              "problems".format(**result))
-    if wanted and not any(os.path.exists(os.path.join(config.out, later)) for later in STAGES[STAGES.index(name) + 1:]):
-        save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
-    if evaluated:
-        run_evaluation(config, report, evaluated, device)
-    if not is_main():
-        return
-    with open(os.path.join(config.out, "report.md"), encoding="utf-8") as file:
-        print("\n" + file.read())
-    files = [name for name in ("report.md", "report.png", "loss.png", "rewards.png", "log.csv")
-             if os.path.exists(os.path.join(config.out, name))]
-    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
-          + ", ".join(files))
+def report_table(report):
+    """report.md: pass@1 by task, a column a stage; then test-time compute, a line a task."""
+    stages = [name for name in STAGES if name in report["stages"]]
+    results = [report["stages"][name] for name in stages]
+    rows = [["task", "chance", *stages], ["---"] * (2 + len(stages))]
+    for task, chance in results[-1]["chance"].items():
+        rows.append([task, f"{chance:.2f}", *(f"{result['tasks'].get(task, 0):.2f}" for result in results)])
+    trained = [task for task in REASONING if task in results[-1]["tasks"]]
+    if trained:
+        means = [np.mean([result["tasks"].get(task, 0) for task in trained]) for result in results]
+        rows.append(["the tasks of the RL stages", "", *(f"{mean:.3f}" for mean in means)])
+    rows += [["**all**", "", *("**{pass@1:.3f}**".format(**result) for result in results)],
+             ["95 % interval", "", *("{:.3f}-{:.3f}".format(*result["ci95"]) for result in results)],
+             ["greedy", "", *(f"{result['greedy']:.3f}" for result in results)]]
+    text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token\n\n" \
+        "Held-out pass@1 at temperature 1 (chance: the teacher's answer to another problem):\n\n".format(**report)
+    text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    for row in report["ttc"]:
+        text += "\n{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: " \
+            "majority {maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA " \
+            "{markovian_rsa:.2f} [{markovian_rsa_ci95[0]:.2f}, {markovian_rsa_ci95[1]:.2f}], its majority " \
+            "{markovian_rsa_majority:.2f}\n".format(**row)
+    return text
 
 
-def main(arguments=None):
-    config, changes = parse_arguments(arguments)
+def write_report(out, report):
+    """report.json for programs; report.md, report.png and loss.png for people."""
+    if is_main():
+        write_json(os.path.join(out, "report.json"), report)
+        write_text(os.path.join(out, "report.md"), report_table(report))
+        save_figure(draw_report(report), os.path.join(out, "report.png"))
+        save_figure(draw_log(read_log(out)), os.path.join(out, "loss.png"))
+
+
+def save_figure(figure, path):
+    figure.savefig(path + ".tmp", format="png", dpi=110)
+    os.replace(path + ".tmp", path)
+
+
+def draw_report(report):
+    """report.png: what each stage solves of each task, and what chance would."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    stages = [name for name in STAGES if name in report["stages"]]
+    chance = report["stages"][stages[-1]]["chance"]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axis, width, places = figure.subplots(), 0.8 / len(stages), np.arange(len(chance))
+    for i, stage in enumerate(stages):
+        solved = [report["stages"][stage]["tasks"].get(task, 0) for task in chance]
+        axis.bar(places - 0.4 + (i + 0.5) * width, solved, width, label=f"after {stage}",
+                 color=colormaps["viridis"](i / len(stages)))
+    axis.hlines(list(chance.values()), places - 0.45, places + 0.45, "black", "dotted", label="chance")
+    axis.set_xticks(places, list(chance), rotation=20)
+    axis.set(ylim=(0, 1.05), ylabel="pass@1", title="Held-out problems solved, one sample at temperature 1")
+    figure.legend(loc="outside right center")
+    return figure
+
+
+def draw_log(rows):
+    """loss.png: the loss over the steps of the supervised stages and, if there are any, the reward over those of RL."""
+    from matplotlib.figure import Figure
+    panels = [("loss", "training loss (nats a token)", STAGES[:3]), ("reward", "mean reward", STAGES[3:])]
+    panels = panels[:1 + any(row["stage"] in STAGES[3:] for row in rows)]
+    figure = Figure(figsize=(9, 3.5 * len(panels)), layout="constrained")
+    for axis, (column, label, stages) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
+        start = 0
+        for stage in stages:
+            seen = [(int(row["step"]), float(row[column])) for row in rows if row["stage"] == stage and row[column]]
+            if seen:
+                steps, values = np.array(seen).T
+                width = min(15, 2 * (len(values) // 8) + 1)
+                smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
+                line, = axis.plot(start + steps, smooth, label=stage)
+                axis.plot(start + steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+                start += steps[-1]
+        axis.set(xlabel="step", ylabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+def check_files(config):
+    """The files of --data can be read, and --out can be a folder."""
     for path in config.data:
         if not os.path.isfile(path):
             raise SystemExit(f"--data {path}: no such file")
         if file_kind(path) is None:
             raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
                              "convert it")
-    device, dtype, why = choose_device(config)
+    if len(set(config.data)) < len(config.data):
+        raise SystemExit("--data names a file twice")
     try:
         os.makedirs(config.out, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out {config.out} cannot be a folder: {error.strerror}") from None
+
+
+def main(arguments=None):
+    """The command line: the stages that were asked for, one after the other, a report after each, then evaluation."""
+    begun, (config, shape) = time.perf_counter(), parse_arguments(arguments)
+    check_files(config)
+    device, dtype, why = choose_device(config)
     print(why)
-    print("settings: " + ", ".join(f"{f.name}={getattr(config, f.name)}" for f in dataclasses.fields(config)))
-    with alone_in(config.out):
-        run_stages(config, changes, device, dtype)
+    print("settings: " + ", ".join(f"{name}={value}" for name, value in vars(config).items()))
+    asked, tasks = config.stages.split(","), task_names(config.tasks)
+    # An RL stage without any of --tasks is left out.
+    stages = [name for name in STAGES if getattr(stage_settings(config, name), "tasks", True)]
+    for name in asked:
+        if name not in [*stages, "evaluate"]:
+            print(f"{name} is left out: --tasks {config.tasks} has none of what it asks, "
+                  + ", ".join(PRESETS[config.preset]["stages"][name].tasks))
+    wanted = [name for name in stages if name in asked]
+    evaluates = "evaluate" in asked and not PRESETS[config.preset]["evaluate"].tasks.keys().isdisjoint(tasks)
+    if not (wanted or evaluates):
+        raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
+    with lock_folder(config.out):
+        report = read_report(config)
+        for name in wanted:
+            model, tokenizer = finish_stage(name, stages, config, shape, report, device, dtype)
+        # final/ is the last stage there is: one that comes before it and was only measured again leaves it alone.
+        later = [name for name in STAGES if wanted and STAGES.index(name) > STAGES.index(wanted[-1])]
+        if wanted and not any(os.path.exists(os.path.join(config.out, name)) for name in later):
+            save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
+        if evaluates:
+            run_evaluation(config, report, device)
+    print("\n" + report_table(report))
+    print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
+          "report.md, report.png, report.json, loss.png, log.csv")
 
 
 # ---- appendix: the tasks --------------------------------------------------------------------------------------------

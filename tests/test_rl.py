@@ -311,7 +311,7 @@ def test_the_gap_is_zero_for_equal_weights_and_flips_for_others():
 # ---- the trainer ----------------------------------------------------------------------------------------------------
 
 def step(model, groups, advantages, lr=1e-3, micro_batch=10**6):
-    config = train.resolve(train.TrainConfig(preset="smoke"))
+    config = train.TrainConfig(preset="smoke")
     optimizers, balancer = train.make_optimizers(model, lr, momentum=0.0), PIDBalancer(model, 1e-4)
     batches = train.rl_batches(groups, torch.tensor(advantages), micro_batch, BYTES.pad, "cpu")
     lengths = [length for group in groups for length in group.lengths()]

@@ -488,7 +488,7 @@ def test_every_parameter_has_one_optimizer():
 
 def train_steps(model, batch, steps=1, micro_batch=10**6):
     """Updates on one batch -> their rows."""
-    config = train.resolve(train.TrainConfig(preset="smoke"))
+    config = train.TrainConfig(preset="smoke")
     config.micro_batch = micro_batch
     count = max(1, (batch[1] >= 0).sum().item())
     optimizers, balancer = train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2)
@@ -536,7 +536,7 @@ def test_prompts_do_not_teach_when_they_are_masked():
 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_preset_is_consistent(preset):
-    config = train.resolve(train.TrainConfig(preset=preset))
+    config = train.TrainConfig(preset=preset)
     shape = ZayaConfig.preset(preset)
     longest = max(config.context.values())
     assert config.micro_batch >= longest <= shape.max_position_embeddings
@@ -616,21 +616,20 @@ def test_replies_go_through_the_chat_form():
 
 
 def test_pass_at_1_counts_right_answers(monkeypatch):
-    problems = {}
-
-    def perfect(model, tokenizer, prompts, *_):
-        return [TASKS["add"].solve(problems[p]) if p in problems else "no" for p in prompts]
+    """A source that adds like the teacher and says nothing else."""
+    solved = {}
     for i in range(9):
         for attempt in range(60):                               # whichever of these are asked
             d = TASKS["add"].levels[i % len(TASKS["add"].levels)] + attempt // 50
             problem = train.draw(TASKS["add"], f"eval {i} {attempt}", d, held_out=True)
-            problems[problem.prompt] = problem
-    monkeypatch.setattr(train, "reply", perfect)
+            solved[problem.prompt] = TASKS["add"].solve(problem)
+    monkeypatch.setattr(train, "Checkpoint", lambda *_: lambda prompts, *_: [solved.get(p, "no") for p in prompts])
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
-    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5
+    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == result["greedy"] == 0.5
     assert all(chance < 0.4 for chance in result["chance"].values())
     low, high = result["ci95"]
     assert low < 0.5 < high and 0.4 < high - low < 0.6
+    assert train.pass_at_1(None, BYTES, ["add"], problems=9, samples=0)["problems"] == 0
 
 
 # ---- test-time compute ----------------------------------------------------------------------------------------------
@@ -678,10 +677,10 @@ class Parrot:
 
 def test_test_time_compute_by_hand(monkeypatch):
     """Three tokens of tail show the `ok`; a quarter of the singles are right, the rest agree on nothing found."""
-    asked = train.Evaluation({"find": 3}, 5, rsa.Budget(8, 2, 1, 64, 3), most_rounds=2)
+    eval_spec = train.Evaluation({"find": 3}, 5, rsa.Budget(8, 2, 1, 64, 3), most_rounds=2)
     parrot = Parrot()
     monkeypatch.setattr(train, "Checkpoint", lambda *_, **__: parrot)
-    row = train.evaluate_ttc(None, BYTES, "find", asked)
+    row = train.evaluate_ttc(None, BYTES, "find", eval_spec)
     assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.4
     assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
     assert row["maj@N"] == row["maj@equal_tokens"] == 0         # twelve of sixteen say that they found nothing
@@ -695,5 +694,5 @@ def test_test_time_compute_by_hand(monkeypatch):
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
     for key in ("single", "maj@N", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    # The first populations are one; then two rounds, one of Delethink, one of full RSA, and greedy.
-    assert [size for size, _ in parrot.calls] == [5 * 16, 5 * 8] + [5 * 8] * 4 + [5]
+    # The methods' first populations are one; two rounds, one of Delethink and one of full RSA; plain samples; greedy.
+    assert [size for size, _ in parrot.calls] == [5 * 8] + [5 * 8] * 4 + [5 * 16, 5]
