@@ -386,7 +386,7 @@ def trim(messages, context, tokenizer):
     try 2 again.  4. Questions and answers alone are too long: drop it.  (TR section III.)
 
     messages [{"role", "content"}, …] -> (messages, "kept" | "cut" | "stripped" | "dropped"); None when dropped.
-    To copy it, take cut_reasoning, split_think and THINK along; the tokenizer needs encode(text) -> ids,
+    To copy it, take cut_reasoning and split_think along with THINK; the tokenizer needs encode(text) -> ids,
     decode_bytes(ids) -> bytes, and render(messages) -> (ids, targets), of which only the number of ids counts.
 
     >>> byte = Tokenizer({bytes([i]): i for i in range(256)})             # one token per character
