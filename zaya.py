@@ -88,11 +88,14 @@ class ZayaConfig:
         do_sample temperature top_k top_p max_length min_length repetition_penalty""".split()
 
     def __post_init__(self):
+        self._check_types()
+        self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
+        self._check_shape()
+        self._complete_rope()
+
+    def _check_types(self):
         def whole(value, least=1):
             return type(value) is int and value >= least
-
-        def positive(value):
-            return type(value) in (int, float) and 0 < value < math.inf
 
         def token(value):
             return value is None or whole(value, 0)
@@ -100,7 +103,7 @@ class ZayaConfig:
         for names, works, wanted in (
             ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
              "moe_intermediate_size router_hidden_size max_position_embeddings", whole, "a positive integer"),
-            ("rms_norm_eps initializer_range", positive, "a positive number"),
+            ("rms_norm_eps initializer_range", self._positive, "a positive number"),
             ("tie_word_embeddings skip_expert", lambda value: type(value) is bool, "true or false"),
             ("sliding_window", lambda value: value is None or whole(value), "null or a positive number of tokens"),
             ("layer_types", lambda value: value is None or type(value) in (list, tuple), "a list of layer types"),
@@ -112,8 +115,9 @@ class ZayaConfig:
                 value = getattr(self, name)
                 self._require(works(value), f"{name} must be {wanted}, not {value!r}")
 
+    def _check_shape(self):
         H, K, D, L = self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.num_hidden_layers
-        self.layer_types = kinds = list(self.layer_types or ["hybrid"] * L)
+        kinds = self.layer_types
         unknown = [kind for kind in kinds if kind not in ("hybrid", "hybrid_sliding")]
         for works, problem in (
             (H % K == 0, f"num_attention_heads ({H}) must be a multiple of num_key_value_heads ({K})"),
@@ -126,27 +130,34 @@ class ZayaConfig:
         ):
             self._require(works, problem)
 
-        given, self.rope_parameters, thetas = self.rope_parameters or {}, {}, {"hybrid": 5e6, "hybrid_sliding": 1e4}
+    def _complete_rope(self):
+        """Fill `rope_parameters` up with the published values, and refuse every RoPE but the default one."""
+        given, thetas = self.rope_parameters or {}, {"hybrid": 5e6, "hybrid_sliding": 1e4}
         self._require(type(given) is dict and (not given or thetas.keys() & given.keys()),
                       f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
         # The file on the hub has a "rope_type" beside the layer types, which HF ignores.
         others = [item for item in given.items() if item[0] not in thetas]
+        self.rope_parameters = {}
         for kind, theta in thetas.items():
             own, where = given.get(kind) or {}, f"rope_parameters[{kind!r}]"
             self._require(type(own) is dict, f"{where} must be a dict, not {own!r}")
             rope = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": theta}
             rope.update((name, value) for name, value in own.items() if value is not None)
             self.rope_parameters[kind] = rope
-            if kind in kinds:
+            if kind in self.layer_types:
                 others += [item for item in rope.items() if item[0] not in ("partial_rotary_factor", "rope_theta")]
                 theta, share = rope["rope_theta"], rope["partial_rotary_factor"]
-                self._require(positive(theta), f"{where}: rope_theta must be a positive number, not {theta!r}")
-                self._require(type(share) in (int, float) and 0 <= share <= 1 and D * share % 2 == 0,
-                              f"{where}: partial_rotary_factor {share!r} must make head_dim ({D}) times it an even "
-                              "number of rotated channels")
+                self._require(self._positive(theta), f"{where}: rope_theta must be a positive number, not {theta!r}")
+                self._require(type(share) in (int, float) and 0 <= share <= 1 and self.head_dim * share % 2 == 0,
+                              f"{where}: partial_rotary_factor {share!r} must make head_dim ({self.head_dim}) times it "
+                              "an even number of rotated channels")
         for name, value in others:
             self._require(value is None or (name, value) == ("rope_type", "default"),
                           f"rope_parameters: {name} {value!r} is not implemented, only the rope_type 'default'")
+
+    @staticmethod
+    def _positive(value):
+        return type(value) in (int, float) and 0 < value < math.inf
 
     @staticmethod
     def _require(condition, message):
@@ -286,10 +297,12 @@ class CCA(nn.Module):
             shifted = shifted * (ids >= 1)[..., None]
         v = torch.cat([current, shifted], -1).unflatten(-1, (self.kv_heads, self.head_dim))
 
+        # All in fp32 from here to the end of RoPE.
         q_mean, k_mean = self.qk_mean(packed.float())
         mixed = self.convolve(seen, ids).float()                                    # (B, S, H + K, D)
-        q = self.unit(mixed[:, :, :self.heads] + q_mean)                            # fp32 up to RoPE
-        k = self.unit(mixed[:, :, self.heads:] + k_mean) * self.temp.float()[:, None]
+        q, k = mixed.split([self.heads, self.kv_heads], 2)
+        q = self.unit(q + q_mean)
+        k = self.unit(k + k_mean) * self.temp.float()[:, None]
         q = self.apply_rotary(q, positions.cos, positions.sin)
         k = self.apply_rotary(k, positions.cos, positions.sin)
         return q.to(v.dtype), k.to(v.dtype), v
@@ -375,8 +388,8 @@ class CCA(nn.Module):
     def apply_rotary(x, cos, sin):
         """RoPE on the first 2 * cos.shape[-1] channels of x (B, S, heads, D), channel i paired with i + half."""
         half = cos.shape[-1]
-        a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-        cos, sin = cos[:, :, None], sin[:, :, None]
+        a, b, rest = x.tensor_split((half, 2 * half), -1)
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
     @staticmethod
@@ -389,7 +402,8 @@ class CCA(nn.Module):
         column = torch.arange(T, device=position_ids.device)
         back = column[T - S:, None] - column                                        # (S, T)
         farthest = position_ids.clamp(0, (sliding_window or T) - 1)[..., None]      # (B, S, 1)
-        return ((back >= 0) & (back <= farthest))[:, None]
+        sees = (back >= 0) & (back <= farthest)
+        return sees[:, None]
 
 
 class Router(nn.Module):
@@ -424,9 +438,11 @@ class Router(nn.Module):
         r = self.down_proj(x)
         if previous is not None and hasattr(self, "router_states_scale"):
             r = r + previous * self.router_states_scale
-        h = F.rms_norm(r.float(), r.shape[-1:], self.norm.weight.float(), self.norm.eps).to(self.norm.weight.dtype)
+        gain = self.norm.weight
+        h = F.rms_norm(r.float(), r.shape[-1:], gain.float(), self.norm.eps).to(gain.dtype)
         h = F.gelu(self.fc1(h))
-        scores = self.out_proj(F.gelu(self.fc2(h))).float().softmax(-1)             # (B, S, classes)
+        h = F.gelu(self.fc2(h))
+        scores = self.out_proj(h).float().softmax(-1)                               # (B, S, classes), never rounded
         if choice is None:
             choice = (scores.detach() + self.balancing_biases.float()).argmax(-1)   # (B, S)
         if self.training:
@@ -593,7 +609,7 @@ class LayerCache:
         if sliding_window:
             self.start = max(self.start, self.end - sliding_window + 1)
         if self.k is None or self.end + S > self.k.shape[2]:
-            live = self.end - self.start
+            live = self.end - self.start                        # full: twice the room
             room = max(64, 2 * (live + S)) - live
             self.k = self._with_room(self.k, k, room)
             self.v = self._with_room(self.v, v, room)

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -26,11 +25,10 @@ FULL, SLIDING = "hybrid", "hybrid_sliding"
 SHAPES = {
     "full": {},
     "sliding": dict(layer_types=[SLIDING, FULL, SLIDING], sliding_window=5),
-    "window_of_one": dict(layer_types=[FULL, SLIDING, FULL], sliding_window=1, num_key_value_heads=1),
-    "three_kv_heads": dict(num_attention_heads=6, num_key_value_heads=3, layer_types=[FULL, FULL, SLIDING],
-                           sliding_window=4),
-    "no_groups": dict(num_key_value_heads=4, num_hidden_layers=1),
-    "no_skip": dict(skip_expert=False, num_hidden_layers=2, tie_word_embeddings=False),
+    "window_of_one": dict(layer_types=[FULL, SLIDING], num_hidden_layers=2, sliding_window=1, num_key_value_heads=1),
+    "three_kv_heads": dict(num_attention_heads=6, num_key_value_heads=3, layer_types=[FULL, SLIDING],
+                           num_hidden_layers=2, sliding_window=4),
+    "no_groups_no_skip": dict(num_key_value_heads=4, num_hidden_layers=1, skip_expert=False, tie_word_embeddings=False),
 }
 
 
@@ -69,14 +67,14 @@ def in_chunks(model, ids, sizes, mask=None):
 # ---- the forward pass ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-@pytest.mark.parametrize("t", [1, 11, 23])
-def test_causal(model, t):
+def test_causal(model):
     ids = tokens(2, 24)
-    changed = ids.clone()
-    changed[:, t] = ids[:, t] % 95 + 1
-    a, b = model(ids), model(changed)
-    close(a[:, :t], b[:, :t], 1e-5)                             # experts with other rows: sums in another order
-    assert ((a - b)[:, t].abs().amax(-1) > 1e-2).all(), "the changed token does matter"
+    for t in (1, 11, 23):
+        changed = ids.clone()
+        changed[:, t] = ids[:, t] % 95 + 1
+        a, b = model(ids), model(changed)
+        close(a[:, :t], b[:, :t], 1e-5)                         # experts with other rows: sums in another order
+        assert ((a - b)[:, t].abs().amax(-1) > 1e-2).all(), "the changed token does matter"
 
 
 @torch.no_grad()
@@ -105,24 +103,18 @@ def pack(rows, S):
 PACKED = [[7, 1, 12, 3], [1, 1, 2, 20], [9, 8, 6, 1], [2]]
 
 
-@torch.no_grad()
 def test_packed_samples_get_the_logits_they_get_alone(model):
+    """And no gradient reaches another sample."""
     position, where = pack(PACKED, 24)
-    ids = tokens(*position.shape)
+    ids, embedded = tokens(*position.shape), []
+    hook = model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
     packed = model(ids, position_ids=position)
+    hook.remove()
     assert packed.isfinite().all()
     for row, part in where:
         close(packed[row, part], model(ids[row:row + 1, part])[0])
-
-
-def test_gradients_do_not_leak_between_packed_samples(model):
-    position, where = pack(PACKED, 24)
-    ids, embedded = tokens(*position.shape), []
-    model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
-    logits = model(ids, position_ids=position)
-    for row, part in where:
         embedded[0].grad = None
-        (logits[row, part] * torch.randn_like(logits[row, part])).sum().backward(retain_graph=True)
+        (packed[row, part] * torch.randn_like(packed[row, part])).sum().backward(retain_graph=True)
         reached = embedded[0].grad.abs().sum(-1) > 0
         expected = torch.zeros_like(reached)
         expected[row, part] = True
@@ -197,29 +189,20 @@ def test_cca_refuses_ids_of_another_shape():
 
 @torch.no_grad()
 def test_a_layers_cca_has_the_models_rope():
-    """A stage that raises rope_theta in the config reaches the layers too, also those of a copy."""
-    model = copy.deepcopy(build(**SHAPES["sliding"]))
-    for theta in (50.0, 1e6):
-        for kind in (FULL, SLIDING):
-            model.config.rope_parameters[kind]["rope_theta"] = theta
-        given, layer = [], model.layers[1].self_attn
+    """A stage that raises rope_theta in the config reaches the layers too, also those of a copy; each type its own."""
+    model, seen = copy.deepcopy(build(**SHAPES["sliding"])), []
+    for kind, theta in ((FULL, 50.0), (SLIDING, 50.0), (FULL, 1e6), (SLIDING, 1e6)):
+        model.config.rope_parameters[kind]["rope_theta"] = theta
+        given = []
+        layer = model.layers[model.config.layer_types.index(kind)].self_attn
         hook = layer.register_forward_hook(lambda module, args, out, given=given: given.append((*args, out)))
-        model(tokens(2, 9))
+        seen.append(model(tokens(2, 24)))
         hook.remove()
         (x, positions, _, out), = given
         close(layer(x), out)
-        close(layer.locate(x).cos, CCA.rope_table(torch.arange(9)[None], theta, 4)[0])
+        close(layer.locate(x).cos, CCA.rope_table(torch.arange(24)[None], theta, 4)[0])
         assert torch.equal(positions.cos, layer.locate(x).cos)
-
-
-@torch.no_grad()
-def test_sliding_layers_have_their_own_rope():
-    theta = {FULL: {"rope_theta": 1e4}, SLIDING: {"rope_theta": 50.0}}
-    a = build(**SHAPES["sliding"], rope_parameters=theta)
-    b = build(**SHAPES["sliding"], rope_parameters={**theta, SLIDING: {"rope_theta": 51.0}})
-    c = build(**SHAPES["sliding"], rope_parameters={**theta, FULL: {"rope_theta": 2e4}})
-    assert (a(tokens(1, 24)) - b(tokens(1, 24))).abs().max() > 1e-4
-    assert (a(tokens(1, 24)) - c(tokens(1, 24))).abs().max() > 1e-4
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(seen, seen[1:]))
 
 
 @torch.no_grad()
@@ -248,6 +231,8 @@ def test_value_shift_and_qk_mean_by_hand():
         scores = scores.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf)
         heads.append(scores.softmax(-1) @ v[:, group])
     close(out[0], cca.o_proj(torch.cat(heads, 1)))
+    zero = torch.cat([torch.zeros(1, 8), torch.randn(3, 8)])
+    close(CCA.unit(zero).norm(dim=-1), torch.tensor([0, 8 ** 0.5, 8 ** 0.5, 8 ** 0.5]))
 
 
 @torch.no_grad()
@@ -310,12 +295,6 @@ def test_router_softmax_is_not_rounded():
 
 
 @torch.no_grad()
-def test_unit_length():
-    x = torch.cat([torch.zeros(1, 8), torch.randn(3, 8)])
-    close(CCA.unit(x).norm(dim=-1), torch.tensor([0, 8 ** 0.5, 8 ** 0.5, 8 ** 0.5]))
-
-
-@torch.no_grad()
 def test_router_state_runs_over_depth_before_its_norm():
     """r_2 = W_2 x_2 + gamma_2 (W_1 x_1 + gamma_1 r_0): what a layer hands on is neither normed nor scaled yet."""
     first, second = Router(16, 8, 5, eda=False), Router(16, 8, 5)
@@ -330,10 +309,9 @@ def test_router_state_runs_over_depth_before_its_norm():
 def test_skip_expert_can_be_switched_off(tmp_path):
     ids, routing = tokens(4, 30), []
     on, off = build(skip_bias=1.0), build(skip_expert=False)
-    assert on.config.router_classes == 5 and off.config.router_classes == 4
     on.hidden_states(ids, routing=routing)
-    assert (torch.stack(routing) == 4).any()
-    assert all(layer.gate.out_proj.weight.shape[0] == len(layer.gate.balancing_biases) == 4 for layer in off.layers)
+    assert on.config.router_classes == 5 and (torch.stack(routing) == 4).any()
+    assert all(len(layer.gate.out_proj.weight) == len(layer.gate.balancing_biases) == 4 for layer in off.layers)
     assert all((layer.gate.balancing_biases == 0).all() for layer in Zaya(off.config).layers)
     routing = []
     off.hidden_states(ids, routing=routing)
@@ -352,22 +330,20 @@ def test_router_replay(model):
     assert len(recorded) == model.config.num_hidden_layers and all(choice.shape == ids.shape for choice in recorded)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            if ".gate." in name:
+        for layer in other.layers:
+            for parameter in layer.gate.parameters():
                 parameter.add_(0.5 * torch.randn_like(parameter))
-    fresh, replayed, replayed_seen = [], list(recorded), []
+    fresh, replayed, seen = [], list(recorded), []
     other.hidden_states(ids, routing=fresh)
     assert any((a != b).any() for a, b in zip(fresh, recorded)), "the perturbation would have changed choices"
-    hooks = [layer.gate.register_forward_hook(lambda module, args, out: replayed_seen.append(out[1]))
-             for layer in other.layers]
+    for layer in other.layers:
+        layer.gate.register_forward_hook(lambda module, args, out: seen.append(out[1]))
     hidden = other.hidden_states(ids, routing=replayed)
-    assert all(torch.equal(a, b) for a, b in zip(replayed_seen, recorded)) and len(replayed_seen) == len(recorded)
-    assert all(a is b for a, b in zip(replayed, recorded)) and len(replayed) == len(recorded), "the list is left alone"
+    assert len(seen) == len(recorded) and all(torch.equal(a, b) for a, b in zip(seen, recorded))
+    assert len(replayed) == len(recorded) and all(a is b for a, b in zip(replayed, recorded)), "the list is left alone"
     other.logits(hidden).logsumexp(-1).sum().backward()
-    for name, parameter in other.named_parameters():
-        if ".gate." in name:
-            assert parameter.grad.norm() > 0, name
-    [hook.remove() for hook in hooks]
+    for layer in other.layers:
+        assert all(parameter.grad.norm() > 0 for parameter in layer.gate.parameters())
     close(model.hidden_states(ids, routing=list(recorded)), model.hidden_states(ids))
 
 
@@ -417,7 +393,7 @@ def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
 # ---- the cache -------------------------------------------------------------------------------------------------------
 
 LONG = 70                                                       # beyond the 64 columns of a cache's first buffer
-CHUNKS = {"one_by_one": [1] * LONG, "chunks": [3, 1, 1, 20, 2, 40, 3], "at_once": [LONG], "prefill": [60] + [1] * 10}
+CHUNKS = {"one_by_one": [1] * LONG, "chunks": [3, 1, 1, 20, 2, 40, 3], "prefill": [60] + [1] * 10}
 
 
 @torch.no_grad()
@@ -440,17 +416,14 @@ def test_cache_equals_full_forward(model, sizes, lengths):
 
 
 @torch.no_grad()
-def test_a_mask_may_come_late_or_end_early(model):
-    """Each call's mask is about its own tokens: a cache filled with one goes on without, and the other way round."""
+def test_masks_and_ids_may_come_late_or_end_early(model):
+    """Each call's mask is about its own tokens: a cache filled with one goes on without, and the other way round.  A
+    packed prompt goes on from its last sample."""
     ids, cache = tokens(2, 12), Cache(model.config.num_hidden_layers)
     parts = [model(ids[:, :5], cache=cache), model(ids[:, 5:9], torch.ones(2, 4), cache=cache),
              model(ids[:, 9:], cache=cache)]
     close(torch.cat(parts, 1), model(ids))
     assert cache.position.tolist() == [12, 12]
-
-
-@torch.no_grad()
-def test_packed_prompt_goes_on_from_its_last_sample(model):
     ids, cache = tokens(1, 20), Cache(model.config.num_hidden_layers)
     model(ids[:, :12], position_ids=pack([[5, 7]], 12)[0], cache=cache)
     close(torch.cat([model(part, cache=cache) for part in (ids[:, 12:13], ids[:, 13:])], 1), model(ids[:, 5:])[:, 7:])
@@ -470,14 +443,6 @@ def test_cache_select(model, lengths):
     cache.select(torch.tensor([1]))                             # once more, down to a single row
     last = tokens(1, 2, seed=2)
     close(model(last, cache=cache)[0], model(torch.cat([ids[0, mask[0] == 1], more[1], last[0]])[None])[0, -2:])
-
-
-def test_layer_cache_is_empty_and_selectable_at_first():
-    cache = Cache(2)
-    cache.select(torch.tensor([0]))
-    assert cache.columns == 0 and all(layer.k is None for layer in cache.layers)
-    k, v = LayerCache().append(torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
-    assert k.shape == v.shape == (1, 2, 3, 4) and (k == 1).all() and (v == 0).all()
 
 
 # ---- generation ------------------------------------------------------------------------------------------------------
@@ -674,9 +639,7 @@ def test_presets_run(name):
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
          "num_experts", "moe_intermediate_size", "router_hidden_size", "max_position_embeddings"]
-
-
-@pytest.mark.parametrize("changes, word", [
+REFUSED = [
     *[({name: value}, name) for name in SIZES for value in (0, -2, 2.5, 4.0, "4", True, None, [4])],
     *[({name: value}, name) for name in ("rms_norm_eps", "initializer_range")
       for value in (0, -1e-5, "1e-5", True, None, math.nan, math.inf)],
@@ -689,32 +652,31 @@ SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
     (dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters"),
     *[(dict(rope_parameters={FULL: {name: value}}), name) for name, value in
       (("rope_theta", "1e4"), ("rope_theta", -1), ("partial_rotary_factor", "0.5"), ("partial_rotary_factor", 2.0),
-       ("factor", 8.0), ("type", "linear"), ("mrope_section", [1, 1]))],
-    (dict(rope_parameters={FULL: {}, "rope_type": "yarn"}), "rope_type.*yarn"),
+       ("partial_rotary_factor", 0.4), ("factor", 8.0), ("type", "linear"), ("mrope_section", [1, 1]))],
+    *[(dict(rope_parameters=rope), "rope_type.*yarn") for rope in
+      ({FULL: {"rope_type": "yarn"}}, {FULL: {}, "rope_type": "yarn"},
+       {FULL: {"rope_type": "default"}, "rope_type": "yarn"})],
     (dict(rope_parameters={FULL: {}, "factor": 2.0}), "factor"),
-    (dict(rope_scaling={"rope_type": "linear", "factor": 8.0}), "rope_scaling"),
-    (dict(quantization_config={"quant_method": "fp8"}), "quantization_config"), (dict(rope_theta=1e4), "rope_theta"),
-    (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping"), (dict(router_scale=2.0), "router_scale"),
-    (dict(final_logit_softcapping=30.0), "final_logit_softcapping"), (dict(use_qk_norm=False), "use_qk_norm"),
+    (dict(rope_parameters={FULL: {}, "partial_rotary_factor": 0.25}), "partial_rotary_factor"),
+    *[({name: value}, name) for name, value in dict(
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, quantization_config={"quant_method": "fp8"},
+        rope_theta=1e4, attn_logit_softcapping=50.0, router_scale=2.0, final_logit_softcapping=30.0, use_qk_norm=False,
+        zaya_layers=["a", 16], num_experts_per_tok=2, attention_bias=True, lm_head_bias=True,
+        attention_dropout=0.1).items()],
     (dict(cca_time0=3), "cca_time0 3.*only 2"), (dict(cca_time1=1), "cca_time1 1.*only 2"),
-    (dict(zaya_layers=["a", 16]), "zaya_layers"), (dict(model_type="llama"), "model_type.*llama"),
+    (dict(model_type="llama"), "model_type.*llama"), (dict(hidden_act="gelu"), "hidden_act.*gelu"),
     (dict(num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
-    (dict(num_key_value_heads=1, head_dim=7), "head_dim"),
-    (dict(layer_types=[FULL]), "layer_types"),
+    (dict(num_key_value_heads=1, head_dim=7), "head_dim"), (dict(layer_types=[FULL]), "layer_types"),
     (dict(layer_types=[FULL, FULL, "mamba"]), "layer_types.*mamba"),
     (dict(layer_types=[FULL, FULL, SLIDING]), "sliding_window"),
-    (dict(layer_types=[FULL, FULL, SLIDING], sliding_window=0), "sliding_window"),
-    (dict(rope_parameters={FULL: {"rope_type": "yarn"}}), "rope_type.*yarn"),
-    (dict(rope_parameters={FULL: {"partial_rotary_factor": 0.4}}), "partial_rotary_factor"),
-    (dict(hidden_act="gelu"), "hidden_act.*gelu"), (dict(num_experts_per_tok=2), "num_experts_per_tok"),
-    (dict(attention_bias=True), "attention_bias"), (dict(lm_head_bias=True), "lm_head_bias"),
-    (dict(attention_dropout=0.1), "attention_dropout")])
-def test_config_errors_name_the_field(changes, word):
-    with pytest.raises(ValueError, match=word):
-        ZayaConfig.from_dict({**BASE, **changes})
+    (dict(layer_types=[FULL, FULL, SLIDING], sliding_window=0), "sliding_window")]
 
 
-def test_unknown_preset_and_unknown_field():
+def test_config_errors_name_the_field():
+    for changes, word in REFUSED:
+        with pytest.raises(ValueError, match=word):
+            ZayaConfig.from_dict({**BASE, **changes})
+            pytest.fail(f"{changes} was accepted")
     with pytest.raises(ValueError, match="'huge'.*smoke, tiny, small, zaya1-8b"):
         ZayaConfig.preset("huge")
     with pytest.raises(TypeError, match="hiden_size"):
@@ -758,6 +720,9 @@ def test_config_reads_the_hub_style():
 
 # ---- save and load ---------------------------------------------------------------------------------------------------
 
+NAME = "model.layers.1.self_attn.qkv_proj.k_proj.weight"
+
+
 @pytest.fixture(scope="module")
 def saved_model():
     return build(num_hidden_layers=2)
@@ -772,12 +737,10 @@ def weight_files(directory):
     return sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
 
 
-def edit(directory, change):
-    """Apply `change` to the dict of the only weight file."""
-    path = os.path.join(directory, "model.safetensors")
-    state = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
-    change(state)
-    safetensors.torch.save_file(state, path)
+def read_weights(directory):
+    """The tensors of the only weight file, which may be written over."""
+    stored = safetensors.torch.load_file(directory / "model.safetensors")
+    return {name: tensor.clone() for name, tensor in stored.items()}
 
 
 @torch.no_grad()
@@ -817,6 +780,8 @@ def test_a_loaded_model_learns(tmp_path, saved_model):
     same(saved_model, Zaya.from_pretrained(tmp_path))
     back.save_pretrained(tmp_path)                              # over the file it is mapped from
     same(back, Zaya.from_pretrained(tmp_path))
+    saved_model.save_pretrained(tmp_path, state_dict=back.state_dict())
+    same(back, Zaya.from_pretrained(tmp_path))
 
 
 def test_shards_of_an_earlier_save_are_removed(tmp_path, saved_model):
@@ -847,33 +812,27 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, saved_model, 
     same(saved_model, Zaya.from_pretrained(tmp_path))
 
 
-NAME = "model.layers.1.self_attn.qkv_proj.k_proj.weight"
-
-
-@pytest.mark.parametrize("change", [
-    lambda state: state.pop(NAME),
-    lambda state: state.update({NAME.replace("layers.1", "layers.7"): torch.ones(3)}),
-    lambda state: state.update({NAME: state[NAME][:, :-1].contiguous()}),
-    lambda state: state.update({NAME: state[NAME].T.contiguous()}),
-], ids=["missing", "extra", "misshaped", "transposed"])
-def test_a_wrong_tensor_is_named(tmp_path, saved_model, change, request):
+def test_a_wrong_tensor_is_named(tmp_path, saved_model):
     saved_model.save_pretrained(tmp_path)
-    edit(tmp_path, change)
-    name = NAME.replace("layers.1", "layers.7") if "extra" in request.node.name else NAME
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-        Zaya.from_pretrained(tmp_path)
-
-
-def save_file(directory, name, state):
-    safetensors.torch.save_file(state, os.path.join(directory, name))
+    good, extra = read_weights(tmp_path), NAME.replace("layers.1", "layers.7")
+    missing = {name: tensor for name, tensor in good.items() if name != NAME}
+    for name, state in ((NAME, missing), (extra, good | {extra: torch.ones(3)}),
+                        (NAME, good | {NAME: good[NAME][:, :-1].contiguous()}),
+                        (NAME, good | {NAME: good[NAME].T.contiguous()})):
+        safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            Zaya.from_pretrained(tmp_path)
+    copy_of_head = good | {"lm_head.weight": good["model.embed_tokens.weight"].clone()}
+    safetensors.torch.save_file(copy_of_head, tmp_path / "model.safetensors")
+    same(saved_model, Zaya.from_pretrained(tmp_path))           # a tied model needs no head, and ignores a copy
 
 
 def test_only_the_model_is_read(tmp_path, saved_model):
     """Beside model.safetensors: a backup of zeros before and after it in the alphabet, an index and a damaged file."""
     saved_model.save_pretrained(tmp_path)
-    zeros = {name: 0 * tensor for name, tensor in safetensors.torch.load_file(tmp_path / "model.safetensors").items()}
-    save_file(tmp_path, "backup.safetensors", zeros)
-    save_file(tmp_path, "old.safetensors", zeros)
+    zeros = {name: 0 * tensor for name, tensor in read_weights(tmp_path).items()}
+    safetensors.torch.save_file(zeros, tmp_path / "backup.safetensors")
+    safetensors.torch.save_file(zeros, tmp_path / "old.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "old.safetensors"}}))
     (tmp_path / "z.safetensors").write_bytes(b"cut")
     same(saved_model, Zaya.from_pretrained(tmp_path))
@@ -882,53 +841,66 @@ def test_only_the_model_is_read(tmp_path, saved_model):
 def test_the_index_decides_tensor_by_tensor(tmp_path, saved_model):
     """Each of two files holds zeros of what the index takes from the other, and a third is not in the index."""
     saved_model.save_pretrained(tmp_path)
-    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state = read_weights(tmp_path)
     os.remove(tmp_path / "model.safetensors")
     places = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(state)}
     for file in ("a.safetensors", "b.safetensors", "c.safetensors"):
-        save_file(tmp_path, file, {name: tensor if places[name] == file else 0 * tensor
-                                   for name, tensor in state.items()} | {"another.model": torch.ones(3)})
+        held = {name: tensor if places[name] == file else 0 * tensor for name, tensor in state.items()}
+        safetensors.torch.save_file(held | {"another.model": torch.ones(3)}, tmp_path / file)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     same(saved_model, Zaya.from_pretrained(tmp_path))
-    save_file(tmp_path, "b.safetensors", {name: state[name] for name in state if name != NAME})
+    del state[NAME]
+    safetensors.torch.save_file(state, tmp_path / "b.safetensors")
     index.write_text(json.dumps({"weight_map": places | {NAME: "b.safetensors"}}))
-    with pytest.raises(ValueError, match="b.safetensors lacks the tensor '" + NAME.replace(".", r"\.")):
+    with pytest.raises(ValueError, match="b.safetensors is damaged: .*" + NAME.replace(".", r"\.")):
         Zaya.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "pt"])
-def test_files_without_an_index_must_not_overlap(tmp_path, saved_model, ending):
+def test_files_without_an_index_must_not_overlap(tmp_path, saved_model):
     saved_model.save_pretrained(tmp_path)
-    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state, save = read_weights(tmp_path), safetensors.torch.save_file
     os.remove(tmp_path / "model.safetensors")
-    names, save = list(state), safetensors.torch.save_file if ending == "safetensors" else torch.save
-    save({name: state[name].clone() for name in names[:9]}, tmp_path / f"one.{ending}")
-    save({name: state[name].clone() for name in names[9:]}, tmp_path / f"two.{ending}")
+    names = list(state)
+    save({name: state[name] for name in names[:9]}, tmp_path / "one.safetensors")
+    save({name: state[name] for name in names[9:]}, tmp_path / "two.safetensors")
     same(saved_model, Zaya.from_pretrained(tmp_path))
-    save({names[3]: state[names[3]].clone()}, tmp_path / f"three.{ending}")
-    with pytest.raises(ValueError, match=rf"{names[3]}' is in both one.{ending} and three.{ending}"):
+    save({names[3]: state[names[3]].clone()}, tmp_path / "three.safetensors")
+    with pytest.raises(ValueError, match=rf"{names[3]}' is in both one.safetensors and three.safetensors"):
         Zaya.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"hidden_size": 3', b"[1]", b"null", b'"text"', b"\xff\xfe{\x00}\x00",
-                                     b"[" * 100_000, b'{"hidden_size": "64"}', b'{"weight_map": 3}'],
-                         ids=["empty", "cut", "list", "null", "text", "UTF-16", "deep", "wrong type", "wrong value"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_a_damaged_json_is_named(tmp_path, saved_model, name, content):
+def test_a_damaged_json_is_named(tmp_path, saved_model, name):
     saved_model.save_pretrained(tmp_path, 20_000)
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        Zaya.from_pretrained(tmp_path)
-    message = str(caught.value)
-    assert message.count(str(tmp_path / name)) == 1 and "\n" not in message and len(message) < 300
-
-
-def test_json_with_a_byte_order_mark(tmp_path, saved_model):
-    saved_model.save_pretrained(tmp_path, 20_000)
-    for name in ("config.json", "model.safetensors.index.json"):
-        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())       # a byte order mark does no harm
     same(saved_model, Zaya.from_pretrained(tmp_path))
+    for content in (b"", b'{"hidden_size": 3', b"[1]", b"null", b'"text"', b"\xff\xfe{\x00}\x00", b"[" * 100_000,
+                    b'{"hidden_size": "64"}', b'{"weight_map": 3}'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as caught:
+            Zaya.from_pretrained(tmp_path)
+        message = str(caught.value)
+        assert message.count(str(path)) == 1 and "\n" not in message and len(message) < 300
+
+
+def test_missing_and_cut_files_are_named(tmp_path, saved_model):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        Zaya.from_pretrained(tmp_path / "nowhere")
+    saved_model.save_pretrained(tmp_path, 20_000)
+    path = tmp_path / weight_files(tmp_path)[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model-00002-of.*is damaged"):
+        Zaya.from_pretrained(tmp_path)
+    os.remove(path)
+    with pytest.raises(FileNotFoundError, match="model-00002-of"):
+        Zaya.from_pretrained(tmp_path)
+    for name in os.listdir(tmp_path):
+        if name != "config.json":
+            os.remove(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="safetensors"):
+        Zaya.from_pretrained(tmp_path)
 
 
 @torch.no_grad()
@@ -949,58 +921,6 @@ def test_token_ids_may_be_null(tmp_path, eos):
         assert torch.equal(row[:end], alone[:end]) and (row[end:] == stop[0]).all()
 
 
-def test_missing_files_are_named(tmp_path, saved_model):
-    with pytest.raises(FileNotFoundError, match="config.json"):
-        Zaya.from_pretrained(tmp_path / "nowhere")
-    saved_model.save_pretrained(tmp_path, 20_000)
-    os.remove(tmp_path / weight_files(tmp_path)[1])
-    with pytest.raises(FileNotFoundError, match="model-00002-of"):
-        Zaya.from_pretrained(tmp_path)
-    for name in os.listdir(tmp_path):
-        if name != "config.json":
-            os.remove(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="safetensors"):
-        Zaya.from_pretrained(tmp_path)
-
-
-def test_a_copy_of_a_tied_head_is_ignored(tmp_path, saved_model):
-    saved_model.save_pretrained(tmp_path)
-    edit(tmp_path, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].clone()}))
-    same(saved_model, Zaya.from_pretrained(tmp_path))
-
-
-def save_as_pt(model, directory):
-    model.save_pretrained(directory)
-    os.remove(os.path.join(directory, "model.safetensors"))
-    torch.save({Zaya.official_name(name): tensor for name, tensor in model.state_dict().items()},
-               os.path.join(directory, "weights.pt"))
-
-
-def test_pt_file(tmp_path, saved_model):
-    save_as_pt(saved_model, tmp_path)
-    torch.save({"optimizer": {}}, tmp_path / "trainer.pt")      # train.py's state, not weights
-    same(saved_model, Zaya.from_pretrained(tmp_path))
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def test_pt_file_runs_no_code(tmp_path, saved_model):
-    save_as_pt(saved_model, tmp_path)
-    trap = str(tmp_path / "trap")
-    torch.save({"model.norm.weight": Malicious(trap)}, tmp_path / "weights.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        Zaya.from_pretrained(tmp_path)
-    assert not os.path.exists(trap)
-    torch.load(tmp_path / "weights.pt", weights_only=False)     # the trap was armed
-    assert os.path.exists(trap)
-
-
 @torch.no_grad()
 def test_loading_in_bf16_keeps_the_balancing_biases(tmp_path, saved_model):
     saved_model.save_pretrained(tmp_path / "fp32")
@@ -1015,41 +935,49 @@ def test_loading_in_bf16_keeps_the_balancing_biases(tmp_path, saved_model):
     assert Zaya.from_pretrained(tmp_path / "bf16", dtype=torch.float32).norm.weight.dtype == torch.float32
 
 
-MEMORY = """
-import sys
-import torch
+FRESH = """
+import sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[1])
-from zaya import Zaya, ZayaConfig
+for name in ("transformers", "tiktoken", "regex", "safetensors", "numpy"):      # imported where they are used
+    sys.modules[name] = None
+import zaya
+with torch.device("meta"):
+    zaya.Zaya(zaya.ZayaConfig.preset("smoke"))
+zaya.Zaya(zaya.ZayaConfig.preset("smoke")).generate(torch.ones(1, 3, dtype=torch.long), 2)
+for name in [name for name, module in sys.modules.items() if module is None]:
+    del sys.modules[name]
+import safetensors.torch
+print(sorted(zaya.Tokenizer.train(open(sys.argv[1] + "/prose.txt").read(), 320).ranks.items()))
 def private():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) * 1024
-import safetensors.torch
-with torch.device("meta"):                                      # imports a part of torch at its first use
-    Zaya(ZayaConfig.preset("smoke"))
-before = private()
-model = Zaya.from_pretrained(sys.argv[2])
-loaded = private()
-copy = [parameter.detach().clone() for parameter in model.parameters()]
-print(loaded - before, private() - loaded)
+if sys.platform == "linux":
+    before = private()
+    model = zaya.Zaya.from_pretrained(sys.argv[1])
+    loaded = private()
+    copy = [parameter.detach().clone() for parameter in model.parameters()]
+    print(loaded - before, private() - loaded)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-def test_loading_maps_the_weights_instead_of_copying_them(tmp_path):
-    config = ZayaConfig(**{**BASE, "hidden_size": 512, "vocab_size": 65536, "moe_intermediate_size": 1024})
+def test_a_fresh_process(tmp_path, tokenizer):
+    """zaya.py needs torch alone until something else is used; another hash seed trains the same tokenizer; and loading
+    maps the weights instead of copying them."""
+    config = ZayaConfig(**{**BASE, "hidden_size": 512, "vocab_size": 32768, "moe_intermediate_size": 256})
     with torch.device("meta"):
         model = Zaya(config)
     model = model.to_empty(device="cpu")
     size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert size > 180e6
+    assert size > 80e6
     model.save_pretrained(tmp_path)
-    del model
-    root = os.path.dirname(os.path.abspath(zaya.__file__))
-    done = subprocess.run([sys.executable, "-c", MEMORY, root, str(tmp_path)], capture_output=True, text=True)
+    (tmp_path / "prose.txt").write_text(PROSE)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", FRESH, str(tmp_path)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONHASHSEED": "12345"}, cwd=os.path.dirname(zaya.__file__) or ".")
     assert done.returncode == 0, done.stderr
-    rise, copied = map(int, done.stdout.split())
-    assert rise < 0.1 * size, f"loading {size / 1e6:.0f} MB took {rise / 1e6:.0f} MB"
-    assert copied > 0.9 * size, "the measure sees a copy when there is one"
+    ranks, *sizes = done.stdout.splitlines()
+    assert ranks == str(sorted(tokenizer.ranks.items())) == str(sorted(Tokenizer.train(PROSE, 320).ranks.items()))
+    for rise, copied in [map(int, line.split()) for line in sizes]:
+        assert rise < 0.1 * size, f"loading {size / 1e6:.0f} MB took {rise / 1e6:.0f} MB"
+        assert copied > 0.9 * size, "the measure sees a copy when there is one"
 
 
 # ---- balancing -------------------------------------------------------------------------------------------------------
@@ -1088,9 +1016,14 @@ def adamw_by_hand(bias, gradients, lr, betas, eps=1e-8):
     return bias
 
 
-@pytest.mark.parametrize("skip_expert, balance_skip", [(True, False), (True, True), (False, False)])
+SKIPS = pytest.mark.parametrize("skip_expert, balance_skip", [(True, False), (True, True), (False, False)])
+
+
+@SKIPS
 def test_balancer_is_adamw_on_the_share(skip_expert, balance_skip):
     routers = Routers(skip_expert=skip_expert)
+    group = PIDBalancer(routers).optimizer.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 0.0)
     lr, betas = 0.05, (0.8, 0.9)
     balancer = PIDBalancer(routers, lr=lr, betas=betas, balance_skip=balance_skip)
     start, gradients = routers.biases().clone(), []
@@ -1115,18 +1048,11 @@ def test_balancer_is_adamw_on_the_share(skip_expert, balance_skip):
                                      "bias": expected[:, :classes].abs().max().item()}, abs=1e-5)
 
 
-def test_balancer_defaults():
-    balancer = PIDBalancer(Routers())
-    group = balancer.optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 0.0)
-
-
-@pytest.mark.parametrize("skip_expert, balance_skip", [(True, False), (True, True), (False, False)])
+@SKIPS
 def test_balancer_alone_makes_a_skewed_load_uniform(skip_expert, balance_skip):
     routers = Routers(layers=2, skip_expert=skip_expert).train()
     before = copy.deepcopy(dict(routers.named_parameters()))
-    balancer = PIDBalancer(routers, lr=0.01, betas=(0.9, 0.99), balance_skip=balance_skip)
-    log = []
+    balancer, log = PIDBalancer(routers, lr=0.01, betas=(0.9, 0.99), balance_skip=balance_skip), []
     for _ in range(400):
         routers()
         log.append(balancer.step())
@@ -1137,18 +1063,6 @@ def test_balancer_alone_makes_a_skewed_load_uniform(skip_expert, balance_skip):
     if skip_expert:
         moved = (routers.biases()[:, -1] > -0.99).all()
         assert moved if balance_skip else (routers.biases()[:, -1] == -1).all()
-
-
-def test_counts_add_up_over_micro_batches():
-    whole, halves = Routers().train(), Routers().train()
-    a, b = PIDBalancer(whole, lr=0.1), PIDBalancer(halves, lr=0.1)
-    for _ in range(2):
-        whole()
-        halves(slice(0, 200))
-        halves(slice(200, None))
-        assert torch.equal(whole.loads(), halves.loads()) and (whole.loads().sum(1) == 600).all()
-        assert a.step() == b.step()
-        assert torch.equal(whole.biases(), halves.biases())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1167,32 +1081,39 @@ def test_counts_are_exact_in_every_dtype(dtype):
     close(routers.biases()[:, 0].float(), torch.full((2,), -0.7), 0.01)
 
 
+def two_steps(*parts):
+    """Biases and logs after two steps whose tokens come in these micro-batches."""
+    routers = Routers().train()
+    balancer, logs = PIDBalancer(routers, lr=0.1), []
+    for _ in range(2):
+        for part in parts:
+            routers(part)
+        logs.append(balancer.step())
+    return routers.biases(), logs
+
+
 def rank_counts(rank, directory):
     """One of two processes, with half of the tokens; module level because spawn must find it."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    routers = Routers().train()
-    balancer, logs = PIDBalancer(routers, lr=0.1), []
-    for _ in range(2):
-        routers(slice(0, 200) if rank == 0 else slice(200, None))
-        logs.append(balancer.step())
-    torch.save({"biases": routers.biases(), "logs": logs}, os.path.join(directory, f"{rank}.pt"))
+    biases, logs = two_steps(slice(0, 200) if rank == 0 else slice(200, None))
+    torch.save({"biases": biases, "logs": logs}, os.path.join(directory, f"{rank}.part"))
+    os.replace(os.path.join(directory, f"{rank}.part"), os.path.join(directory, f"{rank}.pt"))
     while not os.path.exists(os.path.join(directory, f"{1 - rank}.pt")):        # the other one is done with us
         time.sleep(0.01)
     os._exit(0)             # gloo's threads now and then abort in an orderly shutdown (torch 2.13, one run in 25)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_counts_add_up_over_processes(tmp_path):
-    torch.multiprocessing.spawn(rank_counts, (str(tmp_path),), nprocs=2)
-    whole = Routers().train()
-    balancer, logs = PIDBalancer(whole, lr=0.1), []
-    for _ in range(2):
-        whole()
-        logs.append(balancer.step())
+def test_counts_add_up_over_micro_batches_and_processes(tmp_path):
+    biases, logs = two_steps(slice(None))
+    halves, theirs = two_steps(slice(0, 200), slice(200, None))
+    assert torch.equal(halves, biases) and theirs == logs
+    method = "fork" if sys.platform == "linux" else "spawn"     # the former need not import torch again
+    torch.multiprocessing.start_processes(rank_counts, (str(tmp_path),), nprocs=2, start_method=method)
     for rank in range(2):
         theirs = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(theirs["biases"], whole.biases()) and theirs["logs"] == logs
+        assert torch.equal(theirs["biases"], biases) and theirs["logs"] == logs
 
 
 def test_padding_is_not_counted(model):
@@ -1207,7 +1128,7 @@ def test_padding_is_not_counted(model):
         for layer, choice in zip(model.layers, routing):
             assert layer.gate.load.sum() == real
             expected = choice[keep.expand_as(choice)].bincount(minlength=model.config.router_classes)
-            assert torch.equal(layer.gate.load, expected.float())
+            assert torch.equal(layer.gate.load, expected)
             layer.gate.load.zero_()
         model.eval()(**arguments)
         assert all((layer.gate.load == 0).all() for layer in model.layers), "nothing is counted in eval mode"
@@ -1230,28 +1151,21 @@ def test_balancer_goes_on_from_its_state():
         assert torch.equal(straight.biases(), resumed.biases()), i
 
 
-def test_balancer_without_counts_is_an_error():
-    routers = Routers()
-    balancer = PIDBalancer(routers)
-    routers.eval()()
-    with pytest.raises(RuntimeError, match="train"):
-        balancer.step()
-    routers.train()()
-    balancer.step()
-    with pytest.raises(RuntimeError, match="train"):
-        balancer.step()
-
-
-def test_balancer_on_a_whole_model():
-    model = build(skip_bias=-1.0).train()
+def test_balancer_on_a_whole_model_needs_counts():
+    model = build(skip_bias=-1.0)
     balancer = PIDBalancer(model)
     before = [layer.gate.balancing_biases.clone() for layer in model.layers]
-    model(tokens(4, 30))
+    model(tokens(4, 30))                                        # in eval mode: nothing is counted
+    with pytest.raises(RuntimeError, match="train"):
+        balancer.step()
+    model.train()(tokens(4, 30))
     log = balancer.step()
     assert set(log) == {"load", "entropy", "bias", "skip"} and 0 < log["entropy"] <= 1 <= log["load"]
     for layer, old in zip(model.layers, before):
         assert not torch.equal(layer.gate.balancing_biases[:-1], old[:-1])
         assert layer.gate.balancing_biases[-1] == old[-1]
+    with pytest.raises(RuntimeError, match="train"):
+        balancer.step()
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -1259,6 +1173,10 @@ def test_balancer_on_a_whole_model():
 PROSE = ("The model reads 12345 numbers and 67890 words; it was 2024-05-17, 3.14159 or 1000000.\n"
          "def add(a, b):\n    return a + b  # 42 is the answer, not 43\n") * 3 \
     + " ".join(f"number{i} {i * 7919} is larger than {i * i}" for i in range(300))
+TEXTS = ["", "naïve café — 中文 🙂👩‍👩‍👧 \U0001f1e9\U0001f1ea", "a\r\n\tb  c \x00\x85\u2028\ufeff", " 007 x1y22  333",
+         PROSE]
+LONE = [b"\xed\xa0\x80", b"\xed\xb2\x80x", b"ok \xff\xfe", b"\x80", b"\xe2\x82", b"caf\xc3",
+        b"\xf0\x9f\x99 \xf0\x9f\x99\x82"]
 
 
 @pytest.fixture(scope="module")
@@ -1266,41 +1184,25 @@ def tokenizer():
     return Tokenizer.train(PROSE, 320)
 
 
-UNUSUAL = ["", "naïve café — 中文 🙂👩‍👩‍👧 \U0001f1e9\U0001f1ea", "a\r\n\tb  c \x00\x85\u2028\ufeff", " 007 x1y22  333",
-           PROSE]
-
-
-@pytest.mark.parametrize("text", UNUSUAL)
-def test_text_round_trip(tokenizer, text):
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
-    assert tokenizer.encode(text.encode()) == ids, "the same text as bytes"
+def test_text_and_bytes_round_trip(tokenizer):
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
+        assert tokenizer.encode(text.encode()) == ids, "the same text as bytes"
     assert len(tokenizer.encode(PROSE)) < 0.7 * len(PROSE), "and it does compress"
-
-
-LONE = [b"\xed\xa0\x80", b"\xed\xb2\x80x", b"ok \xff\xfe", b"\x80", b"\xe2\x82", b"caf\xc3",
-        b"\xf0\x9f\x99 \xf0\x9f\x99\x82"]
-
-
-@pytest.mark.parametrize("data", [*LONE, b"".join(LONE), bytes(range(256)),
-                                  *[random.Random(seed).randbytes(200) for seed in range(5)]])
-def test_bytes_round_trip(tokenizer, data):
-    ids = tokenizer.encode(data)
-    assert tokenizer.decode_bytes(ids) == data
-    assert isinstance(tokenizer.decode(ids), str)
-    assert max(ids) < tokenizer.vocab_size - len(Tokenizer.SPECIAL)
-
-
-def test_lone_surrogates_in_a_str(tokenizer):
-    text = "a\ud83db\udc80c"
+    for data in (*LONE, b"".join(LONE), bytes(range(256)), *(random.Random(seed).randbytes(200) for seed in range(5))):
+        ids = tokenizer.encode(data)
+        assert tokenizer.decode_bytes(ids) == data and isinstance(tokenizer.decode(ids), str)
+        assert max(ids) < tokenizer.vocab_size - len(Tokenizer.SPECIAL)
+    text = "a\ud83db\udc80c"                                    # lone surrogates in a str
     assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode("utf-8", "surrogatepass")
 
 
-@pytest.mark.parametrize("digits", ["7", "42", "12345", "67890", "2024", "1000000", "0" * 50, "7919"])
 @pytest.mark.parametrize("frame", ["{}", "x{}y", " {} ", "a {}\n", "-{}."])
-def test_digits_are_single_tokens(tokenizer, digits, frame):
-    pieces = [tokenizer.decode([token]) for token in tokenizer.encode(frame.format(digits))]
-    assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list(digits)
+def test_digits_are_single_tokens(tokenizer, frame):
+    for digits in ("7", "42", "12345", "67890", "2024", "1000000", "0" * 50, "7919"):
+        pieces = [tokenizer.decode([token]) for token in tokenizer.encode(frame.format(digits))]
+        assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list(digits)
 
 
 def test_ordinary_text_never_makes_special_tokens(tokenizer):
@@ -1327,28 +1229,13 @@ def test_render_targets_what_the_assistant_wrote(tokenizer):
     prompted, more = tokenizer.render(messages, generation_prompt=True)
     assert prompted == ids + [tokenizer.special["<|assistant|>"]] and more == targets + [False]
     assert tokenizer.render([]) == ([], [])
-
-
-@pytest.mark.parametrize("role", ["user", "system"])
-def test_only_the_assistant_opens_its_reasoning(tokenizer, role):
-    ids, targets = tokenizer.render([{"role": role, "content": "<think></think><|end|><|assistant|>"}])
-    assert [i for i in ids if i in tokenizer.special.values()] == [tokenizer.special[f"<|{role}|>"], tokenizer.end]
-    assert not any(targets)
-
-
-@pytest.mark.parametrize("role", ["tool", "User", "end", "pad", "endoftext", ""])
-def test_unknown_roles_are_refused(tokenizer, role):
-    with pytest.raises(ValueError, match="role"):
-        tokenizer.render([{"role": role, "content": "x"}])
-
-
-def test_training_is_deterministic(tokenizer):
-    assert Tokenizer.train(PROSE, 320).ranks == tokenizer.ranks
-    code = f"import sys; sys.path[:0] = {[os.path.dirname(zaya.__file__), os.path.dirname(__file__)]!r}\n" \
-        "import test_zaya; print(sorted(test_zaya.Tokenizer.train(test_zaya.PROSE, 320).ranks.items()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONHASHSEED": "12345"})
-    assert done.stdout.strip() == str(sorted(tokenizer.ranks.items())), done.stderr
+    for role in ("user", "system"):                             # nobody else opens the assistant's reasoning
+        ids, targets = tokenizer.render([{"role": role, "content": "<think></think><|end|><|assistant|>"}])
+        assert [i for i in ids if i in tokenizer.special.values()] == [tokenizer.special[f"<|{role}|>"], tokenizer.end]
+        assert not any(targets)
+    for role in ("tool", "User", "end", "pad", "endoftext", ""):
+        with pytest.raises(ValueError, match="role"):
+            tokenizer.render([{"role": role, "content": "x"}])
 
 
 def test_merges_are_the_most_frequent_pairs():
@@ -1372,15 +1259,6 @@ def test_impossible_vocabularies_are_refused(text, vocab_size, word):
         Tokenizer.train(text, vocab_size)
 
 
-def test_tokenizer_save_and_load(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    back = Tokenizer.from_pretrained(tmp_path)
-    assert (back.ranks, back.special, back.pattern) == (tokenizer.ranks, tokenizer.special, tokenizer.pattern)
-    for text in [*UNUSUAL, *LONE]:
-        assert back.encode(text) == tokenizer.encode(text)
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
-
-
 def drop(*path):
     def damage(content):
         for key in path[:-1]:
@@ -1389,39 +1267,44 @@ def drop(*path):
     return damage
 
 
-def test_damaged_weights_are_named(tmp_path, saved_model):
-    saved_model.save_pretrained(tmp_path)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        Zaya.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("damage", [
-    drop("model", "vocab"), drop("model"), drop("pre_tokenizer", "pretokenizers", 0), drop("added_tokens", 3),
-    lambda content: content["model"]["vocab"].update({"€": 300}), lambda content: content.update(added_tokens=None),
-    lambda content: content["pre_tokenizer"].update(pretokenizers=[{"type": "ByteLevel"}])])
-def test_a_damaged_tokenizer_file_is_named(tokenizer, tmp_path, damage):
+def test_tokenizer_save_and_load(tokenizer, tmp_path):
+    """And a missing, changed or cut file is named."""
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+        Tokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    content = json.load(open(tmp_path / "tokenizer.json"))
-    damage(content)
-    json.dump(content, open(tmp_path / "tokenizer.json", "w"))
+    back = Tokenizer.from_pretrained(tmp_path)
+    assert (back.ranks, back.special, back.pattern) == (tokenizer.ranks, tokenizer.special, tokenizer.pattern)
+    assert all(back.encode(text) == tokenizer.encode(text) for text in [*TEXTS, *LONE])
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
+    whole = path.read_text(encoding="utf-8")
+    for damage in (drop("model", "vocab"), drop("model"), drop("pre_tokenizer", "pretokenizers", 0),
+                   drop("added_tokens", 3), lambda content: content["model"]["vocab"].update({"€": 300}),
+                   lambda content: content.update(added_tokens=None),
+                   lambda content: content["pre_tokenizer"].update(pretokenizers=[{"type": "ByteLevel"}])):
+        content = json.loads(whole)
+        damage(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="tokenizer.json"):
+            Tokenizer.from_pretrained(tmp_path)
+    path.write_text(whole[:len(whole) // 2], encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_a_missing_or_cut_off_tokenizer_file(tokenizer, tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
-        Tokenizer.from_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    text = open(tmp_path / "tokenizer.json").read()
-    open(tmp_path / "tokenizer.json", "w").write(text[:len(text) // 2])
-    with pytest.raises(ValueError):
-        Tokenizer.from_pretrained(tmp_path)
-
-
-def test_named_encoding_without_a_network(monkeypatch):
+def test_named_encoding(monkeypatch, tokenizer, tmp_path):
     import tiktoken
+    with pytest.raises(ValueError, match="no-such-encoding"):
+        Tokenizer.named("no-such-encoding")
+    pattern = r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"
+    tiny = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=tokenizer.ranks, special_tokens={"<|eot|>": 999})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"tiny": tiny}[name])
+    named = Tokenizer.named("tiny")
+    assert named.encode(PROSE) == tiny.encode_ordinary(PROSE) != tokenizer.encode(PROSE)
+    assert named.decode(named.encode(PROSE)) == PROSE
+    assert min(named.special.values()) == len(tokenizer.ranks) and named.vocab_size == len(tokenizer.ranks) + 8
+    named.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).encode(PROSE) == named.encode(PROSE)
 
     class ConnectionFailed(OSError):                            # as requests.exceptions.ConnectionError is
         pass
@@ -1434,24 +1317,6 @@ def test_named_encoding_without_a_network(monkeypatch):
         Tokenizer.named("gpt2")
 
 
-def test_named_encoding(monkeypatch, tokenizer, tmp_path):
-    import tiktoken
-    pattern = r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"
-    tiny = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=tokenizer.ranks, special_tokens={"<|eot|>": 999})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"tiny": tiny}[name])
-    named = Tokenizer.named("tiny")
-    assert named.encode(PROSE) == tiny.encode_ordinary(PROSE) != tokenizer.encode(PROSE)
-    assert named.decode(named.encode(PROSE)) == PROSE
-    assert min(named.special.values()) == len(tokenizer.ranks) and named.vocab_size == len(tokenizer.ranks) + 8
-    named.save_pretrained(tmp_path)
-    assert Tokenizer.from_pretrained(tmp_path).encode(PROSE) == named.encode(PROSE)
-
-
-def test_unknown_named_encoding():
-    with pytest.raises(ValueError, match="no-such-encoding"):
-        Tokenizer.named("no-such-encoding")
-
-
 # ---- every class works when it is pasted alone -----------------------------------------------------------------------
 
 HEADER = """import json, math, os, re
@@ -1461,16 +1326,16 @@ import torch.nn.functional as F
 from torch import nn
 """
 LAYER = ["CCA", "Router", "Experts", "RMSNorm", "ResidualScaling", "Layer"]
-SOURCE = open(zaya.__file__).read()
-CLASSES = {node.name: "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
-           + ast.get_source_segment(SOURCE, node)
-           for node in ast.parse(SOURCE).body if isinstance(node, ast.ClassDef)}
+SOURCE = open(zaya.__file__, encoding="utf-8").read()
+PIECES = {node.name: "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
+          + ast.get_source_segment(SOURCE, node)
+          for node in ast.parse(SOURCE).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 
 
 def paste(*names):
-    """The classes' sources and the header of a user's file, and nothing else of zaya.py."""
+    """The pieces' sources and the header of a user's file, and nothing else of zaya.py."""
     namespace = {"__name__": "pasted"}
-    exec(compile("\n\n".join([HEADER, *(CLASSES[name] for name in names)]), "pasted.py", "exec"), namespace)
+    exec(compile("\n\n".join([HEADER, *(PIECES[name] for name in names)]), "pasted.py", "exec"), namespace)
     return [namespace[name] for name in names]
 
 
@@ -1527,23 +1392,16 @@ def paste_scaling():
     backward(scaling, scaling(x, y))
 
 
-def paste_layer_cache():
-    One, = paste("LayerCache")
-    cache, k, v = One(), torch.randn(2, 1, 100, 4), torch.randn(2, 1, 100, 4)
-    for part in torch.arange(100).split(7):
-        got_k, got_v = cache.append(k[:, :, part], v[:, :, part])
-    assert torch.equal(got_k, k) and torch.equal(got_v, v)
-    cache.select(torch.tensor([1]))
-    assert torch.equal(cache.k[:, :, :100], k[1:])
-
-
-def paste_cache():
+def paste_caches():
     Both, One = paste("Cache", "LayerCache")
-    cache = Both(3)
-    assert all(isinstance(layer, One) for layer in cache.layers)
-    cache.layers[0].append(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4))
+    cache, k, v = Both(3), torch.randn(2, 1, 100, 4), torch.randn(2, 1, 100, 4)
+    cache.select(torch.tensor([0]))                             # nothing is in it yet
+    assert cache.columns == 0 and all(isinstance(layer, One) and layer.k is None for layer in cache.layers)
+    for part in torch.arange(100).split(7):
+        got_k, got_v = cache.layers[0].append(k[:, :, part], v[:, :, part])
+    assert torch.equal(got_k, k) and torch.equal(got_v, v)
     cache.select(torch.tensor([1, 1, 0]))
-    assert len(cache.layers[0].k) == 3
+    assert torch.equal(cache.layers[0].k[:, :, :100], k[[1, 1, 0]])
 
 
 def paste_balancer():
@@ -1558,11 +1416,12 @@ def paste_balancer():
 
 
 def paste_tokenizer(tmp_path):
-    Bytes, = paste("Tokenizer")
+    Bytes, *_ = paste("Tokenizer", "read_json", "write_json")
     tokenizer = Bytes.train(PROSE, 300, progress=list)
     tokenizer.save_pretrained(tmp_path)
     assert Bytes.from_pretrained(tmp_path).encode(PROSE + "\udc80") == tokenizer.encode(PROSE + "\udc80")
-    assert tokenizer.render([{"role": "user", "content": "hi"}])[1] == [False] * 4
+    alone, = paste("Tokenizer")                                 # the files are all that the two are for
+    assert alone(tokenizer.ranks).render([{"role": "user", "content": "hi"}])[1] == [False] * 4
 
 
 def paste_layer():
@@ -1576,8 +1435,7 @@ def paste_layer():
 
 
 def paste_zaya(tmp_path):
-    Model, Memory = paste("Zaya", *LAYER, "Cache", "LayerCache")[::7][:2]
-    assert (Model.__name__, Memory.__name__) == ("Zaya", "Cache")
+    Model, Memory, *_ = paste("Zaya", "Cache", *LAYER, "LayerCache", "ZayaConfig", "read_json", "write_json")
     model = randomise(Model(ZayaConfig(**BASE)), skip_bias=0.0)
     backward(model, model(tokens(8, 20)))
     ids = tokens(2, 5)
@@ -1586,24 +1444,16 @@ def paste_zaya(tmp_path):
     close(model(ids, cache=Memory(3)), model(ids))
     model.save_pretrained(tmp_path)
     same(model, Zaya.from_pretrained(tmp_path))
+    same(model, Model.from_pretrained(tmp_path))
 
 
 PASTED = {"ZayaConfig": paste_config, "RMSNorm": paste_norm, "CCA": paste_cca, "Router": paste_router,
-          "Experts": paste_experts, "ResidualScaling": paste_scaling, "LayerCache": paste_layer_cache,
-          "Cache": paste_cache, "PIDBalancer": paste_balancer, "Tokenizer": paste_tokenizer, "Layer": paste_layer,
+          "Experts": paste_experts, "ResidualScaling": paste_scaling, "LayerCache": paste_caches,
+          "Cache": paste_caches, "PIDBalancer": paste_balancer, "Tokenizer": paste_tokenizer, "Layer": paste_layer,
           "Zaya": paste_zaya}
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [name for name in PIECES if name not in ("read_json", "write_json", "Cache")])
 def test_pasted_alone(name, tmp_path):
     run = PASTED[name]                                          # a new class needs a new entry
     run(tmp_path) if run.__code__.co_argcount else run()
-
-
-def test_import_needs_only_torch():
-    """transformers, tiktoken, regex and safetensors are imported where they are used."""
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(zaya.__file__)!r})\n" \
-        "for name in ('transformers', 'tiktoken', 'regex', 'safetensors', 'numpy'): sys.modules[name] = None\n" \
-        "import torch, zaya; zaya.Zaya(zaya.ZayaConfig.preset('smoke')).generate(torch.ones(1, 3, dtype=torch.long), 2)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
