@@ -248,7 +248,7 @@ MISTAKES = {
     "--stages pretrian": "did you mean pretrain?", "--stages midtrain": "run --stages pretrain first",
     "--stages evaluate": "run the other stages first", "--stages rlve --tasks find": "leaves nothing to run",
     "--tasks addd": "did you mean add?", "--tasks none --data README.md": ".txt and .jsonl",
-    "--data nowhere.txt": "nowhere.txt: no such file", "--data requirements.txt requirements.txt": "names a file twice",
+    "--data nowhere.txt": "nowhere.txt: no such file", "--data README.md README.md": ".txt and .jsonl",
     "--lr nan": "--lr nan must be at least 0", "--grad-clip -1": "--grad-clip -1.0 must be at least 0",
     "--seed 99999999999999999999": "at most 9223372036854775807", "--save-every 0": "--save-every 0 must be at least 1",
     "--context 0": "--context 0 must be at least 2", "--tokens-per-step 1000": "multiple of pretrain's context",
