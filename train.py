@@ -1857,8 +1857,10 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
         result |= {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean())}
         for i, task in enumerate(tasks):
             its = slice(i * problems, (i + 1) * problems)
-            result["tasks"][task], result["tasks_ci95"][task] = float(rates[its].mean()), interval(rates[its])
-            result["greedy_tasks"][task], result["chance"][task] = float(greedy[its].mean()), float(chance[its].mean())
+            result["tasks"][task] = float(rates[its].mean())
+            result["tasks_ci95"][task] = interval(rates[its])
+            result["greedy_tasks"][task] = float(greedy[its].mean())
+            result["chance"][task] = float(chance[its].mean())
     return result
 
 

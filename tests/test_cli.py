@@ -29,9 +29,9 @@ def command(*arguments, **options):
                 env={**os.environ, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}, **options)
 
 
-def run(*arguments, code=0):
+def run(*arguments):
     done = subprocess.run(**command(*arguments), capture_output=True, timeout=300)
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
 
@@ -93,8 +93,7 @@ def test_a_run_leaves_what_the_readme_says(smoke):
     assert [row["stage"] for row in rows] == [name for name in train.STAGES for _ in range(lengths[name])]
     numbers = [row[key] for row in rows for key in row if key not in ("stage", "difficulty") and row[key]]
     assert all(math.isfinite(float(number)) for number in numbers)
-    vocabulary = Tokenizer.from_pretrained(str(out / "final")).vocab_size
-    assert abs(float(rows[0]["loss"]) - math.log(vocabulary)) < 1.5
+    assert abs(float(rows[0]["loss"]) - math.log(Tokenizer.from_pretrained(str(out / "final")).vocab_size)) < 1.5
     assert "device cpu" in printed and "kept" in printed and re.search(r"wrong \||right \|", printed)
 
 
@@ -132,9 +131,9 @@ def test_transformers_loads_what_was_trained(smoke):
     folder, chat = str(smoke[0] / "final"), [{"role": "user", "content": "sort 3917"}]
     theirs, ours = transformers.ZayaForCausalLM.from_pretrained(folder).eval(), Zaya.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
-    ours_ids, _ = Tokenizer.from_pretrained(folder).render(chat, True)
-    assert ids.tolist() == [ours_ids]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == Tokenizer.from_pretrained(folder).render(chat, True)[0]
+    ids = torch.tensor([ids])
     with torch.no_grad():
         assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
     assert theirs.config.eos_token_id == tokenizer.eos_token_id
@@ -209,15 +208,13 @@ def test_own_data_in_every_form(tmp_path):
     rows = [{"question": f"What is {i} and {i}?", "answer": f"Twice {i}.\n#### {2 * i}"} for i in range(60)]
     reply = {"role": "assistant", "content": "<think>so</think>yes"}
     rows += [{"messages": [{"role": "user", "content": f"{i}?"}, reply]} for i in range(60)]
-    lines = [json.dumps(row) for row in rows] + ["{not json"]
-    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    (tmp_path / "chats.jsonl").write_text("\n".join([*map(json.dumps, rows), "{not json"]))
     data = ["--data", tmp_path / "words.txt", tmp_path / "chats.jsonl", "--tasks", "add,sort", "--vocab-size", "300"]
-    assert "chats.jsonl:121: " in run(*SHORT, *data, "--out", tmp_path / "out", code=1)
+    assert "chats.jsonl:121: " in stopped(*SHORT, *data, "--out", tmp_path / "out")
     said = run(*SHORT, *data, "--out", tmp_path / "out", "--skip-bad-lines")
     assert "skipped 1 bad line" in said and "chats.jsonl, trimmed to 128 tokens: 120 kept" in said
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert set(report["stages"]["midtrain"]["loss"]) == {"words.txt", "chats.jsonl", "traces"}
-    assert set(report["stages"]["midtrain"]["tasks"]) == {"add", "sort"}
+    result = json.loads((tmp_path / "out" / "report.json").read_text())["stages"]["midtrain"]
+    assert set(result["loss"]) == {"words.txt", "chats.jsonl", "traces"} and set(result["tasks"]) == {"add", "sort"}
 
 
 def test_nan_and_changed_data_stop_a_run(tmp_path):
