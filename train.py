@@ -1924,8 +1924,10 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
         result |= {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean())}
         for i, task in enumerate(tasks):
             its = slice(i * problems, (i + 1) * problems)
-            result["tasks"][task], result["tasks_ci95"][task] = float(rates[its].mean()), interval(rates[its])
-            result["greedy_tasks"][task], result["chance"][task] = float(greedy[its].mean()), float(chance[its].mean())
+            result["tasks"][task] = float(rates[its].mean())
+            result["tasks_ci95"][task] = interval(rates[its])
+            result["greedy_tasks"][task] = float(greedy[its].mean())
+            result["chance"][task] = float(chance[its].mean())
     return result
 
 
@@ -1945,11 +1947,13 @@ def field_vote(labels, texts):
     >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
     'b5c1'
     """
-    votes = collections.Counter()
+    votes, chosen = collections.Counter(), ""
     for text in texts:
         answer = split_answer(text) or ""
         votes.update(answer[i:i + 2] for i in range(0, len(answer) - 1, 2))     # "b5c1" -> "b5", "c1"
-    return "".join(max((label + value for value in "0123456789"), key=votes.__getitem__) for label in labels)
+    for label in labels:
+        chosen += max((label + value for value in "0123456789"), key=votes.__getitem__)
+    return chosen
 
 
 def sample_together(model, tokenizer):
@@ -1967,11 +1971,6 @@ def sample_together(model, tokenizer):
         return known[call]
 
     return generate
-
-
-def texts_of(result):
-    """The texts of a rsa.Result, a list a round."""
-    return [[candidate.text for candidate in candidates] for candidates in result.rounds]
 
 
 def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
@@ -1993,30 +1992,32 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
         """-> the texts of all populations, an array (rounds + 1, problems, population)."""
         results = markovian_rsa(prompts, generate, population, subset, rounds, budget.budget, tail, seed, tokenizer)
         longest[method] = max(result.longest_prompt for result in results)
-        texts = np.array([texts_of(result) for result in results], object)
-        return texts.swapaxes(0, 1)
+        texts = [[[candidate.text for candidate in some] for some in result.rounds] for result in results]
+        return np.array(texts, object).swapaxes(0, 1)
 
-    def spend(method, texts):
-        """What a method's rounds cost and yield."""
-        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in texts]
+    def follow(method, texts):
+        """What a method's rounds yield and cost."""
+        spent, curves[method] = [], []
+        for replies in texts:
+            spent.append(sum(count_tokens(text, tokenizer) for text in replies.flat))
+            curves[method].append(verify_replies(problems, replies).mean(1))
         tokens[method] = (np.cumsum(spent) / len(problems)).tolist()
-        curves[method] = [verify_replies(problems, replies).mean(1) for replies in texts]
+        return texts
 
     def right(answers):
         return np.array([task.verify_answer(p.data, answer) for p, answer in zip(problems, answers)], float)
 
     # Markovian RSA, and two special cases of it.
-    recursive = sample("markovian_rsa", N, budget.subset, eval_spec.most_rounds, budget.tail)
-    spend("markovian_rsa", recursive)
-    spend("delethink", sample("delethink", N, 1, T, budget.tail))
-    spend("full_rsa", sample("full_rsa", N, budget.subset, T, budget.budget))
+    recursive = follow("markovian_rsa", sample("markovian_rsa", N, budget.subset, eval_spec.most_rounds, budget.tail))
+    follow("delethink", sample("delethink", N, 1, T, budget.tail))
+    follow("full_rsa", sample("full_rsa", N, budget.subset, T, budget.budget))
     curves["markovian_rsa_majority"] = [right(map(vote, replies)) for replies in recursive]
     for method in list(curves):
         scores[method] = curves[method][T]
 
     # As many plain samples as T rounds cost: T + 1 rounds of N, of which a vote looks at all so far.
     plain = sample("vote", N * (T + 1), 1, 0, 0)[0]
-    spend("vote", plain.reshape(-1, T + 1, N).swapaxes(0, 1))
+    follow("vote", plain.reshape(-1, T + 1, N).swapaxes(0, 1))
     curves["vote"] = [right(map(vote, plain[:, :N * (t + 1)])) for t in range(T + 1)]
     scores["maj@N"] = curves["vote"][0]
     scores["maj@equal_tokens"] = curves["vote"][T]
@@ -2048,9 +2049,8 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
 
 def show_samples(model, tokenizer, sources, seed):
     """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
-    rng, device = random.Random(seed), model.norm.weight.device
+    rng, device, tasks = random.Random(seed), model.norm.weight.device, []
     generator = torch.Generator().manual_seed(seed)
-    tasks = []
     for source in sources:
         if isinstance(source, TaskSource):
             tasks += source.tasks
@@ -2418,11 +2418,6 @@ def new_model(config, shape, tokenizer):
     return fuse(Zaya(model_config))
 
 
-def is_done(state):
-    """Whether a trainer state is that of a finished stage."""
-    return state is not None and state.get("done", False)
-
-
 def check_same_run(folder, name, model, state, config, shape):
     """A run goes on only with the settings and the shape that it began with; which one differs is said."""
     if state is None:
@@ -2446,7 +2441,7 @@ def open_stage(name, stages, config, shape, device):
         found = load_checkpoint(folder, device)
         if found:
             model, tokenizer, state = found
-            if origin != name and not is_done(state):
+            if origin != name and not (state and state.get("done")):
                 raise SystemExit(f"{before} in {config.out} is not finished: run --stages {before} first")
             check_same_run(folder, origin, model, state, config, shape)
             return model, tokenizer, state if origin == name else None
@@ -2467,7 +2462,7 @@ def finish_stage(name, stages, config, shape, report, device, dtype):
     if name == STAGES[0]:
         print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without the "
               f"embedding), vocabulary {tokenizer.vocab_size}")
-    if not is_done(state):
+    if not (state and state.get("done")):
         # What an older run in this folder measured from this stage on was measured on other weights.
         for later in [*STAGES[STAGES.index(name):], "evaluate"]:
             report["stages"].pop(later, None)
@@ -2505,16 +2500,16 @@ def measure_stage(name, config, model, tokenizer, state, report):
     print(" | ".join(said))
 
 
-def run_evaluation(config, report, device):
-    """Test-time compute of the finished model, task by task -> report["ttc"]; what is there already stays."""
+def run_evaluation(config, report, tasks, device):
+    """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
     eval_spec, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
     if not (final and report["stages"]):
         raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
                          "first")
     model, tokenizer, _ = final
     done = [(row["task"], row["difficulty"]) for row in report["ttc"]]
-    for name, difficulty in eval_spec.tasks.items():
-        if name not in task_names(config.tasks) or (name, difficulty) in done:
+    for name in tasks:
+        if (name, eval_spec.tasks[name]) in done:
             continue
         begun = time.perf_counter()
         row = evaluate_ttc(model, tokenizer, name, eval_spec, config.seed)
@@ -2547,20 +2542,20 @@ def read_report(config):
 def report_table(report):
     """report.md: pass@1 by task, a column a stage; then test-time compute, a line a task."""
     stages = [name for name in STAGES if name in report["stages"]]
-    results = [report["stages"][name] for name in stages]
-    rows = [["task", "chance", *stages], ["---"] * (2 + len(stages))]
-    for task, chance in results[-1]["chance"].items():
-        rows.append([task, f"{chance:.2f}", *(f"{result['tasks'].get(task, 0):.2f}" for result in results)])
-    trained = [task for task in REASONING if task in results[-1]["tasks"]]
-    if trained:
-        means = [np.mean([result["tasks"].get(task, 0) for task in trained]) for result in results]
-        rows.append(["the tasks of the RL stages", "", *(f"{mean:.3f}" for mean in means)])
-    rows += [["**all**", "", *("**{pass@1:.3f}**".format(**result) for result in results)],
-             ["95 % interval", "", *("{:.3f}-{:.3f}".format(*result["ci95"]) for result in results)],
-             ["greedy", "", *(f"{result['greedy']:.3f}" for result in results)]]
+    tasks = report["stages"][stages[-1]]["chance"]
+    rl_tasks = [task for task in REASONING if task in tasks]
+    columns = [["task", "---", *tasks, "mean of the RL stages' tasks", "**all**", "95 % interval", "greedy"],
+               ["chance", "---", *map("{:.2f}".format, tasks.values()), "", "", "", ""]]
+    for name in stages:
+        result = report["stages"][name]
+        solved = [result["tasks"].get(task, 0.0) for task in tasks]
+        mean = sum(result["tasks"].get(task, 0.0) for task in rl_tasks) / max(1, len(rl_tasks))
+        columns.append([name, "---", *map("{:.2f}".format, solved), f"{mean:.3f}", f"**{result['pass@1']:.3f}**",
+                        "{:.3f}-{:.3f}".format(*result["ci95"]), f"{result['greedy']:.3f}"])
     text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token\n\n" \
         "Held-out pass@1 at temperature 1 (chance: the teacher's answer to another problem):\n\n".format(**report)
-    text += "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    for row in zip(*columns):
+        text += f"| {' | '.join(row)} |\n"
     for row in report["ttc"]:
         text += "\n{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: " \
             "majority {maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA " \
@@ -2574,13 +2569,10 @@ def write_report(out, report):
     if is_main():
         write_json(os.path.join(out, "report.json"), report)
         write_text(os.path.join(out, "report.md"), report_table(report))
-        save_figure(draw_report(report), os.path.join(out, "report.png"))
-        save_figure(draw_log(read_log(out)), os.path.join(out, "loss.png"))
-
-
-def save_figure(figure, path):
-    figure.savefig(path + ".tmp", format="png", dpi=110)
-    os.replace(path + ".tmp", path)
+        for name, figure in (("report.png", draw_report(report)), ("loss.png", draw_log(read_log(out)))):
+            path = os.path.join(out, name)
+            figure.savefig(path + ".tmp", format="png", dpi=110)
+            os.replace(path + ".tmp", path)
 
 
 def draw_report(report):
@@ -2605,20 +2597,22 @@ def draw_report(report):
 def draw_log(rows):
     """loss.png: the loss over the steps of the supervised stages and, if there are any, the reward over those of RL."""
     from matplotlib.figure import Figure
-    panels = [("loss", "training loss (nats a token)", STAGES[:3]), ("reward", "mean reward", STAGES[3:])]
-    panels = panels[:1 + any(row["stage"] in STAGES[3:] for row in rows)]
+    panels = [("loss", "training loss (nats a token)", STAGES[:3])]
+    if any(row["reward"] for row in rows):
+        panels.append(("reward", "mean reward", STAGES[3:]))
     figure = Figure(figsize=(9, 3.5 * len(panels)), layout="constrained")
     for axis, (column, label, stages) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
         start = 0
         for stage in stages:
-            seen = [(int(row["step"]), float(row[column])) for row in rows if row["stage"] == stage and row[column]]
-            if seen:
-                steps, values = np.array(seen).T
+            seen = [row for row in rows if row["stage"] == stage and row[column]]
+            values = np.array([float(row[column]) for row in seen])
+            steps = start + np.array([int(row["step"]) for row in seen])
+            if seen:                                            # the running mean, and pale behind it each step
                 width = min(15, 2 * (len(values) // 8) + 1)
                 smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
-                line, = axis.plot(start + steps, smooth, label=stage)
-                axis.plot(start + steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
-                start += steps[-1]
+                line, = axis.plot(steps, smooth, label=stage)
+                axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
+                start = steps[-1]
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)
         axis.legend()
@@ -2626,7 +2620,7 @@ def draw_log(rows):
 
 
 def check_files(config):
-    """The files of --data can be read, and --out can be a folder."""
+    """The files of --data can be read."""
     for path in config.data:
         if not os.path.isfile(path):
             raise SystemExit(f"--data {path}: no such file")
@@ -2635,40 +2629,46 @@ def check_files(config):
                              "convert it")
     if len(set(config.data)) < len(config.data):
         raise SystemExit("--data names a file twice")
-    try:
-        os.makedirs(config.out, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"--out {config.out} cannot be a folder: {error.strerror}") from None
+
+
+def save_final(config, last, model, tokenizer):
+    """final/ is the last stage there is: one before it that was only measured again leaves it alone."""
+    for later in STAGES[STAGES.index(last) + 1:]:
+        if os.path.exists(os.path.join(config.out, later)):
+            return
+    save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
 
 
 def main(arguments=None):
     """The command line: the stages that were asked for, one after the other, a report after each, then evaluation."""
-    begun, (config, shape) = time.perf_counter(), parse_arguments(arguments)
+    begun = time.perf_counter()
+    config, shape = parse_arguments(arguments)
     check_files(config)
     device, dtype, why = choose_device(config)
     print(why)
     print("settings: " + ", ".join(f"{name}={value}" for name, value in vars(config).items()))
-    asked, tasks = config.stages.split(","), task_names(config.tasks)
-    # An RL stage without any of --tasks is left out.
+    # An RL stage is left out if --tasks has nothing for it.
     stages = [name for name in STAGES if getattr(stage_settings(config, name), "tasks", True)]
-    for name in asked:
-        if name not in [*stages, "evaluate"]:
+    wanted, evaluated = [], []
+    for name in sorted(config.stages.split(","), key=[*STAGES, "evaluate"].index):
+        if name == "evaluate":
+            evaluated = [task for task in PRESETS[config.preset]["evaluate"].tasks if task in task_names(config.tasks)]
+        elif name in stages:
+            wanted.append(name)
+        else:
             print(f"{name} is left out: --tasks {config.tasks} has none of what it asks, "
                   + ", ".join(PRESETS[config.preset]["stages"][name].tasks))
-    wanted = [name for name in stages if name in asked]
-    evaluates = "evaluate" in asked and not PRESETS[config.preset]["evaluate"].tasks.keys().isdisjoint(tasks)
-    if not (wanted or evaluates):
+    if not (wanted or evaluated):
         raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
+    os.makedirs(config.out, exist_ok=True)
     with lock_folder(config.out):
         report = read_report(config)
         for name in wanted:
             model, tokenizer = finish_stage(name, stages, config, shape, report, device, dtype)
-        # final/ is the last stage there is: one that comes before it and was only measured again leaves it alone.
-        later = [name for name in STAGES if wanted and STAGES.index(name) > STAGES.index(wanted[-1])]
-        if wanted and not any(os.path.exists(os.path.join(config.out, name)) for name in later):
-            save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
-        if evaluates:
-            run_evaluation(config, report, device)
+        if wanted:
+            save_final(config, name, model, tokenizer)
+        if evaluated:
+            run_evaluation(config, report, evaluated, device)
     print("\n" + report_table(report))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
           "report.md, report.png, report.json, loss.png, log.csv")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import rsa
 import train
 import zaya
-from kernels import Damaged
+from kernels import Damaged, plain_errors
 from train import TASKS, FileSource, Loader, Muon, Stage, TaskSource, split_think, trim
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
@@ -573,7 +573,7 @@ def test_a_checkpoint_survives_a_kill_between_its_renames(tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
-    """torch.save hides what the system says; the message has it."""
+    """torch.save hides what the system says; the sentence that ends the run has it."""
     resource = pytest.importorskip("resource")
     folder, model, (soft, hard) = str(tmp_path / "stage"), tiny_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
     state = {"step": 3, "seconds": 1.0, "settings": {}, "parts": {}}
@@ -581,7 +581,7 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
     size = (tmp_path / "stage" / "model.safetensors").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100_000, hard))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(SystemExit, match="too large; put that right and give the same"), plain_errors():
             train.save_checkpoint(folder, model, BYTES, {**state, "step": 4, "parts": torch.zeros(size)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
