@@ -261,10 +261,18 @@ class CCA(nn.Module):
         self.o_proj = nn.Linear(q_size, hidden_size, bias=False)
 
     def forward(self, x, positions=None, cache=None):
-        B, S, _ = x.shape
         positions = self.locate(x, positions, cache)
         packed = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                    # (B, S, C)
-        delayed = self.v_proj_delayed(x)                                            # (B, S, K*D/2)
+        current, delayed = self.v_proj_current(x), self.v_proj_delayed(x)           # (B, S, K*D/2)
+        q, k, v = self.mix(packed, current, delayed, positions, cache)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
+        if cache is not None:
+            k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
+        return self.o_proj(self.attend(q, k, v, positions, cache))
+
+    def mix(self, packed, current, delayed, positions, cache=None):
+        """From the projections to rotated queries, keys and shifted values: (B, S, H or K, D) in packed's dtype."""
+        B, S, _ = packed.shape
         if cache is not None and cache.packed is not None:
             before, value_before = cache.packed, cache.delayed
         else:
@@ -278,20 +286,21 @@ class CCA(nn.Module):
         shifted = shifted[:, :S]
         if positions.position_ids is not None:
             shifted = shifted * (positions.position_ids >= 1)[..., None]
-        v = torch.cat([self.v_proj_current(x), shifted], -1).view(B, S, self.kv_heads, self.head_dim)
+        v = torch.cat([current, shifted], -1).view(B, S, self.kv_heads, self.head_dim)
 
         q_mean, k_mean = self.qk_mean(packed.float())
         mixed = self.convolve(seen, positions.position_ids).float()                 # (B, S, H + K, D)
         q = self.unit(mixed[:, :, :self.heads] + q_mean)                            # (B, S, H, D) fp32
         k = self.unit(mixed[:, :, self.heads:] + k_mean) * self.temp.float()[:, None]
         q = self.apply_rotary(q, positions.cos, positions.sin).to(v.dtype)
-        k = self.apply_rotary(k, positions.cos, positions.sin).to(v.dtype)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
-        if cache is not None:
-            k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
+        return q, self.apply_rotary(k, positions.cos, positions.sin).to(v.dtype), v
+
+    def attend(self, q, k, v, positions, cache=None):
+        """Softmax attention: q (B, H, S, D), k and v (B, K, T, D) -> (B, S, H*D)."""
+        B, _, S, _ = q.shape
         causal = positions.mask is None and S > 1
         out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).reshape(B, S, -1))
+        return out.transpose(1, 2).reshape(B, S, -1)
 
     @classmethod
     def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
