@@ -5,8 +5,8 @@
 
 Every path is a plain function, usable alone, that says in one line what it equals in zaya.py:
 
-    packed_attention      attention sample by sample instead of under a dense mask        CPU
-    grouped_experts       the experts as two grouped matrix products                      CPU, GPU, under torch.compile
+    packed_attention      attention sample by sample instead of under a dense mask        CPU, eager
+    grouped_experts       the experts as two grouped matrix products                      under torch.compile, GPU
     linear_cross_entropy  LM head and loss in chunks, never holding (N, V) logits         any device
     triton_residual_norm, triton_cca_mix, triton_experts    one kernel a pass, one source for CUDA and ROCm
     compile_loss, compile_decoding                          one graph for a training step, one for a decoding step
@@ -14,7 +14,7 @@ Every path is a plain function, usable alone, that says in one line what it equa
 
 Importing this file needs neither Triton nor a GPU.  `python kernels.py` prints how equal and how fast each path is on
 this machine.  Featuring: paths that are short because PyTorch does most of the work.  Does NOT include: hand-written
-backward passes for the CPU, where the plain code is as fast or nearly so; the model (zaya.py).
+backward passes for the CPU, where the plain code is nearly as fast; the model (zaya.py).
 """
 import argparse
 import collections
@@ -25,6 +25,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import sys
 import time
 
@@ -50,9 +51,10 @@ def on_gpu(x):
 def sample_lengths(position_ids):
     """(B, S) position ids -> the lengths of the samples in the flattened batch, a list; None if they are no packing."""
     before = F.pad(position_ids, (1, 0), value=-2)[:, :-1]
-    padding = (position_ids == -1) & (before == -1)                                 # a run of it counts as one sample
+    padding = (position_ids == -1) & (before == -1)             # a run of padding counts as one sample
     starts = (position_ids == 0) | ((position_ids != before + 1) & ~padding)
     starts[:, 0] = True
+    # A sample that starts in mid-row with a position above 0 would look back into the one before it.
     if (starts[:, 1:] & (position_ids[:, 1:] > 0)).any():
         return None
     bounds = starts.flatten().nonzero()[:, 0]
@@ -66,60 +68,38 @@ def packed_attention(q, k, v, lengths):
     The work is the samples' squares instead of the row's.
     """
     B, S = q.shape[:2]
+    q, k, v = (tensor.flatten(0, 1).split(lengths) for tensor in (q, k, v))
     outputs = []
-    for sample in zip(*(t.flatten(0, 1).split(lengths) for t in (q, k, v))):
-        heads_first = [t.transpose(0, 1)[None] for t in sample]                     # (1, H or K, n, D)
+    for sample in zip(q, k, v):
+        heads_first = [tensor.transpose(0, 1)[None] for tensor in sample]           # (1, H or K, n, D)
         out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
         outputs.append(out[0].transpose(0, 1))                                      # (n, H, D)
     return torch.cat(outputs).reshape(B, S, -1)
 
 
 class FusedCCA(zaya.CCA):
-    """zaya.CCA with packed attention on a CPU, one kernel for the mixing on a GPU, and a short step for decoding."""
+    """zaya.CCA with packed attention on a CPU and one kernel for the mixing on a GPU."""
 
     def mix(self, packed, current, delayed, positions, cache=None):
-        if cache is None and on_gpu(packed) and self.head_dim >= 16 and power_of_2(self.head_dim) == self.head_dim:
-            depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
-            return triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
-                                  grouped.weight.to(packed.dtype), grouped.bias, self.temp, positions.cos,
-                                  positions.sin, positions.position_ids)
-        one_token = cache is not None and packed.shape[1] == 1 and cache.packed is not None
-        if one_token and not torch.is_grad_enabled():
-            return self.mix_one(packed, current, delayed, positions, cache)
-        return super().mix(packed, current, delayed, positions, cache)
-
-    def mix_one(self, packed, current, delayed, positions, cache):
-        """`mix` for one new token a row: the convolution inside the heads is one batched product over both taps."""
-        B, H, K, D = len(packed), self.heads, self.kv_heads, self.head_dim
-        depthwise, grouped, ids = self.conv_qk_depthwise, self.conv_qk_grouped, positions.position_ids
-        seen = torch.cat([cache.packed.to(packed.dtype), packed], 1)                # (B, 3, C)
-        shifted = cache.delayed.to(delayed.dtype)
-        cache.packed, cache.delayed = seen[:, 1:].float(), delayed.float()
-        if ids is not None:                                                         # a token sees `ids` tokens back
-            seen = seen * (ids >= ids.new_tensor([2, 1, 0]))[..., None]
-            shifted = shifted * (ids >= 1)[..., None]
-        v = torch.cat([current, shifted], -1).view(B, 1, K, D)
-        with torch.autocast(packed.device.type, enabled=False):
-            weight, seen = depthwise.weight[:, 0], seen.to(depthwise.weight.dtype)  # (C, 2)
-            u = torch.addcmul(torch.addcmul(depthwise.bias, seen[:, :2], weight[:, 0]), seen[:, 1:], weight[:, 1])
-            u = u.view(B, 2, H + K, D).permute(2, 0, 3, 1).reshape(H + K, B, 2 * D)     # taps innermost, as in weight
-            mixed = torch.bmm(u, grouped.weight.view(H + K, D, 2 * D).mT).transpose(0, 1).float()
-            mixed = mixed + grouped.bias.view(H + K, D)                             # (B, H + K, D)
-            q_mean, k_mean = self.qk_mean(seen[:, 2:].float())
-            q = self.unit(mixed[:, None, :H] + q_mean)                              # (B, 1, H, D)
-            k = self.unit(mixed[:, None, H:] + k_mean) * self.temp.float()[:, None]
-        q = self.apply_rotary(q, positions.cos, positions.sin).to(v.dtype)
-        return q, self.apply_rotary(k, positions.cos, positions.sin).to(v.dtype), v
+        fits = self.head_dim >= 16 and self.head_dim & (self.head_dim - 1) == 0     # Triton's blocks: powers of two
+        if cache is not None or not fits or not on_gpu(packed):
+            return super().mix(packed, current, delayed, positions, cache)
+        depthwise, grouped = self.conv_qk_depthwise, self.conv_qk_grouped
+        return triton_cca_mix(packed, current, delayed, depthwise.weight, depthwise.bias,
+                              grouped.weight.to(packed.dtype), grouped.bias, self.temp,
+                              positions.cos, positions.sin, positions.position_ids)
 
     def attend(self, q, k, v, positions, cache=None):
         B, H, S, D = q.shape
-        if S == 1 and cache is not None:                # the query heads of a KV head are queries on the same keys
+        if S == 1 and cache is not None:
+            # Decoding: the query heads that share a KV head become queries of one head, so the keys are read once.
             together = q.reshape(B, self.kv_heads, -1, D)
             return F.scaled_dot_product_attention(together, k, v, positions.mask).reshape(B, 1, H * D)
-        lengths = None
-        if cache is None and positions.position_ids is not None and q.device.type == "cpu":
-            if not torch.compiler.is_compiling():       # a list of lengths is a value, which no trace can know
-                lengths = sample_lengths(positions.position_ids)
+        ids = positions.position_ids
+        # A list of lengths is a value, which no trace can know, and a GPU would have to be waited for.
+        if cache is not None or ids is None or q.device.type != "cpu" or torch.compiler.is_compiling():
+            return super().attend(q, k, v, positions, cache)
+        lengths = sample_lengths(ids)
         if lengths is None or (self.sliding_window and max(lengths) > self.sliding_window):
             return super().attend(q, k, v, positions, cache)
         return packed_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), lengths)
@@ -128,32 +108,63 @@ class FusedCCA(zaya.CCA):
 # ---- experts --------------------------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("zaya::grouped_mm", mutates_args=())
+def grouped_mm(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """F.grouped_mm, which torch.compile takes in bf16 alone (PyTorch 2.13): as an operation of ours it takes any dtype.
+
+    a (N, I), b (X, I, J), ends (X,) int32: rows up to ends[x] times b[x] -> (N, J).  a (I, N), b (N, J): a product for
+    each group of the N -> (X, I, J), which is what the weights' gradient needs.
+    """
+    return F.grouped_mm(a, b, offs=ends)
+
+
+@grouped_mm.register_fake
+def _(a, b, ends):
+    if b.ndim == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(ends.shape[0], a.shape[0], b.shape[1])
+
+
+def save_grouped_mm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def differentiate_grouped_mm(ctx, grad):
+    (a, b, ends), grad = ctx.saved_tensors, grad.contiguous()
+    return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends), None
+
+
+grouped_mm.register_autograd(differentiate_grouped_mm, setup_context=save_grouped_mm)
+
+
 def grouped_experts(x, gate_up_proj, down_proj, choice, weight):
     """zaya.Experts.forward as two grouped products: x (N, E), choice (N,) int64, weight (N,) fp32 -> (N, E).
 
-    Tokens are sorted by expert; the skip expert's come last, outside of every group.  What a grouped product leaves
-    there is garbage, so those rows are set to 0 before and after.
+    Tokens are sorted by expert; the skip expert's come last, outside of every group.
     """
     order = choice.argsort(stable=True)
-    experts = torch.arange(len(down_proj), device=x.device)
     by_expert = choice[order]
+    experts = torch.arange(len(down_proj), device=x.device)
     ends = torch.searchsorted(by_expert, experts, right=True).to(torch.int32)       # (X,)
-    skipped = (by_expert == len(down_proj))[:, None]
-    tokens = x[order].masked_fill(skipped, 0)                                       # (N, E)
-    gate, up = F.grouped_mm(tokens, gate_up_proj.mT, offs=ends).chunk(2, -1)        # (N, F) each
-    hidden = (F.silu(gate) * up).masked_fill(skipped, 0)
-    y = F.grouped_mm(hidden, down_proj.mT, offs=ends).masked_fill(skipped, 0)       # (N, E)
-    return (y[order.argsort()] * weight[:, None]).to(x.dtype)
+    skipped = (by_expert == len(down_proj))[:, None]                                # (N, 1)
+    # Outside of every group a grouped product leaves garbage, in its output and in its input's gradient.  The second
+    # masked_fill clears the one, the first one's backward the other.
+    tokens = x.index_select(0, order).masked_fill(skipped, 0)                       # (N, E)
+    gate, up = grouped_mm(tokens, gate_up_proj.mT, ends).chunk(2, -1)        # (N, F) each
+    y = grouped_mm(F.silu(gate) * up, down_proj.mT, ends).masked_fill(skipped, 0)
+    return (y.index_select(0, order.argsort()) * weight[:, None]).to(x.dtype)
 
 
 class FusedExperts(zaya.Experts):
-    """zaya.Experts by grouped products, on a GPU by Triton; the products' dtype is autocast's."""
+    """zaya.Experts by Triton on a GPU, by grouped products under torch.compile; the products' dtype is autocast's."""
 
     def forward(self, x, choice, weight):
         device, dtype = x.device.type, self.down_proj.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        if any(size * dtype.itemsize % 16 for size in self.down_proj.shape[1:]):    # what grouped products ask for
+        # The plain loop asks how many tokens each expert has: a graph break, or a wait for the GPU.  An eager CPU has
+        # neither, and there the loop is as fast.
+        if device == "cpu" and not torch.compiler.is_compiling():
             return super().forward(x, choice, weight)
         path = triton_experts if on_gpu(x) else grouped_experts
         with torch.autocast(device, enabled=False):
@@ -238,11 +249,15 @@ def should_compile(model, tokens):
         get_cpp_compiler()
     except Exception:                                           # Inductor raises its own, and others
         return False, "the training step is not compiled: there is no C++ compiler here"
+    if any(size % 8 for size in model.layers[0].experts.down_proj.shape[1:]):
+        return False, "the training step is not compiled: grouped products need hidden_size and " \
+            "moe_intermediate_size in multiples of 8"
     seconds = 6 * model.parameter_counts()["active"] * tokens / 7e10                # forward and backward
     saved, warm_up = 0.3 * seconds, 20 * len(model.layers)
-    worth = saved > 3 * warm_up
-    return worth, f"the training step is {'' if worth else 'not '}compiled: that might save {saved:.0f} of " \
-        f"{seconds:.0f} s and cost {warm_up} s"
+    sums = f"that might save {saved:.0f} of {seconds:.0f} s and cost {warm_up} s"
+    if saved > 3 * warm_up:
+        return True, f"the training step is compiled: {sums}"
+    return False, f"the training step is not compiled: {sums}"
 
 
 class Slot:
@@ -381,7 +396,8 @@ def int8_product(x, weight, scale):
     A few rows on a CPU read the int8 weights as they are; many rows, and a GPU, unpack them first.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= 32 and x.device.type == "cpu":
+    # The packed product walks a row in whole vectors: a K that is no multiple of them is read beyond its end.
+    if len(rows) <= 32 and x.device.type == "cpu" and weight.shape[1] % 32 == 0:
         y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, scale.to(x.dtype))
     else:
         y = (rows @ weight.to(x.dtype).mT) * scale.to(x.dtype)
@@ -483,48 +499,43 @@ def read_json(path):
     return content
 
 
+def is_int8(folder):
+    path = os.path.join(folder, "config.json")
+    return os.path.exists(path) and read_json(path).get("dtype") == "int8"
+
+
 def quantize_checkpoint(source, target):
-    """The int8 form of a folder in the official layout, shard by shard; everything else of it is copied."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
-    places, names = {}, sorted(os.listdir(source))
-    if "config.json" not in names:
-        raise FileNotFoundError(f"{source!r} has no config.json: no checkpoint in the official layout")
-    if read_json(os.path.join(source, "config.json")).get("dtype") == "int8":
+    """Write the int8 form of the checkpoint in `source` to `target`, with its tokenizer.
+
+    Raises FileExistsError where that would overwrite or round what is int8 already, FileNotFoundError, Damaged.
+    """
+    if is_int8(source):
         raise FileExistsError(f"{source!r} is an int8 form already")
-    os.makedirs(target, exist_ok=True)
-    if os.path.samefile(source, target):
+    if os.path.exists(target) and os.path.samefile(source, target):
         raise FileExistsError(f"the int8 form of {source!r} would overwrite it: name another folder")
-    for name in tqdm([name for name in names if name.endswith(".safetensors")], desc="int8", disable=None):
-        tensors = {}
-        try:
-            opened = safe_open(os.path.join(source, name), "pt")
-        except SafetensorError as error:
-            raise Damaged(f"{os.path.join(source, name)} is damaged: {error}") from None
-        with opened as file:
-            for key in file.keys():
-                tensors |= Int8Zaya.tensors(key, file.get_tensor(key))
-        save_file(tensors, os.path.join(target, name), metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, name)
-    for name in names:
-        if name.endswith((".json", ".jinja")):
-            with open(os.path.join(source, name), encoding="utf-8") as file:
-                text = file.read()
-            if name == "config.json":
-                text = json.dumps({**json.loads(text), "dtype": "int8"}, indent=2)
-            elif name == "model.safetensors.index.json":
-                text = json.dumps({"metadata": {}, "weight_map": places})
-            with open(os.path.join(target, name), "w", encoding="utf-8") as file:
-                file.write(text)
+    load(source, int8=True).save_pretrained(target)
+    for name in os.listdir(source):
+        weights = name in ("config.json", "model.safetensors.index.json")
+        if name.endswith((".json", ".jinja")) and not weights:
+            copied = os.path.join(target, name)
+            shutil.copyfile(os.path.join(source, name), copied + ".tmp")
+            os.replace(copied + ".tmp", copied)
 
 
 def load(folder, int8=False, device="cpu"):
-    """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former."""
-    path = os.path.join(folder, "config.json")
-    if os.path.exists(path) and read_json(path).get("dtype") == "int8":
-        return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
-    model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
-    return quantize(model) if int8 else model
+    """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former.
+
+    Raises FileNotFoundError or Damaged.
+    """
+    rounded = is_int8(folder)
+    kind = Int8Zaya if rounded else zaya.Zaya
+    try:
+        model = kind.from_pretrained(folder, device=device)
+    except ValueError as error:                                 # its message may name the file without the folder
+        raise Damaged(f"{folder}: {error}") from None
+    if rounded:
+        return model.requires_grad_(False)
+    return quantize(fuse(model)) if int8 else fuse(model)
 
 
 # ---- Triton, for CUDA and ROCm from one source ----------------------------------------------------------------------
@@ -545,10 +556,6 @@ def import_triton():
 
 def cdiv(a, b):
     return -(-a // b)
-
-
-def power_of_2(n):
-    return 1 << (n - 1).bit_length()
 
 
 @functools.cache
@@ -610,7 +617,7 @@ def norm_forward(x: torch.Tensor, y: torch.Tensor, vectors: torch.Tensor, dtype:
     """`vectors` (5, E) fp32 are a_r, b_r, a_o, b_o, w."""
     (kernel, _), E = norm_kernels(), x.shape[-1]
     out, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    kernel[(x.numel() // E,)](x, y, vectors, out, normed, eps, E, BLOCK=power_of_2(E))
+    kernel[(x.numel() // E,)](x, y, vectors, out, normed, eps, E, BLOCK=1 << (E - 1).bit_length())
     return out, normed
 
 
@@ -626,7 +633,7 @@ def norm_backward(x: torch.Tensor, y: torch.Tensor, vectors: torch.Tensor, d_out
     N = x.numel() // E
     dx, dy, sums = torch.empty_like(x), torch.empty_like(y), x.new_empty(cdiv(N, ROWS), 5, E)
     kernel[(len(sums),)](x, y, vectors, d_out.contiguous(), d_normed.contiguous(), dx, dy, sums, eps, N, E, ROWS=ROWS,
-                         BLOCK=power_of_2(E), num_warps=8)
+                         BLOCK=1 << (E - 1).bit_length(), num_warps=8)
     return dx, dy, sums.sum(0)
 
 
@@ -1124,86 +1131,59 @@ def measured_shape(**changes):
 
 
 class DenseLayer(FusedLayer):
-    """A layer whose one SwiGLU network serves all tokens, without a router: what top-1 experts cost is measured by it.
-    """
+    """A layer whose first expert serves all tokens, without a router: beside it one sees what top-1 experts cost."""
 
     def forward(self, x, r, positions=None, cache=None, choice=None, count=None):
         y = self.self_attn(self.input_layernorm(x), positions, cache)
         x, h = residual_norm(x, y, self.post_attention_residual_scale, self.post_attention_layernorm)
         gate, up = F.linear(h, self.experts.gate_up_proj[0]).chunk(2, -1)
-        return self.post_mlp_residual_scale(x, F.linear(F.silu(gate) * up, self.experts.down_proj[0])), r, choice
-
-
-def fused_dense(config):
-    """A fused model whose layers are as wide as one expert of config's."""
-    model = fuse(zaya.Zaya(zaya.ZayaConfig.from_dict({**config.to_dict(), "num_experts": 1})))
-    for layer in model.layers:
-        layer.__class__ = DenseLayer
-    return model
-
-
-def kv_bytes(model):
-    """Bytes that a token adds to a model's cache, counted in the cache's tensors."""
-    totals = []
-    for tokens in (8, 9):
-        cache = zaya.Cache(len(model.layers))
-        with torch.no_grad():
-            model(torch.zeros(1, tokens, dtype=torch.long), cache=cache)
-        totals.append(sum(part[:, :, slot.start:slot.end].nbytes for slot in cache.layers for part in (slot.k, slot.v)))
-    return totals[1] - totals[0]
-
-
-def official(config, device):
-    """transformers' eager fp32 model of the same shape; None where it is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        return None
-    from transformers import AutoConfig, AutoModelForCausalLM
-    shape = config.to_dict()
-    for name in ("architectures", "model_type", "dtype"):
-        del shape[name]
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("zaya", **shape)).to(device)
+        y = F.linear(F.silu(gate) * up, self.experts.down_proj[0])
+        return self.post_mlp_residual_scale(x, y), r, choice
 
 
 def benchmark(device="cpu", B=16, S=256, compiled=False):
-    """Every path beside what it equals: rows of {"path", "error", "plain_ms", "fused_ms", "ratio"}; the training step
-    and generation also beside transformers', where that is installed, and, with `compiled`, as one compiled graph."""
+    """Every path beside what it equals -> rows of {"path", "error", "plain_ms", "fused_ms", "ratio"}.
+
+    `compiled` adds the compiled training step, in bf16, beside the eager fused one in bf16.
+    """
     config = measured_shape()
     torch.manual_seed(0)
     plain = zaya.Zaya(config).to(device).train()
-    fused, dense = fuse(copy.deepcopy(plain)), fused_dense(config).to(device).train()
+    fused = fuse(copy.deepcopy(plain))
     layer, fast, rows = plain.layers[1], fused.layers[1], []
-    position_ids = torch.arange(S, device=device).remainder(S // 4).expand(B, S).contiguous()   # four samples a row
-    x, y = torch.randn(2, B, S, config.hidden_size, device=device)
-    positions = layer.self_attn.locate(x, position_ids)
-    choice, weight = torch.randint(0, 8, (B * S,), device=device), torch.rand(B * S, device=device)
     ids, targets = torch.randint(0, config.vocab_size, (2, B, S), device=device)
+    position_ids = torch.arange(S, device=device).remainder(S // 4).expand(B, S).contiguous()   # four samples a row
+    positions = layer.self_attn.locate(ids, position_ids)
+    x, y = torch.randn(2, B, S, config.hidden_size, device=device)
+    tokens, flat = x.flatten(0, 1), targets.flatten()
+    choice, weight = torch.randint(0, 8, (B * S,), device=device), torch.rand(B * S, device=device)
 
-    def add(path, error, *functions, rounds=7):
-        slow, quick, *other = medians(*functions, rounds=rounds)
+    def add(path, error, slow, quick, rounds=7):
+        slow, quick = medians(slow, quick, rounds=rounds)
         rows.append({"path": path, "error": error, "plain_ms": slow, "fused_ms": quick, "ratio": slow / quick})
-        if other:
-            rows[-1] |= {"transformers_ms": other[0], "over_transformers": other[0] / quick}
 
     def compare(path, modules, reference, ours, *inputs):
-        a, b = with_gradients(reference, inputs, modules[0]), with_gradients(ours, inputs, modules[1])
-        add(path, worst(b(), a()), a, b)
+        slow, quick = with_gradients(reference, inputs, modules[0]), with_gradients(ours, inputs, modules[1])
+        add(path, worst(quick(), slow()), slow, quick)
 
-    def pair(layer):
-        return torch.nn.ModuleList([layer.post_attention_residual_scale, layer.post_attention_layernorm])
+    if on_gpu(x):                                               # on a CPU these are the plain code
+        pairs = [torch.nn.ModuleList([one.post_attention_residual_scale, one.post_attention_layernorm])
+                 for one in (layer, fast)]
 
-    def joined(x, y):
-        x = layer.post_attention_residual_scale(x, y)
-        return x, layer.post_attention_layernorm(x)
+        def joined(x, y):
+            x = pairs[0][0](x, y)
+            return x, pairs[0][1](x)
 
-    compare("residual scaling + norm", (pair(layer), pair(fast)), joined,
-            lambda x, y: residual_norm(x, y, *pair(fast)), x, y)
+        compare("residual scaling + norm", pairs, joined, lambda x, y: residual_norm(x, y, *pairs[1]), x, y)
     compare("CCA, packed rows", (layer.self_attn, fast.self_attn), lambda x: [layer.self_attn(x, positions)],
             lambda x: [fast.self_attn(x, positions)], x)
-    compare("experts", (layer.experts, fast.experts), lambda x, w: [layer.experts(x, choice, w)],
-            lambda x, w: [fast.experts(x, choice, w)], x.flatten(0, 1), weight)
-    head, flat = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device), targets.flatten()
+    path, matrices = (triton_experts if on_gpu(x) else grouped_experts), (fast.experts.gate_up_proj,
+                                                                          fast.experts.down_proj)
+    compare("experts, grouped", (layer.experts, fast.experts), lambda x, w: [layer.experts(x, choice, w)],
+            lambda x, w: [path(x, *matrices, choice, w)], tokens, weight)
+    head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
     compare("LM head + cross-entropy", (head, head), lambda h: [F.cross_entropy(head(h), flat, reduction="sum")],
-            lambda h: [linear_cross_entropy(h, head.weight, flat)], x.flatten(0, 1))
+            lambda h: [linear_cross_entropy(h, head.weight, flat)], tokens)
 
     def step(model, loss_of=summed_loss, dtype=torch.float32):
         def run():
@@ -1212,28 +1192,19 @@ def benchmark(device="cpu", B=16, S=256, compiled=False):
             return [p.grad for p in model.parameters() if p.grad is not None]
         return run
 
-    def their_step():                       # whole rows: it cannot keep packed samples apart, which saves it no work
-        theirs.zero_grad()
-        F.cross_entropy(theirs(ids, use_cache=False).logits.float().flatten(0, 1), flat).backward()
-
-    prompt = ids[:1, :32].expand(64, -1).contiguous() + torch.arange(64, device=device)[:, None] % 8
-
-    def their_generate():
-        return theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, min_new_tokens=64,
-                               do_sample=False, pad_token_id=0)
-
-    theirs = official(config, device)
-    add(f"training step, {B} x {S}, forward and backward", worst(step(fused)(), step(plain)()), step(plain),
-        step(fused), *([their_step] if theirs else []))
+    add(f"training step, {B} x {S}", worst(step(fused)(), step(plain)()), step(plain), step(fused))
     if compiled:
-        half = torch.bfloat16
-        add("training step, compiled, bf16 (error: against eager bf16)",
-            worst(step(fused, compile_loss(), half)(), step(fused, summed_loss, half)()), step(plain),
-            step(fused, compile_loss(), half))
-    generate = [lambda m=m: m.generate(prompt, 64, temperature=0) for m in (plain, fused)]
-    different = (generate[0]() != generate[1]()).float().mean().item()
-    add("generate, 64 rows, 64 new tokens (error: share of other tokens)", different, *generate,
-        *([their_generate] if theirs else []), rounds=3)
+        eager, graph = step(fused, dtype=torch.bfloat16), step(fused, compile_loss(), torch.bfloat16)
+        add("training step in bf16, compiled", worst(graph(), eager()), eager, graph)
+    prompt = ids[:1, :32].expand(64, -1) + torch.arange(64, device=device)[:, None] % 8
+    prompt = prompt.remainder(config.vocab_size)
+    slow, quick = (functools.partial(model.generate, prompt, 64, temperature=0) for model in (plain, fused))
+    different = (slow() != quick()).float().mean().item()
+    add("generate, 64 rows, 64 new tokens (error: share of other tokens)", different, slow, quick, rounds=3)
+
+    dense = fuse(zaya.Zaya(measured_shape(num_experts=1))).to(device).train()
+    for layer in dense.layers:
+        layer.__class__ = DenseLayer
     add("top-1 of 8 experts (fused) beside a dense model of the active size (plain)", 0.0, step(dense), step(fused))
     return rows
 
@@ -1244,56 +1215,44 @@ def table(head, rows):
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
-# ---- the 8B shape: memory and speed of decoding ---------------------------------------------------------------------
+# ---- the 8B shape: speed of decoding --------------------------------------------------------------------------------
 
 
-def make_random_checkpoint(folder, config=None):
-    """A random bf16 model in the official layout, a shard a layer: never more than a layer in memory.
-
-    Every matrix is a piece, from a place of its own, of 2^26 normal numbers: drawing 9e9 would take minutes.
-    """
+def make_random_checkpoint(folder):
+    """Write a random ZAYA1-8B in bf16 in the official layout, a file a layer: never more than a layer in memory."""
     from safetensors.torch import save_file
-    config = config or zaya.ZayaConfig.preset("zaya1-8b")
+    config = zaya.ZayaConfig.preset("zaya1-8b")
     os.makedirs(folder, exist_ok=True)
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in zaya.Zaya(config).state_dict().items()}
-    shards, places = collections.defaultdict(list), {}
-    for name in shapes:
-        shards[name.split(".")[1] if name.startswith("layers.") else "rest"].append(name)
-    pool = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=config.initializer_range)
-    for i, names in enumerate(tqdm(shards.values(), desc="random weights", disable=None)):
-        file, tensors = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", {}
-        for name in names:
-            tensor = torch.ones(shapes[name], dtype=torch.bfloat16)
+        state = zaya.Zaya(config).state_dict()
+    groups, places = collections.defaultdict(dict), {}
+    for name, tensor in state.items():
+        layer = name.split(".")[1] if name.startswith("layers.") else "rest"
+        groups[layer][zaya.Zaya.official_name(name)] = tensor
+    for layer, group in tqdm(groups.items(), desc="random weights", disable=None):
+        file = f"model-{layer}.safetensors"
+        for name, tensor in group.items():
+            group[name] = torch.ones(tensor.shape, dtype=torch.bfloat16)
             if tensor.ndim > 1:
-                start = torch.randint(2**25, ()).item()
-                for part in tensor.flatten().split(2**25):
-                    part.copy_(pool[start:start + len(part)])
-            elif not name.endswith(("scale", "norm.weight", "temp")):
-                tensor.zero_()
-            tensors[zaya.Zaya.official_name(name)] = tensor
-        save_file(tensors, os.path.join(folder, file), metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, file)
-    for name, text in (("model.safetensors.index.json", {"metadata": {}, "weight_map": places}),
-                       ("config.json", {**config.to_dict(), "dtype": "bfloat16"})):
+                group[name].normal_(std=config.initializer_range)
+            elif name.endswith(("bias", "biases")):
+                group[name].zero_()
+            places[name] = file
+        save_file(group, os.path.join(folder, file), metadata={"format": "pt"})
+        group.clear()
+    # config.json comes last: a folder without it is no checkpoint yet, and is made again.
+    texts = {"model.safetensors.index.json": {"weight_map": places},
+             "config.json": {**config.to_dict(), "dtype": "bfloat16"}}
+    for name, text in texts.items():
         with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
             json.dump(text, file)
 
 
-def memory_gb():
-    """{"anonymous", "mapped"} GB of this process that are in memory now; NaN where there is no /proc."""
-    try:
-        with open("/proc/self/status", encoding="utf-8", errors="replace") as file:
-            kb = dict(line.split(":", 1) for line in file)
-        return {name: int(kb[key].split()[0]) / 1e6 for name, key in (("anonymous", "RssAnon"), ("mapped", "RssFile"))}
-    except (OSError, KeyError):
-        return {"anonymous": float("nan"), "mapped": float("nan")}
-
-
 def gb_per_token(model):
     """What one token reads: of the experts one, of the embedding the LM head, of everything else all."""
-    experts = sum(t.nbytes for layer in model.layers for t in layer.experts.state_dict().values())
-    return (sum(t.nbytes for t in model.state_dict().values()) - experts * (1 - 1 / model.config.num_experts)) / 1e9
+    total = sum(tensor.nbytes for tensor in model.state_dict().values())
+    experts = sum(tensor.nbytes for layer in model.layers for tensor in layer.experts.state_dict().values())
+    return (total - experts * (1 - 1 / model.config.num_experts)) / 1e9
 
 
 def mv_bandwidth():
@@ -1329,39 +1288,61 @@ def decoding(folder, count=32):
     Where `folder` does not exist, a random ZAYA1-8B (17.7 GB) is put there; the int8 form goes into `folder`-int8.
     The limit is what a token reads at the speed of torch.mv on 1 GB of bf16.
     """
+    rounded, rows, prompt = folder + "-int8", [], torch.arange(1, 9)[None]
     if not os.path.exists(os.path.join(folder, "config.json")):
         make_random_checkpoint(folder)
-    if not os.path.exists(os.path.join(folder + "-int8", "config.json")):
-        quantize_checkpoint(folder, folder + "-int8")
-    rows, prompt, reference = [], torch.arange(1, 9)[None], None
-    for name in (folder, folder + "-int8"):
-        try:
-            model = load(name)
-        except ValueError as error:                             # of a damaged checkpoint, and of nothing later
-            raise Damaged(f"{name}: {error}") from None
-        for tensor in model.state_dict().values():                                  # map every page once
+    if not os.path.exists(os.path.join(rounded, "config.json")):
+        quantize_checkpoint(folder, rounded)
+    for name in (folder, rounded):
+        model = load(name)
+        for tensor in model.state_dict().values():              # map every page once
             tensor.view(-1)[::1024].sum(dtype=torch.float32)
         decode(model, prompt, 4)
-        bandwidth = mv_bandwidth()
+        bandwidth, size = mv_bandwidth(), gb_per_token(model)
         ids, logits, times = decode(model, prompt, count)
-        row = {"checkpoint": name, **memory_gb(), "gb_per_token": gb_per_token(model), "bandwidth": bandwidth,
-               "tokens_per_s": len(times) / sum(times)}
-        row["share"] = row["tokens_per_s"] * row["gb_per_token"] / bandwidth
-        if reference is None:
-            reference = ids, logits
-        else:                                                                       # over the same tokens
-            row |= logit_error(model(reference[0][:, :-1])[0, prompt.shape[1] - 1:], reference[1])
-        rows.append(row)
+        speed = len(times) / sum(times)
+        rows.append({"checkpoint": name, "gb_per_token": size, "bandwidth": bandwidth, "tokens_per_s": speed,
+                     "share": speed * size / bandwidth})
+        if name == folder:
+            tokens, reference = ids[:, :-1], logits
+        else:                                                   # over the same tokens
+            rows[-1] |= logit_error(model(tokens)[0, prompt.shape[1] - 1:], reference)
         del model
     return rows
+
+
+def print_decoding(rows):
+    numbers = ["gb_per_token", "bandwidth", "tokens_per_s", "share"]
+    errors = ["error", "kl", "same"]
+    cells = []
+    for row in rows:
+        measured = [f"{row[key]:.2f}" for key in numbers]
+        wrong = [f"{row[key]:.3g}" if key in row else "" for key in errors]
+        cells.append([row["checkpoint"], *measured, *wrong])
+    print(table(["checkpoint", "GB a token", "GB/s of torch.mv", "tokens/s", "of the limit", "logit error", "KL, nats",
+                 "same argmax"], cells))
+
+
+def print_benchmark(device, threads, limits, rows, memory):
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+    print(f"{name}: fp32 matrix products at {limits['matmul_gflops']:.0f} GFLOP/s, copies at "
+          f"{limits['copy_gb_per_s']:.1f} GB/s; medians\n")
+    *paths, dense = rows
+    cells = [[row["path"], f"{row['error']:.0e}", f"{row['plain_ms']:.1f}", f"{row['fused_ms']:.1f}",
+              f"{row['ratio']:.2f}"] for row in paths]
+    print(table(["path", "error", "plain, ms", "fused, ms", "ratio"], cells))
+    print(f"\nA step with top-1 of 8 experts takes {dense['fused_ms']:.0f} ms, of a dense model of the same active "
+          f"size {dense['plain_ms']:.0f} ms: {1 / dense['ratio']:.2f} times.")
+    print(f"The cache grows by {memory['kv_bytes']} bytes a token; multi-head attention of this width: "
+          f"{memory['kv_bytes_mha']}.")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--compile", action="store_true", help="also the compiled training step: minutes of compiling")
-    parser.add_argument("--full-size", metavar="FOLDER", help="instead: memory and decoding speed of the checkpoint in "
-                        "FOLDER and of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
+    parser.add_argument("--full-size", metavar="FOLDER", help="instead: decoding speed of the checkpoint in FOLDER and "
+                        "of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
     parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: write FOLDER's int8 form")
     given = parser.parse_args(arguments)
     if given.quantize:
@@ -1371,27 +1352,16 @@ def main(arguments=None):
         rows = decoding(given.full_size)
         if given.json:
             return print(json.dumps({"threads": threads, "decoding": rows}, indent=1))
-        numbers = ("anonymous", "mapped", "gb_per_token", "bandwidth", "tokens_per_s", "share")
-        cells = [[row["checkpoint"], *(f"{row[key]:.2f}" for key in numbers),
-                  *(f"{row[key]:.3g}" if key in row else "" for key in ("error", "kl", "same"))] for row in rows]
-        return print(table(["checkpoint", "anonymous, GB", "mapped, GB", "GB a token", "GB/s of torch.mv", "tokens/s",
-                            "of the limit", "logit error", "KL, nats", "same argmax"], cells))
+        return print_decoding(rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    limits, rows = machine_limits(device), benchmark(device, compiled=given.compile)
-    model = fuse(zaya.Zaya(measured_shape())).eval()
-    memory = {"kv_bytes": kv_bytes(model),              # multi-head attention keeps keys and values of the full width
-              "kv_bytes_mha": model.config.num_hidden_layers * 2 * model.config.hidden_size * 4}
+    limits, rows, config = machine_limits(device), benchmark(device, compiled=given.compile), measured_shape()
+    # Keys and values in fp32; multi-head attention keeps them at the full width.
+    memory = {"kv_bytes": config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4,
+              "kv_bytes_mha": config.num_hidden_layers * 2 * config.hidden_size * 4}
     if given.json:
-        return print(json.dumps({"device": device, "threads": threads, **limits, "paths": rows, **memory}, indent=1))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
-    print(f"{name}: fp32 matrix products at {limits['matmul_gflops']:.0f} GFLOP/s, copies at "
-          f"{limits['copy_gb_per_s']:.1f} GB/s; medians\n")
-    cells = [[row["path"], f"{row['error']:.0e}", f"{row['plain_ms']:.1f}", f"{row['fused_ms']:.1f}",
-              f"{row['ratio']:.2f}", *(f"{row[key]:.2f}" if key in row else "" for key in
-                                       ("transformers_ms", "over_transformers"))] for row in rows]
-    print(table(["path", "error", "zaya.py, ms", "fused, ms", "ratio", "transformers, eager fp32, ms", "ratio"], cells))
-    print("\nThe cache grows by {kv_bytes} bytes a token; multi-head attention of this width: {kv_bytes_mha}.".format(
-        **memory))
+        print(json.dumps({"device": device, "threads": threads, **limits, "paths": rows, **memory}, indent=1))
+    else:
+        print_benchmark(device, threads, limits, rows, memory)
 
 
 if __name__ == "__main__":
