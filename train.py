@@ -1883,14 +1883,16 @@ def verify_replies(problems, replies):
 def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0):
     """The share of `samples` replies to each problem that are right: (problems,) array."""
     source, rates = Checkpoint(model, tokenizer, temperature), np.zeros(len(problems))
-    names = list(dict.fromkeys(problem.task for problem in problems))
+    names = sorted({problem.task for problem in problems})
     # The processes share out the tasks: replies to one are about equally long, and a batch waits for its longest.
     for name in tqdm(shard(names), desc="held-out problems", leave=False, disable=None):
-        mine = [i for i, problem in enumerate(problems) if problem.task == name]
-        prompts, limit = [], 160
-        for i in mine:                                          # half as long again as the teacher's; a search: longer
-            limit = max(limit, len(tokenizer.encode(find_task(name).solve(problems[i]))) * 3 // 2 + 16)
-            prompts += [problems[i].prompt] * samples
+        task, mine, prompts, limit = find_task(name), [], [], 160
+        # A reply may be half as long again as the teacher's, and a short one longer: a search takes its time.
+        for i, problem in enumerate(problems):
+            if problem.task == name:
+                mine.append(i)
+                prompts += [problem.prompt] * samples
+                limit = max(limit, len(tokenizer.encode(task.solve(problem))) * 3 // 2 + 16)
         replies = np.array(source(prompts, limit, seed), object).reshape(-1, samples)
         rates[mine] = verify_replies([problems[i] for i in mine], replies).mean(1)
     return np.array(all_reduce(*rates))
@@ -1915,6 +1917,7 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
     -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
     "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
     """
+    # The same problems after every stage, so that stages can be compared.
     held = held_out_problems(tasks, problems if samples else 0)
     result = {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": len(held), "tasks": {}, "tasks_ci95": {},
               "greedy_tasks": {}, "chance": {}}
@@ -2108,7 +2111,8 @@ def write_json(path, content):
 
 def save_checkpoint(folder, model, tokenizer, state=None):
     """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
-    weights = get_model_state_dict(model, options=OptimizerState.options)           # whole in the first process
+    # All processes gather the weights, the first one gets them whole and writes them.
+    weights = get_model_state_dict(model, options=OptimizerState.options)
     if is_main():
         shutil.rmtree(folder + ".new", ignore_errors=True)
         model.save_pretrained(folder + ".new", state_dict=weights)
@@ -2414,6 +2418,7 @@ def new_model(config, shape, tokenizer):
         model_config = ZayaConfig.preset(config.preset, **shape)
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    # The seed decides the weights, whatever was drawn before.
     torch.manual_seed(config.seed)
     return fuse(Zaya(model_config))
 
@@ -2422,6 +2427,7 @@ def check_same_run(folder, name, model, state, config, shape):
     """A run goes on only with the settings and the shape that it began with; which one differs is said."""
     if state is None:
         raise SystemExit(f"{folder} has no trainer.pt to go on from: put it back, or delete {folder}")
+    # The model's config knows the whole shape, of which the command line names what it wants to be different.
     then = {**vars(model.config), **state["settings"]}
     for setting, now in {**settings(config), **shape}.items():
         before = then.get(setting)
@@ -2473,6 +2479,7 @@ def finish_stage(name, stages, config, shape, report, device, dtype):
         state = train(name, config, stage, model, tokenizer, state, device, dtype)
         if world_size() > 1:                                    # it was sharded: whole again, to sample from
             model, tokenizer, _ = load_checkpoint(os.path.join(config.out, name), device)
+    # A checkpoint is on disk before anything is measured; a run killed in between is measured when it goes on.
     if name in report["stages"]:
         print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
     else:
@@ -2541,17 +2548,18 @@ def read_report(config):
 
 def report_table(report):
     """report.md: pass@1 by task, a column a stage; then test-time compute, a line a task."""
-    stages = [name for name in STAGES if name in report["stages"]]
+    stages = sorted(report["stages"], key=STAGES.index)
     tasks = report["stages"][stages[-1]]["chance"]
     rl_tasks = [task for task in REASONING if task in tasks]
     columns = [["task", "---", *tasks, "mean of the RL stages' tasks", "**all**", "95 % interval", "greedy"],
                ["chance", "---", *map("{:.2f}".format, tasks.values()), "", "", "", ""]]
     for name in stages:
         result = report["stages"][name]
-        solved = [result["tasks"].get(task, 0.0) for task in tasks]
-        mean = sum(result["tasks"].get(task, 0.0) for task in rl_tasks) / max(1, len(rl_tasks))
-        columns.append([name, "---", *map("{:.2f}".format, solved), f"{mean:.3f}", f"**{result['pass@1']:.3f}**",
-                        "{:.3f}-{:.3f}".format(*result["ci95"]), f"{result['greedy']:.3f}"])
+        solved = {task: result["tasks"].get(task, 0.0) for task in tasks}
+        mean = sum(map(solved.get, rl_tasks)) / max(1, len(rl_tasks))
+        columns.append([name, "---", *map("{:.2f}".format, solved.values()), f"{mean:.3f}",
+                        "**{pass@1:.3f}**".format(**result), "{:.3f}-{:.3f}".format(*result["ci95"]),
+                        f"{result['greedy']:.3f}"])
     text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token\n\n" \
         "Held-out pass@1 at temperature 1 (chance: the teacher's answer to another problem):\n\n".format(**report)
     for row in zip(*columns):
@@ -2579,7 +2587,7 @@ def draw_report(report):
     """report.png: what each stage solves of each task, and what chance would."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    stages = [name for name in STAGES if name in report["stages"]]
+    stages = sorted(report["stages"], key=STAGES.index)
     chance = report["stages"][stages[-1]]["chance"]
     figure = Figure(figsize=(12, 4), layout="constrained")
     axis, width, places = figure.subplots(), 0.8 / len(stages), np.arange(len(chance))
