@@ -47,7 +47,6 @@ def perturb_routers(model, size=0.5):
 
 
 def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
-    """A group for each prompt, rolled out."""
     groups = [Group(ADD, prompt) for prompt in prompts]
     uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
     speaks = SimpleNamespace(end=end, pad=BYTES.pad, decode=BYTES.decode)
@@ -170,13 +169,10 @@ def test_proposals_are_spread_at_first_and_close_later():
     assert belief.middle() == belief.propose(rng) == 1 and np.isfinite(belief.weights()).all()
 
 
-def test_bradley_terry_by_hand():
+def test_bradley_terry_and_kl_by_hand():
     assert abs(train.bradley_terry_loss(tensor(1, 0), tensor(0, 0)) - (0.313262 + 0.693147) / 2) < 1e-5
     assert abs(train.bradley_terry_loss(tensor(-2), tensor(1)) - 3.048587) < 1e-5
     assert train.bradley_terry_loss(tensor(-200), tensor(200)) == 400           # and no overflow
-
-
-def test_kl_by_hand():
     assert train.kl(tensor(-1, -2), tensor(-1, -2)) == 0
     assert abs(train.kl(tensor(0.5, 1).log(), tensor(0.25, 1).log()) - 0.193147 / 2) < 1e-6
     assert abs(train.kl(tensor(0.25).log(), tensor(0.5).log()) - (1 - math.log(2))) < 1e-6
@@ -236,12 +232,11 @@ def test_rollouts_are_a_function_of_the_seed_and_may_end_at_once():
 def test_temperature_is_one():
     """Of 2,000 first tokens each likely one comes as often as the model says."""
     model = sharp_model()
-    first = [tokens[0] for tokens in roll(model, [PROMPTS[0]], 2000, context=6)[0].tokens]
+    first = torch.tensor([tokens[0] for tokens in roll(model, [PROMPTS[0]], 2000, context=6)[0].tokens])
     with torch.no_grad():
-        probability = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
-    for token in probability.topk(5).indices.tolist():
-        p = probability[token].item()
-        assert abs(first.count(token) / 2000 - p) < 4 * (p * (1 - p) / 2000) ** 0.5
+        p, likely = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1).topk(5)
+    share = (first[:, None] == likely).float().mean(0)
+    assert ((share - p).abs() < 4 * (p * (1 - p) / 2000).sqrt()).all()
 
 
 # ---- replay ---------------------------------------------------------------------------------------------------------
@@ -342,16 +337,16 @@ def test_a_step_raises_the_good_and_lowers_the_bad():
 def test_a_step_replays_the_samplers_experts():
     """The loss by hand, for a trainer whose own routers would choose others."""
     groups, other = roll(sharp_model(), PROMPTS[:2], 2), perturb_routers(sharp_model(), 0.1)
-    total, live = 0.0, 0.0
+    loss = {"replayed": 0.0, "live": 0.0}
     for group, sign in zip(groups, (1, -1)):
-        for tokens, mu, choice in zip(group.tokens, group.logps, group.choices):
-            for routing in (choice, None):
-                logp, _ = plain_forward(other, group.prompt, tokens, routing)
+        for prompt, tokens, mu, choice in rollouts([group]):
+            for kind, routing in (("replayed", choice), ("live", None)):
+                logp, _ = plain_forward(other, prompt, tokens, routing)
                 keep = (sign * (logp.exp() - mu.exp()) <= 0.1).float()
-                loss = -(sign * (logp - mu).exp().clamp_max(20) * logp * keep).sum().item() / 4 / 64
-                total, live = (total + loss, live) if routing is not None else (total, live + loss)
+                loss[kind] -= (sign * (logp - mu).exp().clamp_max(20) * logp * keep).sum().item() / 4 / 64
     row = step(other, groups, [[1.0, 1.0], [-1.0, -1.0]])
-    assert abs(row["loss"] - total) < 1e-4 < 1e-3 < abs(live - total) and row["flips"] > 0
+    assert abs(row["loss"] - loss["replayed"]) < 1e-4 < 1e-3 < abs(loss["live"] - loss["replayed"])
+    assert row["flips"] > 0
 
 
 def test_every_row_of_a_step_keeps_its_own_advantage():
@@ -414,19 +409,15 @@ def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
     assert group.rewards == [1, 0, 0, 0, 0, 1]
 
 
-def test_the_least_sampled_environment_is_asked_first(talk):
-    actor = make_actor()
-    assert [group.problem.task for group in actor.generate()] == ["add", "sort", "sat", "add"]
-    assert [group.problem.task for group in actor.generate()] == ["sort", "sat", "add", "sort"]
+def test_the_least_sampled_environment_is_asked_its_next_level(talk):
+    actor, levels = make_actor(context=300), train.TASKS["sort"].levels
+    rounds = [[group.problem for group in actor.generate()] for _ in range(6)]
+    assert [problem.task for problem in sum(rounds[:2], [])] == ["add", "sort", "sat"] * 2 + ["add", "sort"]
+    problems = [problem for problem in sum(rounds, []) if problem.task == "sort"]
+    assert [problem.difficulty for problem in problems] == [levels[i % len(levels)] for i in range(8)]
+    assert not any(train.is_held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 5
     actor.environments["sat"]["groups"] = 0
-    assert [group.problem.task for group in actor.generate()] == ["sat", "sat", "sat", "add"]
-
-
-def test_problems_go_through_the_levels_and_are_never_held_out(talk):
-    actor, levels = make_actor(tasks=("sort",), context=300), train.TASKS["sort"].levels
-    problems = [group.problem for _ in range(6) for group in actor.generate()]
-    assert [problem.difficulty for problem in problems] == [levels[i % len(levels)] for i in range(24)]
-    assert not any(train.is_held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 15
+    assert [group.problem.task for group in actor.generate()] == ["sat"] * 4
 
 
 def test_the_buffer_gives_the_oldest_and_drops_the_stale(talk):
@@ -524,38 +515,29 @@ def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
 
 
 def test_a_dead_stage_stops_and_says_why(talk):
-    actor = make_actor(score=lambda group: [0.0] * 4, tasks=("add", "sort"))
-    for _ in range(actor.dead_after - 1):
-        actor.generate()
-    actor.score = first_half
-    actor.generate()
-    actor.score = lambda group: [0.0] * 4                       # one success: counted anew
-    for _ in range(actor.dead_after - 1):
+    actor = make_actor(tasks=("add", "sort"))
+    without = actor.dead_after - 1
+    for earned in [0.0] * without + [1.0] + [0.0] * without:    # after a success the rounds are counted anew
+        actor.score = lambda group, earned=earned: [earned, 0.0, 0.0, 0.0]
         actor.generate()
     with pytest.raises(SystemExit) as stop:
         actor.generate()
-    message = str(stop.value)
     for part in ("25 rounds of add, sort", "100% of the last replies ended within 48 tokens", "<think>one</think>1"):
-        assert part in message
+        assert part in str(stop.value)
 
 
 def test_adaptive_difficulty_follows_the_solve_rate(talk):
     actor = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True)
     asked = [{group.problem.difficulty for group in actor.generate()} for _ in range(4)]
     assert asked == [{1}, {2}, {3}, {4}]                        # one level a round: the round's others were easier
-    assert actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"][4] == 1
     actor.score = first_half
-    actor.generate()
-    assert actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"][4] == 1
+    assert actor.generate() and actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"][4] == 1
     actor.score = lambda group: [0.0] * 4
-    actor.generate()
-    assert actor.environments["add"]["d"] < 5
+    assert actor.generate() and actor.environments["add"]["d"] < 5
     actor.adapt = lambda d, rate: 9
-    actor.generate()
-    assert actor.environments["add"]["d"] == 9
+    assert actor.generate() and actor.environments["add"]["d"] == 9
     still = make_actor(score=lambda group: [1.0] * 4, tasks=("add",))
-    still.generate()
-    assert still.environments["add"]["d"] == 1
+    assert still.generate() and still.environments["add"]["d"] == 1
 
 
 def test_the_start_is_where_half_passes(talk):
@@ -570,12 +552,8 @@ def test_the_start_is_where_half_passes(talk):
 
 # ---- the reward model -----------------------------------------------------------------------------------------------
 
-def test_warmth_counts_words():
-    assert train.warmth("dear kind sun!") == 2 and train.warmth("love love.") == 2
-    assert train.warmth("endear kindly lovely") == 0 and train.warmth("") == 0
-
-
 def test_preferences_are_about_warm_words():
+    assert train.warmth("dear kind sun!") == train.warmth("love love.") == 2 and train.warmth("endear kindly") == 0
     prompts, obedient = {}, []
     for held_out in (False, True):
         rng = random.Random(0)

@@ -461,6 +461,20 @@ def test_generate_shape_and_seed(model):
     assert model.generate(ids).shape == (3, 7 + 64), "64 new tokens, sampled, by default"
 
 
+def test_uniform_takes_the_generators_place_and_a_record_says_how_each_token_came(model):
+    """The same tokens; their log probabilities and experts are those of one forward pass over the result."""
+    ids = tokens(3, 7)
+    expected = model.generate(ids, 10, generator=seeded(1))
+    uniform = torch.rand(10, 3, generator=seeded(1))
+    result, logps, choices = model.generate(ids, 10, uniform=uniform, record=True)
+    routing = []
+    with torch.no_grad():
+        logits = model.logits(model.hidden_states(result[:, :-1], routing=routing))
+    assert torch.equal(result, expected)
+    assert torch.allclose(logps, logits.log_softmax(-1)[:, 6:].gather(-1, result[:, 7:, None])[..., 0], atol=1e-4)
+    assert torch.equal(choices.long(), torch.stack(routing))
+
+
 @torch.no_grad()
 def test_greedy_is_the_argmax_of_the_full_forward(model):
     ids = tokens(2, 6)
