@@ -51,7 +51,7 @@ def control(run, report, name):
     if not (state and state.get("done")):
         stage = replace(train.stage_settings(config, "sft"), **changes)
         with mock.patch.object(train, "terse_prompt", build):   # the name by which train.py builds its prompts
-            state = train.run_stage("sft", config, stage, model, tokenizer, state, "cpu", torch.float32)
+            state = train.supervised_stage("sft", config, stage, model, tokenizer, state, "cpu", torch.float32)
     return model, tokenizer, state
 
 

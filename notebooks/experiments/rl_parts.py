@@ -41,7 +41,7 @@ def imitate(model, seed, stage=SFT, samples=0):
 
 def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train.dppo_mask, logps=train.token_logps,
               sync_every=2):
-    """run_rl's loop without its files; what an arm swaps are the arguments -> one row a step."""
+    """rl_stage's loop without its files; what an arm swaps are the arguments -> one row a step."""
     config, rows = settings(seed), []
     optimizers = train.make_optimizers(model, stage.lr, momentum=0.0)
     balancer = PIDBalancer(model, config.balancer_lr / 10)
@@ -51,16 +51,18 @@ def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train
         if step % sync_every == 0:
             actor.sync(model, step)
         groups, generated = actor.take(step)
-        row = train.rollout_health(generated, groups, step)
+        row = train.rollout_metrics(generated, groups, step)
         if groups:
-            rewards, bonus = torch.tensor([group.rewards for group in groups]), []
-            for group, reward in zip(groups, rewards):
-                lengths = torch.tensor([float(len(tokens)) for tokens in group.tokens])
-                bonus.append(train.length_reward(lengths, reward, actor.best(group), stage.length_reward))
+            rewards = torch.tensor([group.rewards for group in groups])                         # (P, G)
+            lengths = torch.tensor([group.lengths() for group in groups])
+            bonus = torch.zeros_like(rewards)
+            for i, group in enumerate(groups):
+                bonus[i] = train.length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
             row |= dict(zip(("flips", "kl", "kl_live"), gap(model, groups)))
             lr = train.learning_rate(step, stage.steps, stage.lr, stage.lr_end)
+            batches = train.rl_batches(groups, advantage(rewards, bonus), config.micro_batch, TOKENIZER.pad, "cpu")
             with mock.patch.multiple(train, dppo_mask=mask, token_logps=logps):     # names that rl_step looks up
-                learned = train.rl_step(model, optimizers, balancer, groups, advantage(rewards, torch.stack(bonus)),
+                learned = train.rl_step(model, optimizers, balancer, batches, rewards.numel(), lengths.sum().item(),
                                         config, torch.float32, lr, measure=False)
             row = learned | row
         rows.append(row)
