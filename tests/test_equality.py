@@ -128,12 +128,21 @@ def test_random_models_use_their_experts(pair):
 @torch.no_grad()
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 def test_decoding_with_a_cache(pair, sizes):
+    """HF takes a lone token for a real one whatever the mask says: rows that pad in one-token steps are left out."""
     official, ours = pair
     full, mine, theirs = official(tokens()).logits, *(
         run(model, tokens(), sizes) for run, model in ((ours_in_chunks, ours), (official_in_chunks, official)))
     close(mine, full)
     close(theirs, full)
     close(mine, theirs)
+    ids, mask = left_padded()
+    mine, theirs = ours_in_chunks(ours, ids, sizes, mask), official_in_chunks(official, ids, sizes, mask)
+    for row in range(len(ids)):
+        close(mine[row, mask[row] == 1], ours(ids[row, mask[row] == 1][None])[0])
+    single = [part[0] for part in torch.arange(LENGTH).split(sizes) if len(part) == 1]
+    fair = (mask[:, single] == 1).all(1)
+    assert fair.sum() > 1 or sizes[0] == 1
+    close(mine[fair][mask[fair] == 1], theirs[fair][mask[fair] == 1])
 
 
 @torch.no_grad()
@@ -147,21 +156,6 @@ def test_padded_batch(pair, side):
         alone = ids[row, mask[row] == 1][None]
         close(mine[row, mask[row] == 1], ours(alone)[0])
         close(mine[row, mask[row] == 1], official(alone).logits[0])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
-def test_left_padded_batch_with_a_cache(pair, sizes):
-    """HF takes a lone token for a real one whatever the mask says: rows that pad in one-token steps are left out."""
-    official, ours = pair
-    ids, mask = left_padded()
-    mine, theirs = ours_in_chunks(ours, ids, sizes, mask), official_in_chunks(official, ids, sizes, mask)
-    for row in range(len(ids)):
-        close(mine[row, mask[row] == 1], ours(ids[row, mask[row] == 1][None])[0])
-    single = [part[0] for part in torch.arange(LENGTH).split(sizes) if len(part) == 1]
-    fair = (mask[:, single] == 1).all(1)
-    assert fair.sum() > 1 or sizes[0] == 1
-    close(mine[fair][mask[fair] == 1], theirs[fair][mask[fair] == 1])
 
 
 def without_last_biases(state):
@@ -263,22 +257,14 @@ def test_fresh_models_are_alike():
 
 
 @torch.no_grad()
-def test_greedy_tokens(pair):
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_tokens(pair, padded):
     official, ours = pair
-    ids = tokens(3, 10)
-    theirs = official.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
-    mine = ours.generate(ids, max_new_tokens=64, temperature=0)
-    assert mine.shape == (3, 74) and torch.equal(mine, theirs)
-    assert len(mine[:, 10:].unique()) > 15, "a model that repeats itself tests little"
-
-
-@torch.no_grad()
-def test_greedy_tokens_of_a_left_padded_batch(pair):
-    official, ours = pair
-    ids, mask = left_padded()
-    theirs = official.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False)
-    mine = ours.generate(ids, max_new_tokens=64, temperature=0, attention_mask=mask)
-    assert torch.equal(mine, theirs)
+    ids, mask = left_padded() if padded else (tokens(8, 10), torch.ones(8, 10, dtype=torch.long))
+    theirs = official.generate(ids, attention_mask=mask, max_new_tokens=32, do_sample=False)
+    mine = ours.generate(ids, max_new_tokens=32, temperature=0, attention_mask=mask if padded else None)
+    assert mine.shape == (len(ids), ids.shape[1] + 32) and torch.equal(mine, theirs)
+    assert padded or len(mine[:, 10:].unique()) > 15, "a model that repeats itself tests little"
 
 
 def test_gradients(pair):
@@ -289,6 +275,8 @@ def test_gradients(pair):
     for logits in official(ids, attention_mask=mask, position_ids=positions(mask)).logits, ours(ids, mask):
         F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
     theirs, checked = dict(official.named_parameters()), set()
+    places = {name for name in official.state_dict() if name != "lm_head.weight" or not ours.config.tie_word_embeddings}
+    assert {Zaya.official_name(name) for name in ours.state_dict()} == places
     for name, parameter in ours.named_parameters():
         expected = theirs[Zaya.official_name(name)].grad
         assert expected.norm() > 0, name
@@ -301,12 +289,11 @@ def test_gradients(pair):
 @torch.no_grad()
 def bf16_error(model, official):
     """Mean |logits in bf16 - logits in fp32| over a few inputs."""
-    rounded, errors = copy.deepcopy(model).to(torch.bfloat16), []
-    for seed in range(4):
-        pair_of_logits = [run(tokens(4, seed=seed)) for run in (model, rounded)]
-        exact, approximate = (out.logits for out in pair_of_logits) if official else pair_of_logits
-        errors.append((approximate.float() - exact).abs().mean())
-    return torch.stack(errors).mean().item()
+    rounded, ids = copy.deepcopy(model).to(torch.bfloat16), torch.cat([tokens(4, seed=seed) for seed in range(4)])
+    exact, approximate = model(ids), rounded(ids)
+    if official:
+        exact, approximate = exact.logits, approximate.logits
+    return (approximate.float() - exact).abs().mean().item()
 
 
 BF16_SEEDS = range(4)
@@ -323,12 +310,6 @@ def test_bf16_is_no_worse_than_the_official_one(tmp_path):
             theirs.append(bf16_error(official, True))
     mine, theirs = (sum(errors) / len(errors) for errors in (mine, theirs))
     assert mine <= theirs, f"mean error ours {mine:.4f}, theirs {theirs:.4f}"
-
-
-def test_named_parameters_all_have_an_official_place(pair):
-    official, ours = pair
-    theirs = {name for name in official.state_dict() if name != "lm_head.weight" or not ours.config.tie_word_embeddings}
-    assert {Zaya.official_name(name) for name in ours.state_dict()} == theirs
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -351,12 +332,15 @@ def tokenizers(tmp_path_factory):
     return tokenizer, transformers.AutoTokenizer.from_pretrained(directory)
 
 
-@pytest.mark.parametrize("text", [*VARIED, "".join(VARIED)])
-def test_autotokenizer_gives_the_same_ids(tokenizers, text):
+def test_autotokenizer_gives_the_same_ids(tokenizers):
     ours, theirs = tokenizers
-    assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
-    assert theirs(text)["input_ids"] == ours.encode(text), "no special tokens are added on their own"
-    assert theirs.decode(ours.encode(text)) == text == ours.decode(ours.encode(text))
+    for text in [*VARIED, "".join(VARIED)]:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+        assert theirs(text)["input_ids"] == ours.encode(text), "no special tokens are added on their own"
+        assert theirs.decode(ours.encode(text)) == text == ours.decode(ours.encode(text))
+    assert len(theirs) == ours.vocab_size
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (ours.pad, ours.end_of_text, ours.end)
+    assert {token: theirs.convert_tokens_to_ids(token) for token in ours.special} == ours.special
 
 
 @pytest.mark.parametrize("generation_prompt", [False, True])
@@ -367,10 +351,3 @@ def test_chat_template_gives_the_same_ids(tokenizers, generation_prompt):
                 {"role": "user", "content": " and 🙂? "}, {"role": "assistant", "content": ""}]
     chat = theirs.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
     assert chat == ours.render(messages, generation_prompt)[0]
-
-
-def test_autotokenizer_knows_the_special_tokens(tokenizers):
-    ours, theirs = tokenizers
-    assert len(theirs) == ours.vocab_size
-    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (ours.pad, ours.end_of_text, ours.end)
-    assert {token: theirs.convert_tokens_to_ids(token) for token in ours.special} == ours.special
