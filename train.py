@@ -1196,7 +1196,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     checkpointer.save(stage.steps, done=True)
     for source in sources:
         if isinstance(source, TaskSource):
-            print(f"{name}: generated conversations trimmed to {stage.context} tokens: {dict(source.trim_counts)}")
+            counts = ", ".join(f"{count} {how}" for how, count in source.trim_counts.items())
+            print(f"{name}: generated conversations trimmed to {stage.context} tokens: {counts}")
     return state
 
 
