@@ -180,9 +180,10 @@ def linear_cross_entropy(hidden, weight, targets):
 
     hidden (N, E) any float, weight (V, E), targets (N,) int64, -100 where nothing is asked -> () fp32.
     """
+    # Compiled, PyTorch keeps the gradients for a second backward, and warns, which breaks the graph, unless told to.
+    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling())
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear_cross_entropy(hidden.float(), weight.float(), targets, reduction="sum",
-                                      options=torch.nn.LinearCrossEntropyOptions())
+        return F.linear_cross_entropy(hidden.float(), weight.float(), targets, reduction="sum", options=options)
 
 
 def summed_loss(model, input_ids, targets, position_ids, dtype=torch.float32):

@@ -112,8 +112,12 @@ def test_what_a_grouped_product_leaves_for_skipped_tokens_is_not_read(monkeypatc
         def backward(ctx, grad):
             return torch.where(torch.arange(len(grad))[:, None] < ctx.end, grad, torch.nan), None
 
-    monkeypatch.setattr(kernels, "grouped_mm", lambda a, b, ends: Garbage.apply(
-        product(Garbage.apply(a, ends[-1]), b, ends), ends[-1]))
+    def careless(a, b, ends):                                   # the weights' gradients, of b (N, J), have no such rows
+        if b.ndim == 2:
+            return product(a, b, ends)
+        return Garbage.apply(product(Garbage.apply(a, ends[-1]), b, ends), ends[-1])
+
+    monkeypatch.setattr(kernels, "grouped_mm", careless)
     test_grouped_experts(torch.float32, 2e-5, None)
     test_grouped_experts(torch.float32, 2e-5, 4)
 
@@ -353,7 +357,8 @@ def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     kernels.main(["--json"])
     said = json.loads(capsys.readouterr().out)
     assert len(said["paths"]) == 6 and said["matmul_gflops"] > 0
-    assert all(row["error"] < 1e-3 and row["ratio"] == 1 for row in said["paths"])
+    # Over so few tokens the terms of one temperature's gradient cancel but for a thousandth of the others'.
+    assert all(row["error"] < (1e-2 if "step" in row["path"] else 1e-5) and row["ratio"] == 1 for row in said["paths"])
     kernels.main([])
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if line.startswith("|")]
