@@ -163,9 +163,7 @@ def running_server():
 @pytest.fixture
 def server(running_server, monkeypatch):
     """The server, and a client that does not sleep between its attempts."""
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01, raising=False)
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.02, raising=False)
-    monkeypatch.setattr(rsa, "time", SimpleNamespace(sleep=lambda seconds: None, perf_counter=time.perf_counter))
+    monkeypatch.setattr(Endpoint, "back_off", 0.01)
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
     monkeypatch.setenv("MY_KEY", KEY)

@@ -22,31 +22,9 @@ from hypothesis import strategies as st
 
 import kernels
 import rsa
-from rsa import (
-    Budget,
-    Candidate,
-    Checkpoint,
-    Endpoint,
-    Result,
-    Run,
-    Source,
-    Words,
-    count_tokens,
-    cut_tail,
-    draw_run,
-    final_answer,
-    interval,
-    last_boxed,
-    majority,
-    markovian_rsa,
-    normal_form,
-    open_trace,
-    read_problems,
-    report_prompt,
-    same,
-    score_table,
-    terse_prompt,
-)
+from rsa import (Budget, Candidate, Checkpoint, Endpoint, Result, Run, Source, Words, count_tokens, cut_tail, draw_run,
+                 final_answer, interval, last_boxed, majority, markovian_rsa, normal_form, open_trace, read_problems,
+                 report_prompt, same, score_table, terse_prompt)
 from zaya import Tokenizer, Zaya, ZayaConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -76,7 +54,7 @@ def test_blank_reasoning_hands_on_the_reply(text, tail, tokenizer):
 
 
 LANGUAGES = ["天地玄黃宇宙洪荒", "これはペンです", "ภาษาไทย", "ភាសាខ្មែរ", "မြန်မာဘာသာ", "한국어", "🙂🙃", "x", "word ",
-             "a+b=",             "\n", " ", "\u3000", "é", "ا", "9", "\ud83d"]
+             "a+b=", "\n", " ", "\u3000", "é", "ا", "9", "\ud83d"]
 
 
 @pytest.mark.parametrize("piece", LANGUAGES)
@@ -153,16 +131,14 @@ def test_special_cases_fall_out():
     assert all(set(c.prompt.split("|")[1:-1]) <= whole for c in full.rounds[1])
 
 
-@pytest.mark.parametrize("wrong", [dict(subset=17), dict(subset=0), dict(rounds=-1), dict(tail=9, budget=8),
-                                   dict(population=0), dict(budget=0, tail=0)])
-def test_nonsense_is_refused(wrong):
-    with pytest.raises(ValueError, match="subset <= population"):
-        markovian_rsa("q", chatter, **wrong)
-
-
-def test_a_generator_that_loses_texts_is_named():
-    with pytest.raises(ValueError, match="returned 1 texts for 16"):
-        markovian_rsa("q", lambda prompts, n, seed: ["x"], budget=4, tail=2)
+@pytest.mark.parametrize("wrong, says", [
+    *((wrong, "makes no sense.*subset <= population") for wrong in (
+        dict(subset=17), dict(subset=0), dict(rounds=-1), dict(tail=9, budget=8), dict(population=0),
+        dict(budget=0, tail=0))),
+    (dict(generate=lambda prompts, n, seed: ["x"]), "returned 1 texts for 16")])
+def test_nonsense_is_refused(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        markovian_rsa("q", **dict(generate=chatter) | wrong)
 
 
 # ---- several problems, failed rollouts ------------------------------------------------------------------------------
@@ -185,11 +161,6 @@ def test_problems_of_a_list_do_not_see_each_other(build):
         for candidate in sum(result.rounds, []):
             assert problem in candidate.prompt and not any(other in candidate.prompt for other in problems
                                                            if other != problem)
-    for old, new in ((t, t + 1) for t in (0, 1)):               # and each problem's tails are its own last round's
-        for result in together:
-            tails = {c.tail for c in result.rounds[old]}
-            if build is terse_prompt:
-                assert {tail for c in result.rounds[new] for tail in c.prompt.split("|")[1:-1]} <= tails
     alone = markovian_rsa("first", named_after_prompt, **shape)
     assert alone == markovian_rsa(["first", "second"], named_after_prompt, **shape)[0]
     assert isinstance(alone, Result) and markovian_rsa([], named_after_prompt, **shape) == []
@@ -233,21 +204,17 @@ def test_failed_rollouts_are_left_out_of_the_subsets():
     assert a.generated_tokens == 3 * 2 * 4 and "None" not in str(calls)         # two tags, t0c0, 5
 
 
-def test_when_all_fail_there_is_nothing_to_aggregate():
-    with pytest.raises(RuntimeError, match="all 3 candidates of a round failed"):
-        markovian_rsa("q", lambda prompts, n, seed: [None] * len(prompts), population=3, subset=2, budget=4, tail=2)
-    with pytest.raises(RuntimeError, match="all 6 candidates of a round failed"):
-        markovian_rsa(["q", "r"], lambda prompts, n, seed: [None] * len(prompts), population=3, subset=2, budget=4,
-                      tail=2)
-
-
 def test_a_problem_that_fails_as_a_whole_ends_nothing_for_the_others():
     def first_fails(prompts, max_new_tokens, seed):
         return [None if prompt == "q" else "<think>so</think>4" for prompt in prompts]
-    bad, good = markovian_rsa(["q", "r"], first_fails, population=3, subset=2, rounds=2, budget=4, tail=2)
+    shape = dict(population=3, subset=2, rounds=2, budget=4, tail=2)
+    bad, good = markovian_rsa(["q", "r"], first_fails, **shape)
     assert [c.text for row in bad.rounds for c in row] == [None] * 9 and bad.generated_tokens == 0
     assert {c.prompt for row in bad.rounds for c in row} == {"q"}                   # asked as in round 0
     assert {c.prompt for row in good.rounds[1:] for c in row} == {"|so|so|r"}
+    for problems, count in (("q", 3), (["q", "q"], 6)):         # but if all do, there is nothing to aggregate
+        with pytest.raises(RuntimeError, match=f"all {count} candidates of a round failed"):
+            markovian_rsa(problems, first_fails, **shape)
 
 
 @pytest.mark.parametrize("build", [terse_prompt, report_prompt])
@@ -500,20 +467,16 @@ def test_math_verify_itself():
     assert not same(r"\sqrt{2}", "1.414214") and not same(r"\frac{\pi}{2}", r"\pi")
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "\\boxed ", "\\boxed{}", "{", "}", "<answer>", "</answer>", "\\frac{1}{",
-                                   "\\frac", "\\text{", "1,111", "1{,}111", "0", "9", "1/", "####", "</think>",
-                                   "<think>", ".", "$", "\\", "^", "1e9", "10^", " ", "^{a", "(", "\\{", "-", "1 "])
+@pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "<answer>", "\\frac{1}{", "\\frac", "\\text{", "1,111",
+                                   "1{,}111", "9", "1/", "####", "</think>", ".", "\\", "^", "^{a", "(", "-", "1 "])
 def test_what_a_model_repeats_for_ever_is_read_at_once(piece):
-    short = piece * (900 // len(piece))                         # of the length of what is read as LaTeX
     short = piece * (900 // len(piece))                         # what is longer is not read as LaTeX
-    for text in (piece * 60000, "1/" + piece * 60000 + "1", "\\frac{1}{" + piece * 60000 + "1}",
-                 piece * 60000 + "}" * 60000, short, short + "}" * 90, short + "x"):
+    for text in (piece * 60000 + "}" * 60000, "1/" + piece * 60000 + "1", short, short + "}" * 90):
         with hangs_are_errors():
             final_answer(text)
-            final_answer(text + "\n")
             normal_form(text)
             same(text, text + "x")
-            majority([text + str(i) for i in range(8)])
+            majority([text + str(i) for i in range(3)])
 
 
 def test_intervals():
@@ -576,7 +539,7 @@ def test_a_trace_has_every_rollout(tmp_path):
                            prompt=candidate.prompt, text=candidate.text, tail=candidate.tail, tokens=4,
                            answer=final_answer(candidate.text))
     assert len({(row["problem"], row["round"], row["index"]) for row in rows}) == 18
-    assert run.tokens == [24, 24, 24] and run.failed == [] and run.round == 3
+    assert run.tokens == [24, 24, 24] and run.failed == []
     assert fake_run(Fake())[1] == results                       # with a trace or without
 
 
@@ -663,14 +626,14 @@ def test_a_round_without_answers_is_warned_about(capsys):
     assert "small, round" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["half \ud83d", "\udcff", "é\u2028\U0001f642", "\udc00\ud800"])
-def test_a_trace_holds_what_utf8_does_not(tmp_path, text):
-    path, here = tmp_path / "trace", SETTINGS | dict(problems=[text])
-    open_trace(str(path), here, False)[0].close()
-    assert trace_rows(path) == [{"settings": here}]
-    file, rows = open_trace(str(path), here, True)              # and knows it again
-    file.close()
-    assert rows == []
+def test_a_trace_holds_what_utf8_does_not(tmp_path):
+    for i, text in enumerate(["half \ud83d", "\udcff", "é\u2028\U0001f642", "\udc00\ud800"]):
+        path, here = tmp_path / f"{i}", SETTINGS | dict(problems=[text])
+        open_trace(str(path), here, False)[0].close()
+        assert trace_rows(path) == [{"settings": here}]
+        file, rows = open_trace(str(path), here, True)          # and knows it again
+        file.close()
+        assert rows == []
 
 
 @pytest.mark.parametrize("damage", [dict(tokens=None), dict(tokens="4"), dict(text=5), dict(round=[0]),
@@ -685,7 +648,7 @@ def test_a_damaged_row_of_a_trace_is_located(tmp_path, damage):
         open_trace(str(path), SETTINGS, True)
     for head in ('{"settings": 5}', '{"settings": null}', "[" * 100000):
         path.write_text(head + "\n")
-        with pytest.raises(SystemExit, match="with other settings|no trace of rsa.py"):
+        with pytest.raises(SystemExit, match="with other settings|line 1: not a rollout of rsa.py"):
             open_trace(str(path), SETTINGS, True)
 
 
@@ -702,7 +665,7 @@ def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
     for content in (b'{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}', b"my notes\nand more",
                     b"[1, 2]\n3", b"5\n6", b"my only line", b'{"settings": {"seed": 0}}\n{"a": 1'):
         path.write_bytes(content)
-        with pytest.raises(SystemExit, match="no trace of rsa.py|with other settings"):
+        with pytest.raises(SystemExit, match="line 1: not a rollout of rsa.py|with other settings"):
             open_trace(str(path), SETTINGS, True)
         assert path.read_bytes() == content                     # also without a line end: nothing is cut off
     assert open_trace(None, SETTINGS, False) == (None, [])
@@ -732,7 +695,7 @@ def test_budgets_with_the_command_lines_numbers():
 @pytest.mark.parametrize("wrong", [["--population", "0"], ["--subset", "0"], ["--subset", "17"], ["--rounds", "-1"],
                                    ["--max-tokens", "0"], ["--tail", "-1"], ["--tail", "9", "--max-tokens", "8"]])
 def test_budgets_that_make_no_sense(wrong):
-    with pytest.raises(SystemExit, match="makes no sense: 1 <= C <= N"):
+    with pytest.raises(SystemExit, match="--budget tiny: .* makes no sense: needed are 1 <= subset"):
         asked("--checkpoint", "x", *wrong)
 
 
@@ -789,15 +752,14 @@ def test_scores_by_hand():
                       "longest prompt", "failed"]
 
 
-@pytest.mark.parametrize("answers", [None, ["5", "1"]], ids=["one_problem", "scored"])
-def test_pictures_are_drawn(tmp_path, answers):
+def test_pictures_are_drawn(tmp_path):
     path = tmp_path / "run.png"
     nasty = [[[r"$\foo$", "$", r"a_b^^c$$", "_x"], ["others", None, "no answer", r"\frac{1}{"]]]
-    for content in (TWO, nasty, [[["1", "2", None, "1"]], [["2", "2", "2", "2"]]]):
+    for content, answers in ((TWO, ["5", "1"]), (nasty, None), ([[[None] * 4]], None)):
         draw_run(str(path), [hand_made("light", content, [5] * len(content[0]))], answers)
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
     draw_run(str(path), [hand_made("light", TWO, [5, 6]), hand_made("high", [[*p, p[1]] for p in TWO], [5, 6, 7])],
-             answers)
+             ["5", "1"])
     assert os.listdir(tmp_path) == ["run.png"]
 
 
@@ -918,19 +880,17 @@ def test_a_file_of_problems_on_the_command_line(folder, tmp_path, capsys):
     assert len({(row["problem"], row["text"]) for row in rows if not row["round"]}) == 2            # temperature 0
 
 
-@pytest.mark.parametrize("kept", ["nothing", "part of a round", "rounds and a part"])
-def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, monkeypatch, kept):
+def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, monkeypatch):
     """Equal prompts share a batch: the missing ones must not get the random numbers of those that are there."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    arguments = ["3+4", *shortened(folder)]
+    arguments = ["3+4", *shortened(folder, "--rounds", 1)]
     rsa.main([*arguments, "--trace", str(whole)])
     lines = whole.read_text(encoding="utf-8").split("\n")
-    keep = {"nothing": 1, "part of a round": 3, "rounds and a part": 8}[kept]
-    cut.write_text("\n".join([*lines[:keep], lines[keep][:20]]), encoding="utf-8")
-    rsa.main([*arguments, "--trace", str(cut), "--resume"])
-    assert unordered(trace_rows(cut)) == unordered(trace_rows(whole))
-    texts = [row["text"] for row in trace_rows(cut)[1:] if row["round"] == 0]
-    assert len(set(texts)) == 4
+    for keep in (1, 3, 6):                                      # nothing, a part of a round, a round and a part
+        cut.write_text("\n".join([*lines[:keep], lines[keep][:20]]), encoding="utf-8")
+        rsa.main([*arguments, "--trace", str(cut), "--resume"])
+        assert unordered(trace_rows(cut)) == unordered(trace_rows(whole))
+    assert len({row["text"] for row in trace_rows(cut)[1:] if row["round"] == 0}) == 4
     monkeypatch.setattr(Zaya, "generate", None)                 # and what is finished needs no model at all
     rsa.main([*arguments, "--trace", str(cut), "--resume"])
 
@@ -938,7 +898,7 @@ def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, 
 def test_a_killed_run_goes_on(folder, tmp_path):
     """kill -9 while it generates, and the same command with --resume."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = ["3+4", *shortened(folder, "--rounds", 30, "--max-tokens", 40)]
+    arguments = ["3+4", *shortened(folder, "--rounds", 5, "--max-tokens", 40)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen([sys.executable, os.path.join(ROOT, "rsa.py"), *arguments, "--trace", killed], cwd=ROOT,
                           env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
@@ -948,10 +908,10 @@ def test_a_killed_run_goes_on(folder, tmp_path):
         said = process.stderr.read()
     assert process.returncode == -signal.SIGKILL, said
     done = killed.read_bytes().count(b"\n") - 1
-    assert 6 <= done < 4 * 31
+    assert 6 <= done < 4 * 6
     rsa.main([*arguments, "--trace", str(killed), "--resume"])
     rsa.main([*arguments, "--trace", str(whole)])
-    assert len(trace_rows(whole)) == 1 + 4 * 31
+    assert len(trace_rows(whole)) == 1 + 4 * 6
     assert unordered(trace_rows(killed)) == unordered(trace_rows(whole))
 
 
@@ -964,7 +924,7 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     ("q --checkpoint x --resume", "--resume goes on with a --trace FILE"),
     ("q --checkpoint x --budget huge", "--budget huge: there are tiny, light, default, high, extra-high"),
     ("q --checkpoint x --budget tiny,", "there are tiny, light, default, high, extra-high"),
-    ("q --checkpoint x --population 2 --subset 3", "makes no sense: 1 <= C <= N"),
+    ("q --checkpoint x --population 2 --subset 3", "makes no sense: needed are"),
     ("q --checkpoint x --prompt long", "invalid choice"),
     ("q --checkpoint x --concurrency 0", "--concurrency must be at least 1"),
     ("q --checkpoint x --retries -1", "--retries must be at least 0"),
@@ -978,15 +938,15 @@ def test_a_killed_run_goes_on(folder, tmp_path):
     ("-3+5 q --checkpoint x", "unrecognized arguments: -3+5"), ("-3+5 -4*6 --checkpoint x", "unrecognized arguments"),
     ("-3+5 --problems x --checkpoint x", "give one problem, or --problems FILE"),
     *((f"q --checkpoint x --request {names}", "argument --request: ") for names in (
-        "n=2", "seed", "seed=,top_p", "=x", "seed=model", "max_tokens=messages", "seed=top_p", "seed=x,top_p=x", ",")),
-    ("q --checkpoint MODEL --picture MODEL", ": that is no file to draw into"),
-    ("q --checkpoint MODEL --picture /dev/full", "/dev/full: that is no file to draw into"),
-    ("q --checkpoint MODEL --trace MODEL", ": Is a directory"),
-    ("q --checkpoint MODEL --trace MODEL --resume", ": Is a directory"),
-    ("q --checkpoint MODEL --trace MODEL/config.json/x", "MODEL/config.json/x: Not a directory"),
-    ("q --checkpoint MODEL --trace /dev/full", "--trace /dev/full: No space left on device"),
+        "n=2", "seed", "seed=,top_p", "=x", "seed=x,seed=y", "seed=x=y", ",")),
+    ("q --checkpoint MODEL --picture MODEL", ": no file can be drawn there"),
+    ("q --checkpoint MODEL --picture /dev/full", "/dev/full: no file can be drawn there"),
+    ("q --checkpoint MODEL --trace MODEL", "Is a directory: 'MODEL'"),
+    ("q --checkpoint MODEL --trace MODEL --resume", "Is a directory: 'MODEL'"),
+    ("q --checkpoint MODEL --trace MODEL/config.json/x", "Not a directory: 'MODEL/config.json/x'"),
+    ("q --checkpoint MODEL --trace /dev/full", "--trace /dev/full: [Errno 28] No space left on device"),
     ("--problems MODEL --checkpoint MODEL", "Is a directory"), ("q --checkpoint /dev/null", "--checkpoint /dev/null: "),
-    ("q --checkpoint MODEL/config.json", "MODEL/config.json: "),
+    ("q --checkpoint MODEL/config.json", "MODEL/config.json"),
     ("q --checkpoint x --rounds two", "invalid int value"), ("q --checkpoint x --pop 4", "unrecognized arguments"),
     ("q --checkpoint no/such/folder", "--checkpoint no/such/folder: "),
     ("--problems no/such/file --checkpoint MODEL", "no/such/file"),
@@ -1016,11 +976,8 @@ def test_a_problem_may_begin_with_a_minus(problem):
 
 
 def test_other_names_for_the_fields_of_a_request():
-    names = rsa.request_names("max_tokens=max_completion_tokens,seed=,top_p=")
-    assert names == dict(max_tokens="max_completion_tokens", seed="", temperature="temperature", top_p="")
-    assert rsa.request_names("seed=random_seed,temperature=temperature")["temperature"] == "temperature"
-    assert rsa.request_names("seed=,max_tokens=seed") == dict(max_tokens="seed", seed="", temperature="temperature",
-                                                              top_p="top_p")
+    assert rsa.request_names("max_tokens=max_completion_tokens,seed=") == \
+        dict(max_tokens="max_completion_tokens", seed="")
 
 
 @pytest.mark.parametrize("problem", ["half \ud83d", b"\xff".decode("utf-8", "surrogateescape")])
@@ -1047,7 +1004,7 @@ def test_a_full_disk_is_one_sentence(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(rsa, "draw_run", full)
     with pytest.raises(SystemExit) as stop:
         rsa.main(["3+4", *shortened(folder, "--rounds", 0, "--picture", tmp_path / "x.png")])
-    assert stop.value.code == "x.png.tmp.png: No space left on device"
+    assert stop.value.code == "--picture: [Errno 28] No space left on device: 'x.png.tmp.png'"
 
 
 @pytest.mark.parametrize("name, content", [
@@ -1076,15 +1033,6 @@ def test_trouble_of_the_machine_is_not_taken_for_failed_rollouts(folder, monkeyp
     monkeypatch.setattr(Zaya, "generate", out_of_memory)
     with pytest.raises((RuntimeError, SystemExit), match="out of memory"):
         rsa.main(["q", *shortened(folder)])
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit):
-        rsa.main(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in ("problems", "checkpoint", "endpoint", "budget", "trace", "resume",
-                                                "key-variable", "picture", *rsa.BUDGETS["tiny"].__dict__.keys()
-                                                - {"budget"}))
 
 
 # ---- a folder as Zyphra publishes it ---------------------------------------------------------------------------------
@@ -1165,18 +1113,19 @@ def test_an_official_folder_on_the_command_line(tmp_path, capsys, how):
 def test_what_an_official_folder_may_lack(tmp_path, monkeypatch):
     folder = official_folder(tmp_path)
     with monkeypatch.context() as without:
-        without.setitem(sys.modules, "tokenizers", None)
-        with pytest.raises(SystemExit, match="pip install tokenizers jinja2"):
+        without.setitem(sys.modules, "transformers", None)
+        with pytest.raises(SystemExit, match="pip install transformers"):
             rsa.main(["x", "--checkpoint", folder])
-    (tmp_path / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(SystemExit, match="--checkpoint .*: TemplateSyntaxError "):
-        rsa.main(["x", "--checkpoint", folder])
-    (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(SystemExit, match="has no chat template"):
-        rsa.main(["x", "--checkpoint", folder])
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(SystemExit, match="tokenizer_config.json is damaged"):
-        rsa.main(["x", "--checkpoint", folder])
+    (tmp_path / "generation_config.json").unlink()
+    assert rsa.ChatTokenizer(folder).end == 4                   # the tokenizer's <|im_end|>, then
+    for name, content, says in (("chat_template.jinja", "{% if %}", "TemplateSyntaxError"),
+                                ("chat_template.jinja", None, "chat_template"), ("tokenizer_config.json", "{", ".")):
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(SystemExit, match=f"^--checkpoint {re.escape(folder)}: .*{says}"):
+            rsa.main(["x", "--checkpoint", folder])
     with pytest.raises(SystemExit):
         rsa.main(["x", "--quantize", "int8", "--endpoint", "http://localhost", "--model", "m"])
 
