@@ -39,11 +39,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class Words:
-    """Stands in for a tokenizer: text -> units, which joined give the text again, character by character.
-
-    A unit is a word, or 16 characters of a longer one, with up to 16 of white space on either side.  Scripts without
-    spaces between words (Chinese, Japanese, Thai, …), Hangul and emoji have one unit a character.
-    """
+    """Stands in for a tokenizer: text -> words, which joined give the text again, character by character.  A word is at
+    most 16 characters, with up to 16 of white space on either side; in scripts without spaces and in emoji one."""
     ALONE = "\u0e00-\u109f\u1780-\u17ff\u2e80-\U0010ffff"
     encode = re.compile(rf"\s{{0,16}}(?:[{ALONE}]|[^\s{ALONE}]{{1,16}})\s{{0,16}}|\s{{1,16}}").findall
     decode = "".join
@@ -83,11 +80,9 @@ def report_prompt(problem, tails):
     r"""The report's order: the problem, the candidates, and the request for one improved solution.  Without candidates
     it asks for the answer in the same form, so that the rounds can be compared.
 
-    >>> print(report_prompt("What is 47+85?", ["so 12 and carry 1"]))
-    What is 47+85?
-    <BLANKLINE>
-    Candidate solution 1 (may contain mistakes):
-    so 12 and carry 1
+    >>> print(report_prompt("1+1?", ["so 2"]).split("Candidate ")[1])
+    solution 1 (may contain mistakes):
+    so 2
     <BLANKLINE>
     Write one improved solution, and put its final answer in \boxed{}.
     """
@@ -122,7 +117,7 @@ class Budget:
 
 
 # The report names four.  default is its AIME setting; of extra-high N and T are known, light and high lie around them.
-# tiny: what `python train.py` trains its checkpoint for.
+# tiny is what `python train.py` trains its checkpoint for.
 BUDGETS = {"tiny": Budget(16, 4, 2, 160, 24), "light": Budget(8, 4, 1, 40960, 4096),
            "default": Budget(16, 4, 2, 40960, 4096), "high": Budget(16, 4, 4, 40960, 4096),
            "extra-high": Budget(32, 4, 8, 40960, 4096)}
@@ -644,7 +639,7 @@ class Endpoint(Source):
                 body = f"{broken} {broken.__cause__ or ''}"
                 unreachable = type(broken.__cause__).__name__ == "ConnectError"
             except (self.openai.APIError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-                body = f"no chat completion came back: {body or error}"
+                status, body = status or 0, f"no chat completion came back: {body or error}"
             words = self.hide(f"{status or ''} {body}")
             if status in (401, 403, 404):
                 if status == 404 and not self.place.rstrip("/").endswith("/v1"):
@@ -747,13 +742,14 @@ class Run:
 
     def warn(self, texts):
         """Say of a round what its scores would hide: many replies without an answer, and problems without replies."""
-        replies, population = [text for text in texts if text is not None], self.budget.population
-        where, silent = f"{self.name}, round {len(self.tokens) - 1}:", list(map(final_answer, replies)).count(None)
-        if replies and silent >= len(replies) / 4:
-            self.bar.write(f"{where} {silent} of {len(replies)} replies name no answer and count as wrong: cut off by "
+        population, where = self.budget.population, f"{self.name}, round {len(self.tokens) - 1}:"
+        replies = len(texts) - texts.count(None)
+        silent = list(map(final_answer, texts)).count(None) - texts.count(None)
+        if replies and silent >= replies / 4:
+            self.bar.write(f"{where} {silent} of {replies} replies name no answer and count as wrong: cut off by "
                            "--max-tokens, or not in the form that was asked for", file=sys.stderr)
-        for start in range(0, len(texts) if replies else 0, population):
-            if texts[start:start + population].count(None) == population:
+        for start in range(0, len(texts), population):
+            if texts[start:start + population].count(None) == population and replies:
                 self.bar.write(f"{where} all candidates of problem {start // population} failed and count as wrong",
                                file=sys.stderr)
 
@@ -849,18 +845,17 @@ def draw_run(path, runs, answers=None):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for run, results in runs:
         truths = answers or [vote(result.candidates)[0] for result in results]
         shares = [statistics.fmean(rates(results, truths, t)) for t in range(run.budget.rounds + 1)]
-        left.plot(shares, "o-", label=run.name)
-        right.plot([tokens / len(results) for tokens in run.tokens], "o-", label=run.name)
-    left.set(title="right candidates" if answers else "agree with the last majority", ylabel="share", ylim=(0, 1.02))
-    right.set(title="tokens generated", ylabel="tokens a problem", ylim=(0, None))
-    for axis in (left, right):
+        axes[0].plot(shares, "o-", label=run.name)
+        axes[1].plot([tokens / len(results) for tokens in run.tokens], "o-", label=run.name)
+    axes[0].set(ylabel="right candidates" if answers else "candidates with the last majority's answer", ylim=(0, 1.02))
+    axes[1].set(ylabel="tokens a problem", ylim=(0, None))
+    for axis in axes:
         axis.set(xlabel="round (0: no aggregation yet)", xticks=range(max(len(run.tokens) for run, _ in runs)))
-        axis.grid(alpha=0.3)
-    left.legend()
+        axis.legend()
     figure.savefig(path + ".tmp.png", dpi=130)
     os.replace(path + ".tmp.png", path)
     plt.close(figure)
@@ -869,19 +864,8 @@ def draw_run(path, runs, answers=None):
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
-def read_truth(answer):
-    """A text, a finite number or a list of one of them -> str; of a worked answer (… #### 72) what counts."""
-    if isinstance(answer, list) and len(answer) == 1:
-        answer = answer[0]
-    text = final_answer(str(answer)) or str(answer)
-    infinite = isinstance(answer, float) and not math.isfinite(answer)
-    if type(answer) not in (str, int, float) or infinite or normal_form(text) == ():
-        raise ValueError("the answer must be a text, a finite number or a list of one of them")
-    return text
-
-
 def read_problems(path):
-    """A .jsonl of {"problem": text, "answer": text or number} -> list of (problem, answer), both str."""
+    """A .jsonl of {"problem": text, "answer": text, number or a list of one} -> list of (problem, answer), both str."""
     with explained("--problems"), open(path, "rb") as file:
         lines = file.read().split(b"\n")
     rows = []
@@ -890,12 +874,20 @@ def read_problems(path):
             continue
         try:
             row = json.loads(line)
-            if not isinstance(row["problem"], str) or not row["problem"].strip():
+            problem, answer = row["problem"], row["answer"]
+            if isinstance(answer, list) and len(answer) == 1:
+                answer = answer[0]
+            if not isinstance(problem, str) or not problem.strip():
                 raise ValueError("the problem must be a text")
-            rows.append((row["problem"], read_truth(row["answer"])))
+            if type(answer) not in (str, int, float) or answer in (math.inf, -math.inf) or answer != answer:
+                raise ValueError("the answer must be a text, a finite number or a list of one of them")
+            truth = final_answer(str(answer)) or str(answer)    # of a worked answer (… #### 72) what counts
+            if normal_form(truth) == ():
+                raise ValueError("the answer is empty")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SystemExit(f'{path}, line {number}: not {{"problem": …, "answer": …}} '
                              f"({type(error).__name__}: {error})") from None
+        rows.append((problem, truth))
     if not rows:
         raise SystemExit(f"{path} holds no problems")
     return rows
@@ -917,37 +909,31 @@ def parse_arguments(arguments):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("problem", nargs="?", help="the problem to solve")
-    add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all; with "
-        "the package math-verify installed, it compares LaTeX answers that are no plain numbers")
+    add("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
     add("--checkpoint", metavar="FOLDER", help="a folder in the official layout, such as out/tiny/final or ZAYA1-8B")
-    add("--quantize", choices=["int8"], help="checkpoint: round its weights to 8 bits while loading; "
-        "`python kernels.py --quantize FOLDER TARGET` does it once and for all")
+    add("--quantize", choices=["int8"], help="checkpoint: round its weights to 8 bits while loading")
     add("--endpoint", metavar="URL", help="a chat-completions server, such as http://localhost:8000/v1")
     add("--model", metavar="NAME", help="the served model's name")
-    add("--budget", metavar="NAMES", dest="budgets", help=f"one or several of {', '.join(BUDGETS)} (default: tiny for "
-        "a checkpoint of ours, else default)")
+    add("--budget", metavar="NAMES", dest="budgets",
+        help=f"one or several of {', '.join(BUDGETS)} (default: tiny for a checkpoint of ours, else default)")
     add("--population", type=int, metavar="N", help="N: candidates a round; instead of the budget's")
     add("--subset", type=int, metavar="N", help="C: tails in a prompt, likewise")
     add("--rounds", type=int, metavar="N", help="T: rounds of aggregation, likewise")
     add("--max-tokens", type=int, metavar="N", dest="budget", help="beta: most tokens of a rollout, likewise")
     add("--tail", type=int, metavar="N", help="tau: tokens of reasoning carried on, likewise")
     add("--prompt", choices=PROMPTS, help="aggregation prompt (default: terse for a checkpoint of ours, else report)")
-    add("--tokenizer", metavar="NAME", help="endpoint: cut and count tails with this Hugging Face tokenizer, a folder "
-        "or a hub name; without it words are counted")
+    add("--tokenizer", metavar="NAME", help="endpoint: a folder or hub name, whose tokens tails are cut by, not words")
     add("--seed", type=int, default=0, metavar="N", help="(default 0)")
     add("--temperature", type=float, default=1.0, metavar="X", help="(default 1)")
-    add("--top-p", type=float, metavar="X", help="(default: 0.95 for an official folder and for a served model with "
-        "ZAYA1-8B in its name, as its card asks, else 1)")
+    add("--top-p", type=float, metavar="X", help="(default: 0.95 for ZAYA1-8B, as its card asks, else 1)")
     add("--concurrency", type=int, default=16, metavar="N", help="requests at once (default 16)")
     add("--timeout", type=float, default=1800.0, metavar="SECONDS", help="of one request (default 1800)")
     add("--retries", type=int, default=5, metavar="N", help="tries after a failed request (default 5)")
-    add("--request", type=request_names, metavar="NAMES", help="endpoint: other names, or none to leave one out, for "
-        f"{', '.join(FIELDS)}; OpenAI's reasoning models: max_tokens=max_completion_tokens,temperature=,top_p=")
-    add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key "
-        "(default OPENAI_API_KEY)")
+    add("--request", type=request_names, metavar="NAMES", help=f"endpoint: names (or none) for {', '.join(FIELDS)}; "
+        "OpenAI's reasoning models: max_tokens=max_completion_tokens,temperature=,top_p=")
+    add("--key-variable", default="OPENAI_API_KEY", metavar="NAME", help="environment variable with the server's key")
     add("--trace", metavar="FILE", help="write every prompt, text, tail and answer there, a JSON line each")
-    add("--resume", action="store_true", help="go on with an existing --trace: nothing finished is asked again, "
-        "but for what depends on a rollout that had failed")
+    add("--resume", action="store_true", help="go on with an existing --trace: nothing finished is asked again")
     add("--picture", metavar="FILE", help="draw answers and tokens by round, as PNG")
     given, others = parser.parse_known_args(arguments)
     if given.problem is None and len(others) == 1 and not re.match("-[A-Za-z-][\\w-]*(=|$)", others[0]):

@@ -10,13 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import randomise
+from conftest import randomise, trace_rows, unordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,21 +34,16 @@ def test_docstring_examples():
     assert result.failed == 0 and result.attempted >= 3
 
 
-def test_a_tail_is_the_end_of_the_reasoning_only():
-    assert cut_tail("<think>abcdef</think>xyz", 3, BYTES) == "def" and cut_tail("<think>abcdef", 3, BYTES) == "def"
-    assert cut_tail("abc", 9, BYTES) == "abc" and cut_tail("<think>a b c</think>d", 2) == "b c"
-    assert cut_tail("<think>abc</think>", 0, BYTES) == "" and cut_tail("a b c", 0) == ""
-    assert cut_tail("\n<think>a b</think>c", 9) == "a b" and cut_tail(" a  b\n", 9) == " a  b\n"
-
-
 @pytest.mark.parametrize("tokenizer", [None, BYTES], ids=["words", "bytes"])
 @pytest.mark.parametrize("text, tail", [
+    ("abc", "abc"), (" a  b\n", " a  b\n"), ("\n<think>a b</think>c", "a b"), ("<think>a b", "a b"),
     ("<think>\n</think>answer", "answer"), ("<think></think>\n\nIt is 4", "\n\nIt is 4"), ("</think>4", "4"),
     ("\n<think>\n\n</think>4", "4"), ("<think>\u3000\t</think>4", "4"), ("<think></think><think>so</think>4", "so"),
-    ("<think></think>", ""), ("<think>", ""), ("", ""), ("<think> \n</think> \n", " \n")])
-def test_blank_reasoning_hands_on_the_reply(text, tail, tokenizer):
-    assert cut_tail(text, 99, tokenizer) == tail
-    assert cut_tail("</think>" * 50000 + "4", 99, tokenizer) == "4"
+    ("<think></think>", ""), ("<think>", ""), ("", ""), ("<think> \n</think> \n", " \n"),
+    ("</think>" * 50000 + "4", "4")])
+def test_a_tail_is_the_end_of_the_reasoning_or_of_the_reply_behind_blank_reasoning(text, tail, tokenizer):
+    assert cut_tail(text, 99, tokenizer) == tail and cut_tail(text, 0, tokenizer) == ""
+    assert cut_tail("<think>abcdef</think>xyz", 3, BYTES) == "def" and cut_tail("<think>a b c</think>d", 2) == "b c"
 
 
 LANGUAGES = ["天地玄黃宇宙洪荒", "これはペンです", "ภาษาไทย", "ភាសាខ្មែរ", "မြန်မာဘာသာ", "한국어", "🙂🙃", "x", "word ",
@@ -149,20 +142,13 @@ def named_after_prompt(prompts, max_new_tokens, seed):
     return [f"<think>{prompt.split('|')[-1]}-{random.Random(prompt).randrange(10 ** 6)}</think>7" for prompt in prompts]
 
 
-@pytest.mark.parametrize("build", [terse_prompt, report_prompt])
-def test_problems_of_a_list_do_not_see_each_other(build):
-    shape = dict(population=4, subset=2, rounds=2, budget=9, tail=3, seed=5, build_prompt=build)
-    problems = ["first", "second", "third"]
+def test_problems_of_a_list_do_not_see_each_other():
+    shape, problems = dict(population=4, subset=2, rounds=2, budget=9, tail=3, seed=5), ["first", "second"]
     together = markovian_rsa(problems, chatter, **shape)
-    assert together == markovian_rsa(iter(problems), chatter, **shape) and len(together) == 3
-    assert together != markovian_rsa(problems, chatter, **shape | dict(seed=6))
-    for problem, result in zip(problems, markovian_rsa(problems, named_after_prompt, **shape)):
-        assert [len(candidates) for candidates in result.rounds] == [4, 4, 4]
-        for candidate in sum(result.rounds, []):
-            assert problem in candidate.prompt and not any(other in candidate.prompt for other in problems
-                                                           if other != problem)
+    assert together == markovian_rsa(iter(problems), chatter, **shape) != markovian_rsa(problems, chatter, **shape |
+                                                                                         dict(seed=6))
     alone = markovian_rsa("first", named_after_prompt, **shape)
-    assert alone == markovian_rsa(["first", "second"], named_after_prompt, **shape)[0]
+    assert alone == markovian_rsa(problems, named_after_prompt, **shape)[0]
     assert isinstance(alone, Result) and markovian_rsa([], named_after_prompt, **shape) == []
 
 
@@ -226,13 +212,6 @@ def test_blank_tails_are_left_out_and_counted(build):
     assert (blank.empty_tails, half.empty_tails) == (8, 4)
     assert {c.prompt for c in blank.rounds[1]} == {build("Q?", [])}
     assert {c.prompt for c in half.rounds[1]} == {build("R?", ["so"] * 2)}           # 2 of 4 are left
-
-
-def test_every_round_asks_for_the_answer_in_the_same_form():
-    result = markovian_rsa("What?", chatter, 4, 2, 2, 9, 3, build_prompt=report_prompt)
-    asked = {re.search(r"and put .*", c.prompt)[0] for row in result.rounds for c in row}
-    assert asked == {r"and put its final answer in \boxed{}."}
-    assert terse_prompt("q", []) == "q"                         # our models are trained on the bare problem
 
 
 def test_tokens_are_counted_with_tags_as_one_each():
@@ -373,17 +352,6 @@ def test_a_value_agrees_with_its_spellings_and_with_no_other_value(data, value, 
     assert majority([None, c, a, b]) == ((c, 3) if value == other else (a, 2))
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data(), st.lists(NUMBERS, min_size=1, max_size=4), st.lists(NUMBERS, min_size=1, max_size=4))
-def test_tuples_agree_member_by_member(data, ours, others):
-    def written(members):
-        between = data.draw(st.sampled_from([",", ", ", " , "]))
-        return "(" + between.join(data.draw(spelled(number, commas=False)) for number in members) + ")"
-    a, b, c = written(ours), written(ours), written(others)
-    assert same(a, b) and same(a, rf"\left{a[:-1]}\right)") and same(a, c) == same(c, a) == (ours == others)
-    assert not same(a, a[1:-1]) and not same(a, f"[{a[1:]}")
-
-
 WORDS = st.lists(st.one_of(st.integers(0, 120).map(str), st.sampled_from(["x", "xy", "y"])), min_size=1, max_size=4)
 
 
@@ -520,15 +488,8 @@ def fake_run(source, path=None, resume=False, problems=("p", "q"), name="small",
                                   budget.tail)
 
 
-def trace_rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def unordered(rows):
-    return sorted(json.dumps(row, sort_keys=True) for row in rows)
-
-
-def test_a_trace_has_every_rollout(tmp_path):
+@pytest.mark.parametrize("lost", [0, 1, 17, 400, 1500])
+def test_a_trace_has_every_rollout_and_a_torn_line_is_asked_again(tmp_path, lost):
     path = tmp_path / "trace"
     run, results = fake_run(Fake(), path)
     head, *rows = trace_rows(path)
@@ -538,31 +499,14 @@ def test_a_trace_has_every_rollout(tmp_path):
         assert row == dict(run="small", problem=row["problem"], round=row["round"], index=row["index"],
                            prompt=candidate.prompt, text=candidate.text, tail=candidate.tail, tokens=4,
                            answer=final_answer(candidate.text))
-    assert len({(row["problem"], row["round"], row["index"]) for row in rows}) == 18
-    assert run.tokens == [24, 24, 24] and run.failed == []
-    assert fake_run(Fake())[1] == results                       # with a trace or without
-
-
-def test_nothing_finished_is_asked_again(tmp_path):
-    path = tmp_path / "trace"
-    whole, results = fake_run(Fake(), path)
-    before = path.read_bytes()
+    assert run.tokens == [24, 24, 24] and run.failed == [] and fake_run(Fake())[1] == results       # without a trace
+    torn = path.read_bytes()[:len(path.read_bytes()) - lost]
+    path.write_bytes(torn)
     again = Fake()
     resumed, same_results = fake_run(again, path, resume=True)
-    assert again.asked == [] and same_results == results and resumed.tokens == whole.tokens
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("lost", [1, 17, 400, 1500])
-def test_a_torn_line_is_dropped_and_asked_again(tmp_path, lost):
-    path = tmp_path / "trace"
-    results, rows = fake_run(Fake(), path)[1], trace_rows(path)
-    torn = path.read_bytes()[:-lost]
-    path.write_bytes(torn)
-    left = torn.count(b"\n") - 1
-    again = Fake()
-    assert fake_run(again, path, resume=True)[1] == results and len(again.asked) == 18 - left > 0
-    assert unordered(trace_rows(path)) == unordered(rows)
+    assert same_results == results and resumed.tokens == run.tokens
+    assert len(again.asked) == 18 - (torn.count(b"\n") - 1) and (len(again.asked) > 0) == (lost > 0)
+    assert unordered(trace_rows(path)) == unordered([head, *rows])
     assert path.read_bytes().startswith(torn[:torn.rindex(b"\n") + 1])
 
 
@@ -646,10 +590,6 @@ def test_a_damaged_row_of_a_trace_is_located(tmp_path, damage):
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(SystemExit, match=re.escape(f"{path}, line 5: not a rollout")):
         open_trace(str(path), SETTINGS, True)
-    for head in ('{"settings": 5}', '{"settings": null}', "[" * 100000):
-        path.write_text(head + "\n")
-        with pytest.raises(SystemExit, match="with other settings|line 1: not a rollout of rsa.py"):
-            open_trace(str(path), SETTINGS, True)
 
 
 def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
@@ -662,8 +602,9 @@ def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
         with pytest.raises(SystemExit, match=says):
             open_trace(str(path), now, resume)
         assert path.read_bytes() == before
-    for content in (b'{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}', b"my notes\nand more",
-                    b"[1, 2]\n3", b"5\n6", b"my only line", b'{"settings": {"seed": 0}}\n{"a": 1'):
+    for content in (b'{"settings": 5}\n', b'{"settings": null}\n', b"[" * 100000 + b"\n", b"my notes\nand more",
+                    b'{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}', b"[1, 2]\n3", b"5\n6",
+                    b"my only line", b'{"settings": {"seed": 0}}\n{"a": 1'):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match="line 1: not a rollout of rsa.py|with other settings"):
             open_trace(str(path), SETTINGS, True)
@@ -690,13 +631,10 @@ def test_budgets_with_the_command_lines_numbers():
     assert asked(*here, "--population", "32", "--subset", "1", "--rounds", "0", "--tail", "0", "--budget", "light") == \
         {"light": Budget(32, 1, 0, 40960, 0)}
     assert asked(*there, "--max-tokens", "99999", "--tail", "99999") == {"default": Budget(16, 4, 2, 99999, 99999)}
-
-
-@pytest.mark.parametrize("wrong", [["--population", "0"], ["--subset", "0"], ["--subset", "17"], ["--rounds", "-1"],
-                                   ["--max-tokens", "0"], ["--tail", "-1"], ["--tail", "9", "--max-tokens", "8"]])
-def test_budgets_that_make_no_sense(wrong):
-    with pytest.raises(SystemExit, match="--budget tiny: .* makes no sense: needed are 1 <= subset"):
-        asked("--checkpoint", "x", *wrong)
+    for wrong in (["--population", "0"], ["--subset", "0"], ["--subset", "17"], ["--rounds", "-1"], ["--tail", "-1"],
+                  ["--max-tokens", "0"], ["--tail", "9", "--max-tokens", "8"]):
+        with pytest.raises(SystemExit, match="--budget tiny: .* makes no sense: needed are 1 <= subset"):
+            asked(*here, *wrong)
 
 
 def test_problems_are_read_and_mistakes_located(tmp_path):
@@ -789,6 +727,8 @@ def test_a_checkpoint_answers_each_prompt_its_own(model):
 def test_a_checkpoint_samples_by_its_seed(model):
     source = Checkpoint(model, BYTES)
     texts = source(PROMPTS, 12, 5)
+    for i, text, tokens, error in source.stream(PROMPTS, 12, 5):
+        assert text == texts[i] and tokens == count_tokens(text, BYTES) > 0 and error is None
     assert texts == source(PROMPTS, 12, 5) != source(PROMPTS, 12, 6)
     distinct = sorted(set(PROMPTS))
     texts = dict(zip(distinct, source(distinct, 12, 5)))
@@ -800,33 +740,6 @@ def test_a_checkpoint_samples_by_its_seed(model):
     for sharp in (Checkpoint(model, BYTES, 0.02), Checkpoint(model, BYTES, top_p=1e-6)):            # they arrive
         assert len(set(sharp(["x"] * 9, 12, 5))) < 9
     assert Checkpoint(model, BYTES, top_p=1e-6)(["x"], 12, 5) == Checkpoint(model, BYTES, 0)(["x"], 12, 5)
-
-
-def test_a_checkpoint_counts_its_tokens(model):
-    rows = list(Checkpoint(model, BYTES).stream(PROMPTS, 12, 5))
-    assert sorted(i for i, *_ in rows) == list(range(len(PROMPTS)))
-    assert all(error is None and tokens == count_tokens(text, BYTES) > 0 for _, text, tokens, error in rows)
-
-
-@pytest.mark.parametrize("prefill_chunk", [2, 2048])
-def test_rows_that_are_equal_are_prefilled_once_and_stay_themselves(model, prefill_chunk, monkeypatch):
-    """Left-padded too; two of them differ in their padding only."""
-    rows = [[5, 6, 7, 8], [9, 9], [5, 6, 7, 8], [6, 7, 8], [9, 9], [5, 6, 7, 8], [BYTES.pad, 9, 9]]
-    ids, mask = rsa.left_padded(rows, BYTES.pad, "cpu")
-    assert ids.shape == mask.shape == (7, 4) and ids[4].tolist() == [BYTES.pad, BYTES.pad, 9, 9]
-    widths, hidden_states = [], Zaya.hidden_states
-    monkeypatch.setattr(Zaya, "hidden_states", lambda self, input_ids, *rest, **options: widths.append(
-        tuple(input_ids.shape)) or hidden_states(self, input_ids, *rest, **options))
-    together = model.generate(ids, 10, 0, attention_mask=mask, prefill_chunk=prefill_chunk)
-    prefills = -(-4 // prefill_chunk)
-    assert widths == [(4, 4 // prefills)] * prefills + [(7, 1)] * 9
-    for row, new in zip(rows, together):
-        alone = model.generate(torch.tensor([row]), 10, 0, prefill_chunk=prefill_chunk)[0]
-        assert torch.equal(new[4:], alone[len(row):])
-    assert len({tuple(new[4:].tolist()) for new in together}) == 4
-    plain = torch.tensor([[5, 6, 7], [6, 7, 8], [5, 6, 7]])
-    assert torch.equal(model.generate(plain, 10, 0),
-                       torch.cat([model.generate(plain[i:i + 1], 10, 0) for i in range(3)]))
 
 
 @pytest.fixture(scope="module")
@@ -848,22 +761,19 @@ def test_one_problem_on_the_command_line(folder, tmp_path, capsys):
     rsa.main(["3+4", *shortened(folder, "--picture", picture, "--trace", trace)])
     said = capsys.readouterr().out
     assert "tiny: N=4 C=2 T=2 beta=12 tau=6, 1 problem: 12 rollouts, at most 144 tokens; prompts of at most the " \
-        "problem and 12 tokens of tails" in said
-    assert all(f"round {t}: " in said for t in (0, 1, 2)) and f"drawn: {picture}" in said and "0 failed" in said
+        "problem and 12 tokens of tails; temperature 1, top-p 1\n" in said and f"drawn: {picture}" in said
     assert "majority of the last round" in said or "no candidate of the last round" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
     head, *rows = trace_rows(trace)
-    assert head["settings"]["problems"] == ["3+4"] and len(rows) == 12
+    assert head["settings"]["problems"] == ["3+4"] and head["settings"]["top_p"] == 1 and len(rows) == 12
     assert {row["prompt"] for row in rows if row["round"] == 0} == {"3+4"}                  # as in training
-    assert "temperature 1, top-p 1\n" in said and head["settings"]["top_p"] == 1
-    assert all(re.fullmatch(r"(?s)\|.*\|.*\|3\+4", row["prompt"]) for row in rows if row["round"])      # terse
     source = Checkpoint.from_pretrained(folder)
     by_hand = markovian_rsa("3+4", source, 4, 2, 2, 12, 6, 0, source.tokenizer)
     assert {(row["round"], row["index"]): (row["prompt"], row["text"], row["tail"]) for row in rows} == \
         {(t, i): (c.prompt, c.text, c.tail) for t, row in enumerate(by_hand.rounds) for i, c in enumerate(row)}
     spent = [sum(row["tokens"] for row in rows if row["round"] == t) for t in (0, 1, 2)]
     assert all(f"round {t}: {spent[t]:,} tokens" in said for t in (0, 1, 2))
-    assert f"{sum(spent):,} tokens generated" in said
+    assert f"{sum(spent):,} tokens generated" in said and "0 failed" in said
 
 
 def test_a_file_of_problems_on_the_command_line(folder, tmp_path, capsys):
@@ -893,26 +803,6 @@ def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, 
     assert len({row["text"] for row in trace_rows(cut)[1:] if row["round"] == 0}) == 4
     monkeypatch.setattr(Zaya, "generate", None)                 # and what is finished needs no model at all
     rsa.main([*arguments, "--trace", str(cut), "--resume"])
-
-
-def test_a_killed_run_goes_on(folder, tmp_path):
-    """kill -9 while it generates, and the same command with --resume."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = ["3+4", *shortened(folder, "--rounds", 5, "--max-tokens", 40)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen([sys.executable, os.path.join(ROOT, "rsa.py"), *arguments, "--trace", killed], cwd=ROOT,
-                          env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not (killed.exists() and killed.read_bytes().count(b"\n") > 6):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        said = process.stderr.read()
-    assert process.returncode == -signal.SIGKILL, said
-    done = killed.read_bytes().count(b"\n") - 1
-    assert 6 <= done < 4 * 6
-    rsa.main([*arguments, "--trace", str(killed), "--resume"])
-    rsa.main([*arguments, "--trace", str(whole)])
-    assert len(trace_rows(whole)) == 1 + 4 * 6
-    assert unordered(trace_rows(killed)) == unordered(trace_rows(whole))
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -978,15 +868,6 @@ def test_a_problem_may_begin_with_a_minus(problem):
 def test_other_names_for_the_fields_of_a_request():
     assert rsa.request_names("max_tokens=max_completion_tokens,seed=") == \
         dict(max_tokens="max_completion_tokens", seed="")
-
-
-@pytest.mark.parametrize("problem", ["half \ud83d", b"\xff".decode("utf-8", "surrogateescape")])
-def test_problems_that_utf8_cannot_hold_are_asked(folder, tmp_path, problem):
-    trace = tmp_path / "trace"
-    for resume in ([], ["--resume"]):
-        rsa.main([problem, *shortened(folder, "--rounds", 1, "--trace", trace), *resume])
-    rows = trace_rows(trace)[1:]
-    assert len(rows) == 8 and {row["prompt"] for row in rows if not row["round"]} == {problem[:-1] + "?"}
 
 
 @pytest.mark.parametrize("encoding, line", [("ascii", ["-h"]), ("cp1252", ["天", "--rounds", 0, "--trace", "天"])])
