@@ -4,6 +4,7 @@ OMP_NUM_THREADS may ask for more threads.  Other CPUs and threads sum in another
 a file lie off the borders that vector code likes.  So bits are compared only where one process makes both sides from
 memory laid out alike; all else, logits of the same weights too, is compared to within rounding.
 """
+import json
 import os
 import random
 import sys
@@ -20,6 +21,15 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 def seeds():
     random.seed(0)
     torch.manual_seed(0)
+
+
+def trace_rows(path):
+    """What `rsa.py --trace` wrote: the settings, and a dict for each rollout."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def unordered(rows):
+    return sorted(json.dumps(row, sort_keys=True) for row in rows)
 
 
 @torch.no_grad()
