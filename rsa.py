@@ -19,7 +19,6 @@ import contextlib
 import functools
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -207,11 +206,7 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
 
 
 def last_boxed(text):
-    r"""What the last complete \boxed{…} (or \fbox{…}) holds, with its braces balanced; None without one.
-
-    >>> last_boxed(r"so \boxed{1}, no, \boxed {\frac{1}{2}}")
-    '\\frac{1}{2}'
-    """
+    r"""What the last complete \boxed{…} (or \fbox{…}) holds, with its braces balanced; None without one."""
     # One pass with a stack of open braces: a looping model may write \boxed{ a thousand times.  \{ and \} are printed
     # characters and group nothing.
     opened, last = [], (-1, None)
@@ -296,8 +291,8 @@ def normal_form(answer):
     relations as a Fraction.  White space separates; case, $, %, degrees and LaTeX's dressing do not count.  1,234 is a
     number, but in brackets a comma separates and only 1{,}234 is one.
 
-    >>> normal_form("1,234.50") == normal_form(r"$\frac{2469}{2}$"), normal_form(r"\text{Even }."), normal_form("1 1/2")
-    (True, 'even', Fraction(3, 2))
+    >>> normal_form(r"$\frac{2469}{2}$"), normal_form(r"\text{Even }."), normal_form("1 1/2")
+    (Fraction(2469, 2), 'even', Fraction(3, 2))
     >>> normal_form(r"\left(1,234, \tfrac12\right)"), normal_form("1 10")
     (('(', Fraction(1, 1), ',', Fraction(234, 1), ',', Fraction(1, 2), ')'), '1 10')
     """
@@ -341,9 +336,7 @@ def verified(a, b):
 
 
 def same(answer, truth):
-    """Whether two answers have one normal form, or are LaTeX that the package math-verify finds equal (optional: pip
-    install math-verify).
-    """
+    """Whether two answers have one normal form, or are LaTeX that math-verify (pip install math-verify) finds equal."""
     if answer is None or truth is None:
         return False
     a, b = normal_form(answer), normal_form(truth)
@@ -413,10 +406,7 @@ def left_padded(rows, pad, device):
 
 
 def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0):
-    """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included.
-
-    tokenizer: zaya.Tokenizer or ChatTokenizer.
-    """
+    """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included."""
     import torch
     inputs, mask = left_padded([prompt_ids(tokenizer, p) for p in prompts], tokenizer.pad, model.norm.weight.device)
     out = model.generate(inputs, max_new_tokens, temperature, top_p, attention_mask=mask, eos_token_id=tokenizer.end,
@@ -440,8 +430,7 @@ def is_ours(folder):
 
 class ChatTokenizer:
     """transformers.AutoTokenizer behind those methods of zaya.Tokenizer that this file uses.  As there, a special token
-    that is spelled out in a problem becomes that token.  name: an official folder such as ZAYA1-8B's, or a hub name.
-    """
+    that is spelled out in a problem becomes that token.  name: an official folder such as ZAYA1-8B's, or a hub name."""
 
     def __init__(self, name):
         try:
@@ -529,11 +518,8 @@ def joined(content):
 
 
 def read_completion(answer):
-    """A chat completion, as JSON -> its text with the reasoning in <think> tags, and the tokens it took.
-
-    Servers with a reasoning parser put the reasoning into a field of its own, or into parts of the content; the others
-    leave its tags in.
-    """
+    """A chat completion, as JSON -> its text with the reasoning in <think> tags, and the tokens it took.  Some servers
+    put the reasoning into a field of its own, or into parts of the content; the others leave its tags in."""
     choice = answer["choices"][0]
     message, cut = choice["message"], choice.get("finish_reason") == "length"
     content, thoughts, said = message.get("content") or "", [], []
@@ -545,7 +531,7 @@ def read_completion(answer):
         text = f"<think>{reasoning}</think>{text}" if text or not cut else f"<think>{reasoning}"
     elif text.lstrip().startswith("<think>"):
         text = text.lstrip()
-    elif "<think>" not in text and "</think>" in text:          # the chat template had opened it
+    elif "</think>" in text and "<think>" not in text:          # the chat template had opened it
         text = "<think>" + text
     elif text and cut and "</think>" not in text:               # whatever it was, it had not ended
         text = "<think>" + text
@@ -585,9 +571,12 @@ class Endpoint(Source):
         self.place, self.answered = re.sub("//[^/]*@", "//", url), False
         self.key = os.environ.get(key_variable, "").strip() or "none"
         self.sockets, self.stopped = [], threading.Event()
-        hook = lambda request: request.extensions.update(trace=self.trace)          # noqa: E731
-        http = openai.DefaultHttpxClient(event_hooks={"request": [hook]})
+
+        def watch(request):
+            request.extensions["trace"] = self.trace
+
         try:
+            http = openai.DefaultHttpxClient(event_hooks={"request": [watch]})
             self.client = openai.OpenAI(base_url=url, api_key=self.key, max_retries=0, http_client=http,
                                         timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)))
         except Exception as error:                              # an address that is none, whatever the library calls it
@@ -621,7 +610,9 @@ class Endpoint(Source):
         for attempt in range(self.retries + 1):
             if self.stopped.wait(wait):
                 break
-            wait, status, body = min(8.0, self.back_off * 2.0 ** attempt) * random.uniform(0.5, 1.0), 0, ""
+            # Back-off with jitter, so that clients refused together do not come back together.
+            wait = min(8.0, self.back_off * 2.0 ** attempt) * random.uniform(0.5, 1.0)
+            status, body = 0, ""
             try:
                 body = self.client.chat.completions.with_raw_response.create(
                     model=self.model, messages=[{"role": "user", "content": sendable(prompt)}],
@@ -633,7 +624,8 @@ class Endpoint(Source):
                     return *read_completion(answer), None
             except self.openai.APIStatusError as refused:
                 status, body, self.answered = refused.status_code, refused.response.text, True
-                if re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", later := refused.response.headers.get("retry-after", "")):
+                later = refused.response.headers.get("retry-after", "")
+                if re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", later):
                     wait = float(later)
             except self.openai.APIConnectionError as broken:    # timeouts too
                 body = f"{broken} {broken.__cause__ or ''}"
@@ -707,7 +699,9 @@ class Run:
     def __call__(self, prompts, max_new_tokens, seed):
         from tqdm import tqdm
         self.bar = self.bar or tqdm(total=self.total, desc=self.name, unit=" rollouts", disable=None)
-        t, texts, rows, known = len(self.tokens), [None] * len(prompts), [], {}
+        # What the trace has of this round is taken from there; the source is asked for the others.
+        t, rows, known = len(self.tokens), [], {}
+        texts = [None] * len(prompts)
         self.tokens.append(0)
         for i, prompt in enumerate(prompts):
             problem, index = divmod(i, self.budget.population)
@@ -741,21 +735,17 @@ class Run:
         self.bar.update()
 
     def warn(self, texts):
-        """Say of a round what its scores would hide: many replies without an answer, and problems without replies."""
-        population, where = self.budget.population, f"{self.name}, round {len(self.tokens) - 1}:"
+        """Say of a round what its scores would hide: that many of its replies name no answer."""
         replies = len(texts) - texts.count(None)
-        silent = list(map(final_answer, texts)).count(None) - texts.count(None)
+        silent = [final_answer(text) for text in texts].count(None) - texts.count(None)
         if replies and silent >= replies / 4:
-            self.bar.write(f"{where} {silent} of {replies} replies name no answer and count as wrong: cut off by "
-                           "--max-tokens, or not in the form that was asked for", file=sys.stderr)
-        for start in range(0, len(texts), population):
-            if texts[start:start + population].count(None) == population and replies:
-                self.bar.write(f"{where} all candidates of problem {start // population} failed and count as wrong",
-                               file=sys.stderr)
+            self.bar.write(f"{self.name}, round {len(self.tokens) - 1}: {silent} of {replies} replies name no answer "
+                           "and count as wrong: cut off by --max-tokens, or not in the form that was asked for",
+                           file=sys.stderr)
 
 
 def write_row(file, row):
-    """Append a JSON line to a trace, at once.  SystemExit if the disk is full."""
+    """Append a JSON line to a trace, at once."""
     with explained(f"--trace {file.name}"):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         file.flush()
@@ -835,8 +825,10 @@ def show_rounds(run, result):
         common = ", ".join(f"{answer} x{count}" for answer, count in counts.most_common(6))
         print(f"round {t}: {run.tokens[t]:,} tokens | {common}")
     answer, votes = vote(result.candidates)
-    print(f"majority of the last round: {answer} ({votes} of {len(result.candidates)})" if votes else
-          "no candidate of the last round names an answer")
+    if votes:
+        print(f"majority of the last round: {answer} ({votes} of {len(result.candidates)})")
+    else:
+        print("no candidate of the last round names an answer")
 
 
 def draw_run(path, runs, answers=None):
@@ -879,11 +871,10 @@ def read_problems(path):
                 answer = answer[0]
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError("the problem must be a text")
-            if type(answer) not in (str, int, float) or answer in (math.inf, -math.inf) or answer != answer:
-                raise ValueError("the answer must be a text, a finite number or a list of one of them")
             truth = final_answer(str(answer)) or str(answer)    # of a worked answer (… #### 72) what counts
-            if normal_form(truth) == ():
-                raise ValueError("the answer is empty")
+            infinite = isinstance(answer, float) and not abs(answer) < float("inf")
+            if type(answer) not in (str, int, float) or infinite or normal_form(truth) == ():
+                raise ValueError("the answer must be a text, a finite number or a list of one of them")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise SystemExit(f'{path}, line {number}: not {{"problem": …, "answer": …}} '
                              f"({type(error).__name__}: {error})") from None
@@ -989,14 +980,13 @@ def budgets_asked(given):
 
 def open_source(given):
     """-> the source, the tokenizer that cuts tails (None: words), and the source's name in a trace."""
+    sampling, tokenizer = dict(temperature=given.temperature, top_p=given.top_p), None
     if given.checkpoint:
         with explained(f"--checkpoint {given.checkpoint}", Exception):              # damage has many exceptions
-            source = Checkpoint.from_pretrained(given.checkpoint, given.quantize == "int8",
-                                                temperature=given.temperature, top_p=given.top_p)
+            source = Checkpoint.from_pretrained(given.checkpoint, given.quantize == "int8", **sampling)
         return source, source.tokenizer, f"{given.checkpoint} {given.quantize or ''}".strip()
     source = Endpoint(given.endpoint, given.model, given.key_variable, given.concurrency, given.timeout, given.retries,
-                      given.temperature, given.top_p, given.request)
-    tokenizer = None
+                      request=given.request, **sampling)
     if given.tokenizer is None:
         print("tails and prompts are counted in words; --tokenizer NAME counts tokens")
     else:
@@ -1007,7 +997,8 @@ def open_source(given):
 
 def solve(run, problems, given):
     """One budget: markovian_rsa, with a line before and after -> its results."""
-    budget, unit, begun = run.budget, "tokens" if run.tokenizer else "words", time.perf_counter()
+    budget, begun = run.budget, time.perf_counter()
+    unit = "tokens" if run.tokenizer else "words"
     print(f"{run.name}: {budget}, {len(problems)} problem{'s' * (len(problems) > 1)}: {run.total:,} rollouts, at most "
           f"{run.total * budget.budget:,} tokens; prompts of at most the problem and {budget.subset * budget.tail:,} "
           f"{unit} of tails; temperature {given.temperature:g}, top-p {given.top_p:g}")
@@ -1019,7 +1010,8 @@ def solve(run, problems, given):
             raise
         go_on = f". Go on with --trace {given.trace} --resume" if given.trace else ""
         raise SystemExit(f"{run.name}: {error}; the last one: {run.failed[-1]}{go_on}") from None
-    longest, blank = max(r.longest_prompt for r in results), sum(r.empty_tails for r in results)
+    longest = max(result.longest_prompt for result in results)
+    blank = sum(result.empty_tails for result in results)
     print(f"{run.name}: {sum(run.tokens):,} tokens generated, longest prompt {longest:,} {unit}, {len(run.failed)} "
           f"failed, {blank} without a tail, {time.perf_counter() - begun:.0f} s")
     return results

@@ -14,6 +14,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import randomise, trace_rows, unordered
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -550,24 +551,16 @@ def test_what_failed_is_reported_traced_and_asked_again(tmp_path, capsys):
 
 
 def test_a_round_without_answers_is_warned_about(capsys):
-    """And a problem without replies.  A fifth without an answer is no news, a quarter is."""
+    """A fifth without an answer is no news, a quarter is."""
     class Silent(Source):
         def stream(self, prompts, max_new_tokens, seed, known=()):
-            for i, prompt in enumerate(prompts):
-                failed = prompt == "q"
-                text = "no\nanswer" if i < (1, 0, 4)[self.calls] else "<think>so</think>4"
-                yield i, None if failed else text, 3, "too long" if failed else None
-            self.calls += 1
-    source = Silent()
-    source.calls = 0
-    fake_run(source, budget=Budget(population=4, subset=2, rounds=2, budget=9, tail=2))
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("small, round")]
-    assert [line.split(":")[0] for line in said] == ["small, round 0"] * 2 + ["small, round 1"] + ["small, round 2"] * 2
-    assert "1 of 4 replies name no answer" in said[0] and "4 of 4 replies name no answer" in said[3]
-    assert all("all candidates of problem 1 failed and count as wrong" in said[i] for i in (1, 2, 4))
-    source.calls = 0
-    fake_run(source, problems=["p"], budget=Budget(population=5, subset=2, rounds=1, budget=9, tail=2))
-    assert "small, round" not in capsys.readouterr().err
+            for i in range(len(prompts)):
+                yield i, "no\nanswer" if i < silent.pop(0) else "<think>so</think>4", 3, None
+    for population, counts, warned in ((4, [1, 0, 4], ["round 0: 1 of 4", "round 2: 4 of 4"]), (5, [1, 1, 1], [])):
+        silent = [count for count in counts for _ in range(population)]
+        fake_run(Silent(), problems=["p"], budget=Budget(population, 2, 2, 9, 2))
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("small, round")]
+        assert [line.removeprefix("small, ").split(" replies name no answer")[0] for line in said] == warned
 
 
 def test_a_trace_holds_what_utf8_does_not(tmp_path):
@@ -740,6 +733,19 @@ def test_a_checkpoint_samples_by_its_seed(model):
     for sharp in (Checkpoint(model, BYTES, 0.02), Checkpoint(model, BYTES, top_p=1e-6)):            # they arrive
         assert len(set(sharp(["x"] * 9, 12, 5))) < 9
     assert Checkpoint(model, BYTES, top_p=1e-6)(["x"], 12, 5) == Checkpoint(model, BYTES, 0)(["x"], 12, 5)
+
+
+def test_rows_that_are_equal_are_prefilled_once_and_stay_themselves(model, monkeypatch):
+    """Left-padded too; two of them differ in their padding only."""
+    rows = [[5, 6, 7, 8], [9, 9], [5, 6, 7, 8], [6, 7, 8], [9, 9], [5, 6, 7, 8], [BYTES.pad, 9, 9]]
+    ids, mask = rsa.left_padded(rows, BYTES.pad, "cpu")
+    assert ids.shape == mask.shape == (7, 4) and ids[4].tolist() == [BYTES.pad, BYTES.pad, 9, 9]
+    alone = [model.generate(torch.tensor([row]), 10, 0)[0, len(row):].tolist() for row in rows]
+    shapes, hidden_states = [], Zaya.hidden_states
+    monkeypatch.setattr(Zaya, "hidden_states", lambda self, input_ids, *rest, **options: shapes.append(
+        tuple(input_ids.shape)) or hidden_states(self, input_ids, *rest, **options))
+    assert model.generate(ids, 10, 0, attention_mask=mask)[:, 4:].tolist() == alone
+    assert shapes == [(4, 4)] + [(7, 1)] * 9
 
 
 @pytest.fixture(scope="module")
