@@ -11,8 +11,9 @@ long chains of thought, each trimmed so that the answer survives, then SFT on ch
 reinforcement learning on one spine, in which Actor samples groups of rollouts and rl_step learns from them.  A run is a
 pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
 
-Read in this order: settings, tasks, data (trim, pack, sources), Muon, supervised_stage, the RL formulas, Actor,
-rl_step, rl_stage, main; many processes when you need them.  Does NOT include: tensor or context parallelism.
+Read from top to bottom: settings, data (trim, pack, sources), Muon, supervised_stage, the RL formulas, Actor, rl_step,
+rl_stage, evaluation, main; many processes when you need them; the tasks are an appendix.  Does NOT include: tensor or
+context parallelism.
 """
 import argparse
 import codecs
@@ -208,6 +209,7 @@ class TrainConfig:
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", RUN)
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", RUN)
     shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", RUN, 0)
+    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay", RUN)
     skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", RUN)
     log_every: int = option(20, "print a line every so many steps, RL every quarter of it", RUN, 1)
     save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", RUN, 1)
@@ -1166,6 +1168,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     balancer = PIDBalancer(model, config.balancer_lr)
     checkpointer.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
     compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
+    if config.no_compile:
+        compiled, why = False, "the training step is not compiled: --no-compile"
     print(f"{name}: {why}")
     loss_of = compile_loss() if compiled else summed_loss
     log = Log(config.out, name, state["step"])
