@@ -30,7 +30,7 @@ def command(*arguments, **options):
 
 
 def run(*arguments):
-    done = subprocess.run(**command(*arguments), capture_output=True, timeout=300)
+    done = subprocess.run(**command(*arguments), capture_output=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -285,7 +285,7 @@ def test_a_terminal_without_utf8_stops_no_run(tmp_path):
     data.write_text("Whan that Aprill with his shoures soote \u2026 1387\n" * 400, encoding="utf-8")
     options = command(*TWO_STEPS, "--data", data, "--vocab-size", "280", "--out", tmp_path / "out")
     for arguments in (["-h"], options["args"][2:]):
-        done = subprocess.run(options["args"][:2] + arguments, capture_output=True, cwd=ROOT, timeout=300,
+        done = subprocess.run(options["args"][:2] + arguments, capture_output=True, cwd=ROOT, timeout=1200,
                               env={**options["env"], **plain})
         assert done.returncode == 0, done.stderr[-2000:]
     assert b"?" in done.stdout and b"txt | " in done.stdout and done.stdout.isascii()

@@ -35,7 +35,7 @@ def torchrun(*arguments, processes=2):
 
 
 def run_processes(*arguments, code=0, processes=2):
-    done = subprocess.run(**torchrun(*arguments, processes=processes), timeout=300)
+    done = subprocess.run(**torchrun(*arguments, processes=processes), timeout=1200)
     assert done.returncode == code, done.stdout[-4000:]
     return done.stdout
 
