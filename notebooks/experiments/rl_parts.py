@@ -79,7 +79,10 @@ def gap(model, groups):
 
 
 def ppo_mask(pi, mu, advantage, clip=0.2):
-    """PPO: no gradient once pi / mu has left 1 ± clip in the direction the advantage pushes."""
+    """PPO: no gradient once pi / mu has left 1 ± clip in the direction the advantage pushes.
+
+    policy_loss hands its delta on as `clip`, so the arms train with 0.1; their log counts what 0.2 would stop.
+    """
     return torch.where(advantage > 0, pi <= mu * (1 + clip), pi >= mu * (1 - clip))
 
 
