@@ -176,12 +176,15 @@ class FusedExperts(zaya.Experts):
 
 
 def linear_cross_entropy(hidden, weight, targets):
-    """F.cross_entropy(model.logits(hidden), targets, reduction="sum") in fp32, in chunks of PyTorch's choice.
+    """F.cross_entropy(model.logits(hidden), targets, reduction="sum") in fp32, a chunk of tokens at a time.
 
     hidden (N, E) any float, weight (V, E), targets (N,) int64, -100 where nothing is asked -> () fp32.
     """
-    # Compiled, PyTorch keeps the gradients for a second backward, and warns, which breaks the graph, unless told to.
-    options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=torch.compiler.is_compiling())
+    # 64 MiB of logits at most.  PyTorch would choose a chunk for each number of tokens, and so compile for each anew;
+    # compiled, it also warns, which breaks the graph, unless the gradients may serve a second backward.
+    chunk = max(1, min(256, 2**24 // len(weight)))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk,
+                                                 allow_retain_graph=torch.compiler.is_compiling())
     with torch.autocast(hidden.device.type, enabled=False):
         return F.linear_cross_entropy(hidden.float(), weight.float(), targets, reduction="sum", options=options)
 
