@@ -411,7 +411,7 @@ def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_
     inputs, mask = left_padded([prompt_ids(tokenizer, p) for p in prompts], tokenizer.pad, model.norm.weight.device)
     out = model.generate(inputs, max_new_tokens, temperature, top_p, attention_mask=mask, eos_token_id=tokenizer.end,
                          generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
-    ends = {tokenizer.end} if isinstance(tokenizer.end, int) else set(tokenizer.end or ())
+    ends = {tokenizer.end} if isinstance(tokenizer.end, int) else set(tokenizer.end)
     opened = getattr(tokenizer, "opened", "")                   # a tag that the chat template has written already
     rows = [itertools.takewhile(lambda token: token not in ends, row) for row in out.tolist()]
     return [opened + tokenizer.decode(row) for row in rows]
@@ -434,15 +434,21 @@ class ChatTokenizer:
 
     def __init__(self, name):
         try:
-            from transformers import AutoTokenizer, GenerationConfig
+            from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
         except ImportError:
             raise ImportError(f"transformers reads the tokenizer of {name!r}: pip install transformers") from None
         self.inner = AutoTokenizer.from_pretrained(name)
-        try:
+        ends = None
+        with contextlib.suppress(OSError):                      # it may have no generation_config.json
             ends = GenerationConfig.from_pretrained(name).eos_token_id
-        except OSError:                                         # it has none
-            ends = self.inner.eos_token_id
-        self.end, self.pad, self.opened = ends, self.inner.pad_token_id or 0, ""
+        if ends is None:
+            with contextlib.suppress(OSError):                  # a tokenizer alone has no config.json
+                ends = PretrainedConfig.get_config_dict(name)[0].get("eos_token_id")
+        self.end = ends if isinstance(ends, list) else [ends] * (ends is not None)
+        if not all(type(end) is int for end in self.end):
+            raise ValueError(f"generation_config.json or config.json of {name!r}: eos_token_id must be a token's "
+                             f"number, several or null, not {ends!r}")
+        self.pad, self.opened = self.inner.pad_token_id or 0, ""
         # ZAYA1-8B's template itself opens the reasoning: the tag then stands in the prompt and not in the reply.
         if self.inner.chat_template and self.decode(prompt_ids(self, "?")).rstrip().endswith("<think>"):
             self.opened = "<think>"
