@@ -204,7 +204,12 @@ def counted(function, *arguments):
     return result, counters["stats"]["unique_graphs"] - before
 
 
-@pytest.mark.parametrize("backend, layers", [("aot_eager", 2), ("inductor", 1)])
+# As another CPU Inductor of torch 2.13 writes C++ with vector types that it does not declare.
+BACKENDS = [("aot_eager", 2), pytest.param("inductor", 1, marks=pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default", reason="Inductor's C++ does not compile there"))]
+
+
+@pytest.mark.parametrize("backend, layers", BACKENDS)
 def test_the_compiled_training_step(backend, layers):
     """Forward, loss and backward as one graph each: the gradients of the plain model, and nothing compiled anew for
     other values, another number of rows, or another model of this shape.  aot_eager traces the same graphs."""
@@ -228,7 +233,7 @@ def test_the_compiled_training_step(backend, layers):
             assert torch.equal(a.gate.load, 2 * b.gate.load)   # the plain one ran forward twice
 
 
-@pytest.mark.parametrize("backend, layers", [("aot_eager", 2), ("inductor", 1)])
+@pytest.mark.parametrize("backend, layers", BACKENDS)
 def test_compiled_decoding(backend, layers, monkeypatch):
     """The same tokens, whatever the columns, the rows, the padding, the ends; one graph for all of it."""
     torch._dynamo.reset()
