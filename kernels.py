@@ -62,7 +62,7 @@ def sample_lengths(position_ids):
 
 
 def packed_attention(q, k, v, lengths):
-    """Causal attention within each sample: equals scaled_dot_product_attention under CCA.attention_mask.
+    """Causal attention within each sample: equals scaled_dot_product_attention under CCA.positions' mask.
 
     q (B, S, H, D), k and v (B, S, K, D) with samples of `lengths` (they sum to B * S) -> (B, S, H * D).
     The work is the samples' squares instead of the row's.
@@ -1157,7 +1157,7 @@ def benchmark(device="cpu", B=16, S=256, compiled=False):
     layer, fast, rows = plain.layers[1], fused.layers[1], []
     ids, targets = torch.randint(0, config.vocab_size, (2, B, S), device=device)
     position_ids = torch.arange(S, device=device).remainder(S // 4).expand(B, S).contiguous()   # four samples a row
-    positions = layer.self_attn.locate(ids, position_ids)
+    positions = zaya.CCA.positions(ids, position_ids, 5e6, config.head_dim // 2)
     x, y = torch.randn(2, B, S, config.hidden_size, device=device)
     tokens, flat = x.flatten(0, 1), targets.flatten()
     choice, weight = torch.randint(0, 8, (B * S,), device=device), torch.rand(B * S, device=device)

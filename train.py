@@ -194,7 +194,6 @@ class TrainConfig:
     dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "recipe")
     data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
     tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
-    tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data")
     steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", 1, number=int)
     context: dict = option(None, "tokens a sample may have, likewise per stage", "training", 2, number=int)
     lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", "training", 0, 10, float)
@@ -391,7 +390,7 @@ def trim(messages, context, tokenizer):
     To copy it, take cut_reasoning and split_think along with THINK; the tokenizer needs encode(text) -> ids,
     decode_bytes(ids) -> bytes, and render(messages) -> (ids, targets), of which only the number of ids counts.
 
-    >>> byte = Tokenizer({bytes([i]): i for i in range(256)})             # one token per character
+    >>> byte = Tokenizer()                                                # one token per character
     >>> talk = [dict(role="user", content="7+5?"), dict(role="assistant", content="<think>seven, five</think>12")]
     >>> len(byte.render(talk)[0])                                           # 4 + 11 + 2 characters, 6 special tokens
     23
@@ -2398,14 +2397,7 @@ def first_characters(path, skip_bad_lines, most=4_000_000):
 
 
 def make_tokenizer(config, vocab_size):
-    """A new run's tokenizer: named, or trained on the data (digits stay single).  Every checkpoint keeps it."""
-    if config.tokenizer and vocab_size:
-        raise SystemExit("--tokenizer brings its own vocabulary: leave out --vocab-size")
-    if config.tokenizer:
-        try:
-            return Tokenizer.named(config.tokenizer)
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"--tokenizer {config.tokenizer}: {str(error).splitlines()[0]}") from None
+    """A new run's tokenizer, trained on the data (digits stay single).  Every checkpoint keeps it."""
     texts = [first_characters(path, config.skip_bad_lines) for path in config.data]
     texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
     try:

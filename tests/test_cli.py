@@ -251,8 +251,7 @@ MISTAKES = {
     "--context 0": "--context 0 must be at least 2", "--tokens-per-step 1000": "multiple of pretrain's context",
     "--device gpu": "There are auto, cpu, cuda, mps", "--device cuda": "no GPU", "--device mps": "sees no Apple GPU",
     "--dtype float8": "float32 and bfloat16", "--num-experts 0": "num_experts must be a positive integer",
-    "--tokenizer gpt2 --vocab-size 300": "leave out --vocab-size", "--vocab-size 10": "--vocab-size",
-    "--tokenizer no-such-encoding": "no-such-encoding"}
+    "--vocab-size 10": "--vocab-size"}
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)

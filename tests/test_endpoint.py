@@ -614,7 +614,7 @@ def served(tmp_path_factory):
     for name in ("transformers", "fastapi", "uvicorn"):
         pytest.importorskip(name)
     folder = tmp_path_factory.mktemp("served")
-    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+    tokenizer = Tokenizer()
     config = ZayaConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=24,
                         router_hidden_size=12, eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad,

@@ -13,7 +13,7 @@ from conftest import randomise
 from train import Actor, Group, LogisticBelief, Problem, RLStage
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
-BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+BYTES = Tokenizer()
 PROMPTS = [[65, 66, 67, 68, 69], list(range(70, 79)), [80, 81, 82]]
 ADD = Problem("add", 1, "47+85", {"a": 47, "b": 85})
 

@@ -20,7 +20,7 @@ from kernels import Damaged, plain_errors
 from train import TASKS, FileSource, Loader, Muon, Stage, TaskSource, split_think, trim
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
-BYTES = Tokenizer({bytes([i]): i for i in range(256)})          # one token per byte: sizes can be read off the text
+BYTES = Tokenizer()                                             # one token per byte: sizes can be read off the text
 
 
 def tiny_stage(**changes):

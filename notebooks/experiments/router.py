@@ -32,8 +32,8 @@ SETTLE, RESPOND = 60, 100           # forward passes before the data change, and
 
 
 def tally(router, choice, count):
-    """Add choices (B, S) to the router's load in training mode, as zaya.Router does."""
-    if router.training:
+    """Add choices (B, S) to the router's load in training, as zaya.Router does."""
+    if router.training and torch.is_grad_enabled():
         ones = torch.ones_like(choice) if count is None else count.long()
         router.load.scatter_add_(0, choice.flatten(), ones.flatten())
 
@@ -294,14 +294,13 @@ def told(shares):
     return float(bits.mean() / np.log(len(shares)))
 
 
-@torch.no_grad()
 def respond(model, setting, before=SETTLE, after=RESPOND):
     """Each controller on the same frozen model and batches: first the mixture it was trained on, then sums alone
     -> {controller: {"entropy", "load" of each forward pass}}."""
     config, stage, tokenizer, sources, _ = setting
     sums = [arms.train.TaskSource(["column_sums", "add"], stage, tokenizer, config.seed)]
     begin, found = [layer.gate.balancing_biases.clone() for layer in model.layers], {}
-    model.train()                                               # so that the routers count
+    model.train()                                               # so that the routers count, as gradients are on
     for name, make in CONTROLLERS.items():
         for layer, biases in zip(model.layers, begin):
             layer.gate.balancing_biases.copy_(biases)
