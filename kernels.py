@@ -270,7 +270,7 @@ class Slot:
     def __init__(self, column, k, v, packed, delayed):
         self.column, self.k, self.v, self.packed, self.delayed = column, k, v, packed, delayed
 
-    def append(self, k, v, sliding_window=None):
+    def append(self, k, v):
         return self.k.index_copy_(2, self.column, k), self.v.index_copy_(2, self.column, v)
 
 
@@ -307,7 +307,7 @@ def compiled_decode_step(backend):
 def compile_decoding(model, backend="inductor"):
     """Let a fused model's `generate`, and all that decodes one token at a time, run its steps compiled -> the model.
 
-    Raises ValueError for sliding windows: their columns are forgotten, which moves what a static buffer would hold.
+    Raises ValueError for sliding windows, which a decode step's mask does not know.
     """
     if "hybrid_sliding" in model.config.layer_types:
         raise ValueError("compile_decoding: this model has layers with sliding windows; use it as it is")
@@ -342,7 +342,7 @@ class FusedZaya(zaya.Zaya):
             cache.position = cache.position + 1
         for slot in cache.layers:
             self.make_room(slot)
-        column = torch.full((1,), cache.layers[0].end, device=input_ids.device)
+        column = torch.full((1,), cache.columns, device=input_ids.device)
         buffers = [(slot.k, slot.v, slot.packed, slot.delayed) for slot in cache.layers]
         for tensor in (input_ids, position_ids, *sum(buffers, ())):
             torch._dynamo.maybe_mark_dynamic(tensor, [0, 2] if tensor.ndim == 4 else 0)
@@ -351,7 +351,6 @@ class FusedZaya(zaya.Zaya):
             step = compiled_decode_step(self.decoding_backend)
             hidden, choices = step(self, input_ids, position_ids, column, buffers)
         for slot in cache.layers:
-            slot.end += 1
             slot.columns += 1
         if routing is not None:
             routing.extend(choices)
@@ -360,17 +359,16 @@ class FusedZaya(zaya.Zaya):
     @staticmethod
     def make_room(slot, block=64):
         """Let a LayerCache's buffers end with the block of columns that its next token falls into."""
-        live = slot.end - slot.start
+        live = slot.columns
         capacity = (live // block + 1) * block
         slot.packed, slot.delayed = slot.packed.contiguous(), slot.delayed.contiguous()     # a stride is a guard
-        if slot.start == 0 and slot.k.shape[2] == capacity:
+        if slot.k.shape[2] == capacity:
             return
         for name in ("k", "v"):
             old = getattr(slot, name)
             grown = old.new_zeros(*old.shape[:2], capacity, old.shape[3])           # zeros: 0 times garbage may be NaN
-            grown[:, :, :live] = old[:, :, slot.start:slot.end]
+            grown[:, :, :live] = old[:, :, :live]
             setattr(slot, name, grown)
-        slot.start, slot.end = 0, live
 
 
 def fuse(model):

@@ -47,11 +47,10 @@ def write_json(path, content):
 
 @dataclass
 class ZayaConfig:
-    """The model's shape; every field has the name of the official config (HF ZayaConfig).
+    """The model's shape; every field has the name of the official config (HF ZayaConfig).  TR table I.
 
-    TR table I.  Sizes are in channels, positions in tokens.  `rope_parameters` maps a layer type ("hybrid", or
-    "hybrid_sliding" with `sliding_window`) to its `rope_theta` and `partial_rotary_factor`.  Raises ValueError, naming
-    the field, for values of a wrong type and shapes that cannot work.
+    Sizes are in channels, positions in tokens.  `rope_parameters` maps a layer type ("hybrid", or "hybrid_sliding" with
+    `sliding_window`) to its `rope_theta` and `partial_rotary_factor`.  ValueError names the field that cannot work.
     """
     vocab_size: int = 262272
     hidden_size: int = 2048
@@ -82,12 +81,6 @@ class ZayaConfig:
                              "do_sample|temperature|top_[kp]|.*_token_id|_.*")
 
     def __post_init__(self):
-        self._check_types()
-        self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
-        self._check_shape()
-        self._complete_rope()
-
-    def _check_types(self):
         for field in fields(self):
             name, value, kind = field.name, getattr(self, field.name), field.type
             if value is None and kind not in (int, float, bool):
@@ -102,19 +95,17 @@ class ZayaConfig:
             elif kind is float:
                 wanted, works = "a positive number", self._positive(value)
             self._require(works, f"{name} must be {wanted}, not {value!r}")
-
-    def _check_shape(self):
         H, K, D, L = self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.num_hidden_layers
         self._require(H % K == 0, f"num_attention_heads ({H}) must be a multiple of num_key_value_heads ({K})")
-        self._require(K * D % 2 == 0, f"num_key_value_heads * head_dim ({K} * {D}) must be even: half of the value "
-                      "channels come from the previous token")
-        named = len(self.layer_types)
-        self._require(named == L, f"layer_types names {named} layers, num_hidden_layers {L}")
+        # Half of the value channels come from the previous token.
+        self._require(K * D % 2 == 0, f"num_key_value_heads * head_dim ({K} * {D}) must be even")
+        self.layer_types = list(self.layer_types or ["hybrid"] * L)
+        self._require(len(self.layer_types) == L, f"layer_types must name {L} layers, as num_hidden_layers says")
         for kind in self.layer_types:
-            self._require(kind in ("hybrid", "hybrid_sliding"),
-                          f"layer_types knows 'hybrid' and 'hybrid_sliding', not {kind!r}")
+            self._require(kind in ("hybrid", "hybrid_sliding"), f"layer_types does not know {kind!r}")
             self._require(kind == "hybrid" or self.sliding_window,
                           "layer_types has 'hybrid_sliding': set sliding_window to the number of tokens it sees")
+        self._complete_rope()
 
     def _complete_rope(self):
         """Fill `rope_parameters` up with the published values, and refuse every RoPE but the default one."""
@@ -180,10 +171,10 @@ class ZayaConfig:
         return cls(**ours)
 
     def to_dict(self):
-        return {"architectures": ["ZayaForCausalLM"], "dtype": "float32", **self.FIXED, **asdict(self)}
+        return {"architectures": ["ZayaForCausalLM"], **self.FIXED, **asdict(self)}
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm, computed in fp32: y = w * x / sqrt(mean(x^2) + eps).
 
     (…, size) any float -> (…, size) in the weight's dtype, which is what the next matrix product wants.
@@ -191,14 +182,10 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, size, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        super().__init__(size, eps)
 
     def forward(self, x):
-        x = x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * x).to(self.weight.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class CCA(nn.Module):
@@ -211,18 +198,16 @@ class CCA(nn.Module):
         q, k  <- sqrt(D) q / |q|,  temp_k sqrt(D) k / |k|,  then RoPE on their first channels
         out    = Wo softmax(q k^T / sqrt(D)) v
 
-    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  `positions` says where the tokens stand, and thereby
-    what they may see: position ids (B, S) int64, 0 where a sample begins and -1 for padding; None where each row is
-    one sample; or the `Positions` that `CCA.positions` makes of either, once for all layers of a model.
-    `cache`: a LayerCache, read and advanced.  `rope_parameters`: {"rope_theta", "partial_rotary_factor"}.
-    Equals HF ZayaAttention with ZayaCCAProjection and ZayaQKNorm.  We differ: packed rows, which HF lacks, padded and
-    cached ones take one path; convolutions of two taps only; fp32 from q-k-mean to RoPE in any dtype; a temperature
-    of 1 at first (HF's 0 would make every key zero).
+    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  positions: position ids (B, S) int64, 0 where a sample
+    begins and -1 for padding; None where each row is one sample; or the `Positions` that `CCA.positions` makes of
+    either, once for all layers.  cache: a LayerCache, read and advanced.  Equals HF ZayaAttention.  We differ: packed
+    rows, which HF lacks, padded and cached ones take one path; convolutions of two taps only; fp32 from q-k-mean to
+    RoPE in any dtype; a temperature of 1 at first (HF's 0 would make every key zero).
     """
 
     class Positions:
-        """Where the tokens of one call stand, and what follows from it: position_ids (B, S) int64, or None for rows of
-        one sample each; cos, sin (B or 1, S, R/2) fp32; mask (B or 1, 1, S, T) bool, None for causal attention."""
+        """What `positions` says of the tokens of one call: position_ids (B, S) int64 or None; cos, sin (B or 1, S, R/2)
+        fp32; mask (B or 1, 1, S, T) bool, None for causal attention."""
 
         def __init__(self, position_ids, cos, sin, mask):
             self.position_ids, self.cos, self.sin, self.mask = position_ids, cos, sin, mask
@@ -254,7 +239,7 @@ class CCA(nn.Module):
         q, k, v = self.mix(packed, current, delayed, positions, cache)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
-            k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
+            k, v = cache.append(k, v)                                               # (B, K, T, D)
         return self.o_proj(self.attend(q, k, v, positions, cache))
 
     def mix(self, packed, current, delayed, positions, cache):
@@ -289,19 +274,17 @@ class CCA(nn.Module):
 
     @classmethod
     def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
-        """The Positions of x (B, S, …), whose tokens follow `columns` cached ones in each row.
-
-        position_ids (B, S), or None for tokens `columns` … `columns` + S - 1 of one sample a row; rotated: channels.
-        """
+        """The Positions of x (B, S, …) behind `columns` cached tokens a row.  Without ids they are those of one sample:
+        `columns` … `columns` + S - 1.  rotated: how many channels turn."""
         S, ids = x.shape[1], position_ids
         if position_ids is None:
             ids = torch.arange(columns, columns + S, device=x.device)[None]
         cos, sin = cls.rope_table(ids, rope_theta, rotated)
-        T, mask = S + (min(columns, sliding_window - 1) if sliding_window else columns), None
+        T, mask = columns + S, None
         # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
         if position_ids is not None or (S > 1 and columns) or (sliding_window and T > sliding_window):
             column = torch.arange(T, device=x.device)
-            back = column[T - S:, None] - column                                    # (S, T)
+            back = column[columns:, None] - column                                  # (S, T)
             # Padding (position -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
             farthest = ids.clamp(0, (sliding_window or T) - 1)[..., None]           # (B or 1, S, 1)
             mask = ((back >= 0) & (back <= farthest))[:, None]
@@ -316,8 +299,7 @@ class CCA(nn.Module):
     def convolve(self, seen, position_ids=None):
         """Both causal convolutions on `seen` (B, 2 + S, C) -> (B, S, H + K, D) for the last S tokens.
 
-        The latents are padded by zeros once, before the first convolution; so what the second one sees before a
-        sample's first token is the first one's bias, not zero.
+        Zeros are padded once, before the first convolution: before a sample's first token the second sees its bias.
         """
         depthwise, grouped, by_head = self.conv_qk_depthwise, self.conv_qk_grouped, (-1, self.head_dim)
         previous, newest = seen[:, :-1], seen[:, 1:]                                # (B, 1 + S, C)
@@ -338,7 +320,7 @@ class CCA(nn.Module):
     @staticmethod
     def unit(x):
         """Scale each head's vector to length sqrt(D)."""
-        return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))
+        return x.shape[-1] ** 0.5 * F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).eps)
 
     @staticmethod
     def rope_table(position_ids, theta, rotated):
@@ -364,13 +346,14 @@ class Router(nn.Module):
         e   = argmax(s + b),  weight = s_e                               b: see PIDBalancer
 
     TR section II.  x (B, S, E), previous (B, S, R) or None -> weight (B, S) fp32, choice (B, S) int64, r (B, S, R).
-    `choice` given: keep that expert and recompute only its weight, so that the router still learns (router replay).
+    choice: keep these experts and recompute only their weights, so that the router still learns (router replay).
     In training, with gradients, a call adds its choices to `load`, except where `count` (B, S) bool is False.
     Equals HF ZayaRouter with ZayaRouterMLP; we differ in an fp32 softmax whatever the dtype.
     """
 
-    def __init__(self, hidden_size, router_hidden_size, classes, eda=True, skip_expert=True, eps=1e-5):
+    def __init__(self, hidden_size, router_hidden_size, classes, eda=True, eps=1e-5):
         super().__init__()
+        self.skip_expert = True                                 # the last class is the skip expert
         self.down_proj = nn.Linear(hidden_size, router_hidden_size)
         if eda:
             self.router_states_scale = nn.Parameter(torch.ones(router_hidden_size))
@@ -378,11 +361,9 @@ class Router(nn.Module):
         self.fc1 = nn.Linear(router_hidden_size, router_hidden_size)
         self.fc2 = nn.Linear(router_hidden_size, router_hidden_size)
         self.out_proj = nn.Linear(router_hidden_size, classes, bias=False)
-        self.skip_expert = skip_expert                          # the last class is the skip expert
         self.register_buffer("balancing_biases", torch.zeros(classes))
         self.register_buffer("load", torch.zeros(classes, dtype=torch.long), persistent=False)     # exact in any dtype
-        if skip_expert:
-            self.balancing_biases[-1] = -1.0                    # as HF: practically never chosen
+        self.balancing_biases[-1] = -1.0                        # as HF: practically never chosen
 
     def forward(self, x, previous=None, choice=None, count=None):
         r = self.down_proj(x)
@@ -408,13 +389,13 @@ class PIDBalancer:
         b      <- AdamW(b, gradient = error)
 
     TR section II.  As a controller: the bias integrates the error, momentum is a smoothed proportional term, and the
-    second moment sets the gain.  lr and betas are unpublished; these are AMD Primus'.  The skip expert's bias stays as
-    it is, since ZAYA1-8B ships with -1, never chosen.  HF only runs the trained biases.
+    second moment sets the gain.  lr and betas are AMD Primus'.  A skip expert's bias stays as it is: ZAYA1-8B ships
+    with -1, never chosen.  HF only runs the trained biases.
 
     `model` is any module.  A router in it has the buffers `balancing_biases` (classes,), which it adds to its scores
-    before the choice, and `load` (classes,) int64, to which it adds one per real token that chose the class in
-    training; `skip_expert` says whether the last class is one.  Make the balancer after loading weights, and call
-    `step()` once per optimizer step: until then counts of micro-batches, and of torch.distributed's processes, add up.
+    before the choice, and `load` (classes,) int64, to which it adds one per real token of training that chose the
+    class; `skip_expert` says whether the last class is one.  Make the balancer after loading weights; `step()` once per
+    optimizer step takes the counts of all micro-batches, and of all processes of torch.distributed.
     """
 
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999)):
@@ -429,8 +410,7 @@ class PIDBalancer:
     def step(self):
         """Update the biases from the counts and clear them.  Returns what to log: {"load": worst expert's load over
         the mean, "entropy": H(p) / ln(classes) averaged over layers, "bias": largest |bias|, "skip": skipped share}.
-        RuntimeError if nothing was counted.
-        """
+        RuntimeError if nothing was counted."""
         load = torch.stack([router.load for router in self.routers])                # (L, router classes) int64
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
@@ -496,11 +476,10 @@ class ResidualScaling(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: x <- scaled(x, CCA(norm x)), x <- scaled(x, MoE(norm x)).  Needs CCA, Router, Experts, RMSNorm,
-    ResidualScaling pasted with it.
+    """One layer: x <- scaled(x, CCA(norm x)), x <- scaled(x, MoE(norm x)).  Equals HF ZayaDecoderLayer.
 
     x (B, S, E) fp32, r (B, S, R) the router state of the layer before, or None -> x, r, choice (B, S) int64.
-    The other arguments are CCA's and Router's.  Equals HF ZayaDecoderLayer.
+    The other arguments are CCA's and Router's.  Needs CCA, Router, Experts, RMSNorm, ResidualScaling pasted with it.
     """
 
     def __init__(self, config, index):
@@ -534,35 +513,22 @@ class LayerCache:
 
     def __init__(self):
         self.k = self.v = self.packed = self.delayed = None
-        self.start = self.end = 0                               # the live columns of k and v
         self.columns = 0                                        # tokens and padding seen so far, the same in each row
 
-    def append(self, k, v, sliding_window=None):
-        """Add (B, K, S, D) keys and values; return all that the new tokens may see, (B, K, T, D).
-
-        With a window T is at most window - 1 + S: older columns are forgotten.
-        """
-        S = k.shape[2]
+    def append(self, k, v):
+        """Add (B, K, S, D) keys and values; return all of them, (B, K, T, D)."""
+        start, self.columns = self.columns, self.columns + k.shape[2]
         if self.k is None:
             self.k, self.v = k[:, :, :0], v[:, :, :0]
-        if sliding_window:
-            self.start = max(self.start, self.end - sliding_window + 1)
-        if self.end + S > self.k.shape[2]:
-            # Full: the live columns move to the front of larger buffers.  Zeros behind them, not garbage: they may be
-            # read, masked, and 0 * NaN is NaN.
-            live = slice(self.start, self.end)
-            self.start, self.end = 0, self.end - self.start
-            room = max(64, self.end) + 2 * S
-            self.k = F.pad(self.k[:, :, live], (0, 0, 0, room))
-            self.v = F.pad(self.v[:, :, live], (0, 0, 0, room))
-        self.k[:, :, self.end:self.end + S] = k
-        self.v[:, :, self.end:self.end + S] = v
-        self.end += S
-        self.columns += S
-        return self.k[:, :, self.start:self.end], self.v[:, :, self.start:self.end]
+        if self.columns > self.k.shape[2]:
+            # Zeros, not garbage, make the room: they may be read, masked, and 0 * NaN is NaN.
+            room = (0, 0, 0, max(64, self.columns))
+            self.k, self.v = F.pad(self.k, room), F.pad(self.v, room)
+        self.k[:, :, start:self.columns] = k
+        self.v[:, :, start:self.columns] = v
+        return self.k[:, :, :self.columns], self.v[:, :, :self.columns]
 
     def select(self, rows):
-        """Keep these rows (an index tensor; a row may be named several times), in this order."""
         for name in ("k", "v", "packed", "delayed"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name)[rows])
@@ -571,7 +537,7 @@ class LayerCache:
 class Cache:
     """The decode state of a batch: a LayerCache per layer and the position of each row's next token.
 
-    Pass `Cache(config.num_hidden_layers)` to every call of the model that goes on; it is advanced in place.
+    Make one with `Cache(config.num_hidden_layers)`; the model reads and advances it.
     """
 
     def __init__(self, num_hidden_layers):
@@ -628,8 +594,7 @@ class Zaya(nn.Module):
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         """Everything below the LM head: (B, S) int64 -> (B, S, E) in the weights' dtype.
 
-        attention_mask (B, S), 0 for padding, which lies before or after a row's tokens, never between them; of these
-        tokens only, not of those in the cache.
+        attention_mask (B, S): 0 for padding before or after a row's tokens; of these tokens, not of those in the cache.
         position_ids (B, S), instead of a mask: restart at 0 to pack samples in a row, -1 for padding.
         cache: continue from it, and advance it.
         routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
@@ -666,13 +631,11 @@ class Zaya(nn.Module):
                  eos_token_id=None, uniform=None, record=False):
         """Sample on from each row: (B, S) int64 -> (B, S + new).
 
-        temperature 0 is greedy.  Runs to max_new_tokens unless `eos_token_id` (an id or several) ends a row, which
-        is then filled up with pad_token_id (None: with the first of these, as HF).  attention_mask (B, S): 0 for left
-        padding.  `generator` draws the random numbers, or `uniform` (max_new_tokens, B) fp32 in [0, 1) brings them; a
-        row's tokens depend on those of its place in the batch, not on when other rows end.
-        record: -> (tokens, logps, choices), as RL needs them: each new token's log probability at temperature 1
-        (B, new) fp32, and the expert of each token that was read (L, B, S + new - 1) int16, up to a row's end.
-        ValueError for numbers out of their range, and padding elsewhere.
+        temperature 0 is greedy.  `eos_token_id`, an id or several, ends a row, which pad_token_id then fills up (None:
+        the first of these, as HF).  attention_mask (B, S): 0 for left padding.  `generator` draws the random numbers,
+        or `uniform` (max_new_tokens, B) in [0, 1) brings them; a row depends on its own alone.
+        record: -> (tokens, logps, choices) for RL: each new token's log probability at temperature 1 (B, new) fp32,
+        and the expert of each token that was read (L, B, S + new - 1) int16, up to a row's end.
         """
         (B, S), device, pad = input_ids.shape, input_ids.device, self.config.pad_token_id
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or S == 0:
@@ -719,8 +682,8 @@ class Zaya(nn.Module):
         return tokens[:, :end]
 
     def prefill(self, input_ids, mask, chunk=2048):
-        """Read prompts and their masks (B, S) into a new cache, `chunk` columns at a time -> their last hidden states
-        (B, E), the cache, and the experts taken (L, B, S) int16."""
+        """Read prompts and masks (B, S), `chunk` columns at a time -> the last hidden states (B, E), the new cache, and
+        the experts taken (L, B, S) int16."""
         # Equal rows are read once: N candidates for one prompt cost the prompt of one.
         unique, copies = torch.cat([input_ids, mask], 1).unique(dim=0, return_inverse=True)
         shared = len(unique) < len(input_ids)
@@ -753,10 +716,15 @@ class Zaya(nn.Module):
 
     def parameter_counts(self):
         """{"total", "active"}; active: parameters that one token passes through, without the embedding."""
-        total = sum(p.numel() for p in self.parameters())
-        experts = sum(p.numel() for layer in self.layers for p in layer.experts.parameters())
-        embeddings = self.output_weight.numel() * (1 if self.config.tie_word_embeddings else 2)
-        return {"total": total, "active": total - embeddings - experts + experts // self.config.num_experts}
+        total = active = 0
+        for name, parameter in self.named_parameters():
+            size = parameter.numel()
+            total += size
+            if ".experts." in name:
+                active += size // self.config.num_experts
+            elif name not in ("embed_tokens.weight", "lm_head.weight"):
+                active += size
+        return {"total": total, "active": active}
 
     # ---- the official checkpoint layout -----------------------------------------------------------------------------
 
@@ -770,8 +738,7 @@ class Zaya(nn.Module):
         return name if name.startswith("lm_head.") else "model." + name
 
     def save_pretrained(self, directory, state_dict=None):
-        """Write config.json, generation_config.json and model.safetensors, which HF's ZayaForCausalLM.from_pretrained
-        loads, each under a temporary name, then renamed.
+        """Write what HF's ZayaForCausalLM.from_pretrained loads, each file under a temporary name, then renamed.
 
         state_dict: instead of the model's own, such as the whole tensors of a sharded model.
         """
@@ -782,20 +749,19 @@ class Zaya(nn.Module):
         path = os.path.join(directory, "model.safetensors")
         save_file(state, path + ".tmp", metadata={"format": "pt"})
         os.replace(path + ".tmp", path)
-        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_json(os.path.join(directory, "config.json"), {**self.config.to_dict(), "dtype": dtype})
+        config = self.config.to_dict()
+        config["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        write_json(os.path.join(directory, "config.json"), config)
         # Without this file HF's generate and its server would be greedy, whatever temperature they are asked for.
-        write_json(os.path.join(directory, "generation_config.json"), {
-            "do_sample": True, "top_k": 0, "eos_token_id": self.config.eos_token_id,
-            "pad_token_id": self.config.pad_token_id})
+        generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
+        write_json(os.path.join(directory, "generation_config.json"), {"do_sample": True, "top_k": 0, **generation})
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
-        """Read config.json and *.safetensors in the official layout.
+        """Read config.json and *.safetensors in the official layout.  `dtype` converts the weights one by one.
 
-        The weights stay memory-mapped until they are written to or moved: no second copy, and nothing is read that
-        is not used.  `dtype` converts them one by one.  Raises FileNotFoundError or ValueError naming the file or
-        tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
+        They stay memory-mapped until they are written to or moved.  Raises FileNotFoundError or ValueError naming the
+        file or tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
         """
         path = os.path.join(directory, "config.json")
         values = read_json(path)
@@ -827,14 +793,11 @@ class Zaya(nn.Module):
 
     @staticmethod
     def stored_tensors(directory):
-        """Yield (file name, official tensor name, tensor) of a folder's weights.
-
-        model.safetensors is the model, whatever lies beside it.  Without it the index says which file a tensor is read
-        from; without an index all files are read.
-        """
+        """Yield (file name, official tensor name, tensor) of a folder's weights: of model.safetensors, if it is there;
+        else as the index says, tensor by tensor; else of all files."""
         from safetensors import SafetensorError, safe_open
-        files = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
         index, places = os.path.join(directory, "model.safetensors.index.json"), {}
+        files = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
         if "model.safetensors" in files:
             files = ["model.safetensors"]
         elif os.path.exists(index):
@@ -848,7 +811,7 @@ class Zaya(nn.Module):
             path = os.path.join(directory, file)
             try:
                 with safe_open(path, "pt") as opened:
-                    for name in [name for name in places if places[name] == file] or opened.keys():
+                    for name in opened.keys() if not places else [name for name in places if places[name] == file]:
                         yield file, name, opened.get_tensor(name)
             except SafetensorError as error:                    # also for a tensor that only the index knows
                 raise ValueError(f"{path} is damaged: {error}") from None
@@ -857,9 +820,8 @@ class Zaya(nn.Module):
 class Tokenizer:
     """Byte-level BPE with tiktoken inside; digits are single tokens, and any text round-trips.
 
-    encode(str) -> list[int];  decode(list[int]) -> str;  decode_bytes -> bytes.  Special tokens are never made from
-    ordinary text, only by `render`, which lays out a chat: <|user|>…<|end|><|assistant|><think>…</think>…<|end|>.
-    Saved as tokenizer.json in the layout of the `tokenizers` library, so HF's AutoTokenizer reads our checkpoints;
+    encode(str) -> list[int];  decode(list[int]) -> str;  decode_bytes -> bytes.  Only `render`, which lays out a chat,
+    makes special tokens: <|user|>…<|end|><|assistant|><think>…</think>…<|end|>.  Saved as HF's AutoTokenizer reads it;
     for that it needs read_json and write_json pasted with it.
     """
     PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -877,7 +839,8 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding("zaya", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
                                           special_tokens=self.special)
         self.vocab_size = len(self.ranks) + len(self.SPECIAL)
-        self.pad, self.end_of_text, self.end = (self.special[t] for t in ("<|pad|>", "<|endoftext|>", "<|end|>"))
+        self.pad, self.end_of_text = self.special["<|pad|>"], self.special["<|endoftext|>"]
+        self.end = self.special["<|end|>"]
 
     @classmethod
     def train(cls, text, vocab_size=512, progress=iter):
@@ -926,11 +889,8 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def render(self, messages, generation_prompt=False):
-        """[{"role", "content"}, …] -> ids, targets: the chat as tokens, and for each whether the assistant wrote it.
-
-        A message with "weight": 0 is read and not learned: its targets are False.  `generation_prompt`: the assistant
-        is to speak next.  ValueError for another role than system, user, assistant.
-        """
+        """[{"role", "content"}, …] -> ids, targets: the chat as tokens, and for each whether the assistant wrote it and
+        the message has no "weight": 0.  `generation_prompt`: the assistant is to speak next."""
         ids, targets = [], []
         for message in messages:
             role, content = message["role"], message["content"]
