@@ -175,17 +175,15 @@ def test_cca_alone_with_a_cache(window, sizes):
 @torch.no_grad()
 def test_a_layers_cca_has_the_models_rope():
     """A stage that raises rope_theta in the config reaches the layers too, also those of a copy; each type its own."""
-    model, seen = copy.deepcopy(build(**SHAPES["sliding"])), []
+    model, seen, given = copy.deepcopy(build(**SHAPES["sliding"])), [], []
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, out: given.append((module, *args[:2], out)))
     for kind, theta in ((FULL, 50.0), (SLIDING, 50.0), (FULL, 1e6), (SLIDING, 1e6)):
         model.config.rope_parameters[kind]["rope_theta"] = theta
-        given = []
-        layer = model.layers[model.config.layer_types.index(kind)].self_attn
-        hook = layer.register_forward_hook(lambda module, args, out, given=given: given.append((*args, out)))
         seen.append(model(tokens(2, 24)))
-        hook.remove()
-        (x, positions, _, out), = given
-        close(layer(x), out)
-        close(positions.cos, CCA.rope_table(torch.arange(24)[None], theta, 4)[0])
+        for module, x, positions, out in given[-3:]:
+            close(module(x), out)
+            assert torch.equal(positions.cos, CCA.positions(x, None, module.rope_parameters["rope_theta"], 4).cos)
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(seen, seen[1:]))
 
 
@@ -515,7 +513,10 @@ def test_config_errors_name_the_field():
     assert ZayaConfig.preset("tiny", num_experts=2).num_experts == 2
 
 
-@pytest.mark.parametrize("changes", [*SHAPES.values(), dict(eos_token_id=[5, 6])], ids=[*SHAPES, "several_eos"])
+NULLS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+
+
+@pytest.mark.parametrize("changes", [*SHAPES.values(), dict(eos_token_id=[5, 6]), dict(eos_token_id=[]), NULLS])
 def test_config_round_trip(changes):
     config = ZayaConfig(**{**BASE, **changes})
     written = json.loads(json.dumps(config.to_dict()))
@@ -579,8 +580,11 @@ def split(directory, index=True):
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load(tmp_path, tied):
-    model, ids = build(tie_word_embeddings=tied).train(), tokens(2, 9)
+    nulls = dict(pad_token_id=None, eos_token_id=[5, 6])
+    model, ids = build(tie_word_embeddings=tied, **nulls).train(), tokens(2, 9)
     model.save_pretrained(tmp_path)
+    generation = json.load(open(tmp_path / "generation_config.json"))
+    assert generation == {"do_sample": True, "top_k": 0, **nulls}
     back = Zaya.from_pretrained(str(tmp_path))
     same(model, back)
     assert not back.training and all(parameter.requires_grad for parameter in back.parameters())
@@ -704,16 +708,6 @@ def test_missing_and_cut_files_are_named(tmp_path, saved_model):
     os.remove(tmp_path / "model.safetensors.index.json")
     with pytest.raises(FileNotFoundError, match="safetensors"):
         Zaya.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("eos", [None, [5, 6], [], 7], ids=["null", "several", "none", "one"])
-def test_token_ids_may_be_null(tmp_path, eos):
-    """Ended rows are then filled up with the first token that ends one: see test_equality.py."""
-    model = build(num_hidden_layers=2, pad_token_id=None, bos_token_id=None, eos_token_id=eos)
-    model.save_pretrained(tmp_path)
-    written = json.load(open(tmp_path / "generation_config.json"))
-    assert written["pad_token_id"] is None and written["eos_token_id"] == eos
-    assert Zaya.from_pretrained(tmp_path).config == model.config
 
 
 @torch.no_grad()
@@ -968,23 +962,19 @@ def test_render_targets_what_the_assistant_wrote(tokenizer):
 
 def test_merges_are_the_most_frequent_pairs():
     tokenizer = Tokenizer.train("abab abab abab xyz", 256 + 3 + len(Tokenizer.SPECIAL))
-    learned = sorted(tokenizer.ranks, key=tokenizer.ranks.get)[256:]
+    learned = [a + b for a, b in tokenizer.merges]
     assert learned == [b"ab", b"abab", b" abab"]                # 6 times; 3 times; 2 times and before the x y of that
     assert tokenizer.encode("abab abab abx") == [257, 258, 32, 256, 120]
 
 
-@pytest.mark.parametrize("vocab_size", [264, 265, 300, 320])
-def test_vocab_size_is_respected(vocab_size):
-    tokenizer = Tokenizer.train(PROSE, vocab_size)
-    assert tokenizer.vocab_size == vocab_size and len(tokenizer.ranks) == vocab_size - len(Tokenizer.SPECIAL)
-    assert sorted([*tokenizer.ranks.values(), *tokenizer.special.values()]) == list(range(vocab_size))
-
-
-@pytest.mark.parametrize("text, vocab_size, word", [(PROSE, 263, "vocab_size"), (PROSE, 10, "vocab_size"),
-                                                    ("abc", 300, "too few"), ("", 300, "too few")])
-def test_impossible_vocabularies_are_refused(text, vocab_size, word):
-    with pytest.raises(ValueError, match=word):
-        Tokenizer.train(text, vocab_size)
+def test_vocab_size_is_respected_or_refused():
+    for vocab_size in (264, 265, 320):
+        tokenizer = Tokenizer.train(PROSE, vocab_size)
+        assert tokenizer.vocab_size == vocab_size
+        assert sorted([*tokenizer.ranks.values(), *tokenizer.special.values()]) == list(range(vocab_size))
+    for text, vocab_size, word in ((PROSE, 263, "vocab_size"), ("abc", 300, "too few"), ("", 300, "too few")):
+        with pytest.raises(ValueError, match=word):
+            Tokenizer.train(text, vocab_size)
 
 
 def drop(*path):
@@ -1049,10 +1039,3 @@ def test_pasted_alone(name):
         read |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
     missing = [other for other in read if other not in pasted and not hasattr(builtins, other)]
     assert len(read) > 1 and not missing
-
-
-def test_every_parameter_learns():
-    model = build(skip_bias=0.0).train()
-    model(tokens(8, 20)).logsumexp(-1).sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.norm() > 0, name
