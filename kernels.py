@@ -282,10 +282,9 @@ def decode_step(model, token, position_ids, column, buffers):
     """
     rope = model.config.rope_parameters["hybrid"]
     rotated = int(model.config.head_dim * rope["partial_rotary_factor"])
-    cos, sin = zaya.CCA.rope_table(position_ids, rope["rope_theta"], rotated)
+    positions = zaya.CCA.positions(token, position_ids, rope["rope_theta"], rotated)
     back = column - torch.arange(buffers[0][0].shape[2], device=token.device)                       # (T,)
-    mask = ((back >= 0) & (back <= position_ids))[:, None, None]                                    # (B, 1, 1, T)
-    positions = zaya.CCA.Positions(position_ids, cos, sin, mask)
+    positions.mask = ((back >= 0) & (back <= position_ids))[:, None, None]                          # (B, 1, 1, T)
     x = (model.embed_tokens(token).float() + model.input_hidden_states_bias) * model.input_hidden_states_scale
     r, choices = None, []
     for layer, (k, v, packed, delayed) in zip(model.layers, buffers):

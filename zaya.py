@@ -135,17 +135,12 @@ class ZayaConfig:
         if not condition:
             raise ValueError(f"ZayaConfig: {message}")
 
-    @property
-    def router_classes(self):
-        return self.num_experts + 1                             # the last class is the skip expert
-
     @classmethod
     def preset(cls, name, **changes):
         """smoke: seconds.  tiny: minutes on two CPU cores.  small: one GPU.  zaya1-8b: the published shape.
 
         `small` keeps the published ratios: queries E/2 wide, keys and values E/8, router E/8.  `tiny` hardly learned to
-        copy with keys of E/8 = 16 channels, so it has 32.
-        """
+        copy with keys of E/8 = 16 channels, so it has 32."""
         sizes = [field.name for field in fields(cls)[:9]] + ["max_position_embeddings", "initializer_range"]
         shapes = {  # V   E   L  H  K   D   X    F   R  positions  std
             "smoke": (384, 64, 2, 2, 1, 16, 4, 64, 16, 4096, 0.125),
@@ -166,8 +161,7 @@ class ZayaConfig:
                 ours[name] = value
             elif not cls.DESCRIPTIVE.fullmatch(name):
                 only = cls.FIXED.get(name)
-                cls._require(value in (None, {}, [], only), f"{name} {value!r} is not implemented, only {only!r}; set "
-                             "it to null if the model computes the same without it")
+                cls._require(value in (None, {}, [], only), f"{name} {value!r} is not implemented, only {only!r}")
         return cls(**ours)
 
     def to_dict(self):
@@ -275,20 +269,20 @@ class CCA(nn.Module):
     @classmethod
     def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
         """The Positions of x (B, S, …) behind `columns` cached tokens a row.  Without ids they are those of one sample:
-        `columns` … `columns` + S - 1.  rotated: how many channels turn."""
-        S, ids = x.shape[1], position_ids
-        if position_ids is None:
-            ids = torch.arange(columns, columns + S, device=x.device)[None]
-        cos, sin = cls.rope_table(ids, rope_theta, rotated)
-        T, mask = columns + S, None
+        `columns` … `columns` + S - 1.  rotated: how many channels turn, channel i by p / theta^(2i / rotated)."""
+        S, T, ids, mask = x.shape[1], columns + x.shape[1], position_ids, None
+        column = torch.arange(T, device=x.device)
+        if ids is None:
+            ids = column[None, columns:]
+        frequency = rope_theta ** (-torch.arange(0, rotated, 2, device=x.device, dtype=torch.float32) / rotated)
+        angle = ids[..., None].float() * frequency
         # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
         if position_ids is not None or (S > 1 and columns) or (sliding_window and T > sliding_window):
-            column = torch.arange(T, device=x.device)
             back = column[columns:, None] - column                                  # (S, T)
             # Padding (position -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
             farthest = ids.clamp(0, (sliding_window or T) - 1)[..., None]           # (B or 1, S, 1)
             mask = ((back >= 0) & (back <= farthest))[:, None]
-        return cls.Positions(position_ids, cos, sin, mask)
+        return cls.Positions(position_ids, angle.cos(), angle.sin(), mask)
 
     def qk_mean(self, packed):
         """(B, S, C) latents before the convolutions -> m_q (B, S, H, D), m_k (B, S, K, D)."""
@@ -299,8 +293,7 @@ class CCA(nn.Module):
     def convolve(self, seen, position_ids=None):
         """Both causal convolutions on `seen` (B, 2 + S, C) -> (B, S, H + K, D) for the last S tokens.
 
-        Zeros are padded once, before the first convolution: before a sample's first token the second sees its bias.
-        """
+        Zeros are padded once, before the first convolution: before a sample's first token the second sees its bias."""
         depthwise, grouped, by_head = self.conv_qk_depthwise, self.conv_qk_grouped, (-1, self.head_dim)
         previous, newest = seen[:, :-1], seen[:, 1:]                                # (B, 1 + S, C)
         if position_ids is not None:                           # the column before the first token is one token earlier
@@ -321,13 +314,6 @@ class CCA(nn.Module):
     def unit(x):
         """Scale each head's vector to length sqrt(D)."""
         return x.shape[-1] ** 0.5 * F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).eps)
-
-    @staticmethod
-    def rope_table(position_ids, theta, rotated):
-        """(B, S) positions -> cos, sin (B, S, rotated / 2) fp32; channel i turns by p / theta^(2i / rotated)."""
-        frequency = theta ** (-torch.arange(0, rotated, 2, device=position_ids.device, dtype=torch.float32) / rotated)
-        angle = position_ids[..., None].float() * frequency
-        return angle.cos(), angle.sin()
 
     @staticmethod
     def apply_rotary(x, cos, sin):
@@ -492,7 +478,7 @@ class Layer(nn.Module):
                              config.rope_parameters[kind], window)
         self.post_attention_residual_scale = ResidualScaling(E)
         self.post_attention_layernorm = RMSNorm(E, eps)
-        self.gate = Router(E, config.router_hidden_size, config.router_classes, index > 0, eps=eps)
+        self.gate = Router(E, config.router_hidden_size, config.num_experts + 1, index > 0, eps)
         self.experts = Experts(E, config.moe_intermediate_size, config.num_experts)
         self.post_mlp_residual_scale = ResidualScaling(E)
 
@@ -528,11 +514,6 @@ class LayerCache:
         self.v[:, :, start:self.columns] = v
         return self.k[:, :, :self.columns], self.v[:, :, :self.columns]
 
-    def select(self, rows):
-        for name in ("k", "v", "packed", "delayed"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name)[rows])
-
 
 class Cache:
     """The decode state of a batch: a LayerCache per layer and the position of each row's next token.
@@ -550,9 +531,12 @@ class Cache:
 
     def select(self, rows):
         """Keep these rows (an index tensor), in this order; a row named twice is continued twice."""
-        self.position = self.position[rows] if self.position is not None else None
+        if self.position is not None:
+            self.position = self.position[rows]
         for layer in self.layers:
-            layer.select(rows)
+            for name, part in vars(layer).items():
+                if isinstance(part, torch.Tensor):
+                    setattr(layer, name, part[rows])
 
 
 class Zaya(nn.Module):
@@ -597,8 +581,7 @@ class Zaya(nn.Module):
         attention_mask (B, S): 0 for padding before or after a row's tokens; of these tokens, not of those in the cache.
         position_ids (B, S), instead of a mask: restart at 0 to pack samples in a row, -1 for padding.
         cache: continue from it, and advance it.
-        routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
-        """
+        routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed."""
         columns, offset = (cache.columns, cache.position) if cache is not None else (0, None)
         if position_ids is None and (attention_mask is not None or offset is not None):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -618,11 +601,12 @@ class Zaya(nn.Module):
         x = self.embed_tokens(input_ids)
         x = (x.float() + self.input_hidden_states_bias) * self.input_hidden_states_scale
         count = None if position_ids is None else position_ids >= 0                 # padding is no expert's load
-        r, replay = None, list(routing) if routing else [None] * len(self.layers)
-        for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
-            layer_cache = cache.layers[index] if cache is not None else None
-            x, r, choice = layer(x, r, positions[kind], layer_cache, replay[index], count)
-            if routing is not None and replay[index] is None:
+        r, nothing = None, [None] * len(self.layers)
+        caches = cache.layers if cache is not None else nothing
+        replayed = list(routing) if routing else nothing
+        for layer, kind, layer_cache, given in zip(self.layers, self.config.layer_types, caches, replayed):
+            x, r, choice = layer(x, r, positions[kind], layer_cache, given, count)
+            if routing is not None and given is None:
                 routing.append(choice)
         return self.norm(x)
 
@@ -635,12 +619,10 @@ class Zaya(nn.Module):
         the first of these, as HF).  attention_mask (B, S): 0 for left padding.  `generator` draws the random numbers,
         or `uniform` (max_new_tokens, B) in [0, 1) brings them; a row depends on its own alone.
         record: -> (tokens, logps, choices) for RL: each new token's log probability at temperature 1 (B, new) fp32,
-        and the expert of each token that was read (L, B, S + new - 1) int16, up to a row's end.
-        """
+        and the expert of each token that was read (L, B, S + new - 1) int16, up to a row's end."""
         (B, S), device, pad = input_ids.shape, input_ids.device, self.config.pad_token_id
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or S == 0:
-            raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more, "
-                             f"not {temperature}, {top_p} and {S} tokens")
+            raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not (mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
@@ -740,8 +722,7 @@ class Zaya(nn.Module):
     def save_pretrained(self, directory, state_dict=None):
         """Write what HF's ZayaForCausalLM.from_pretrained loads, each file under a temporary name, then renamed.
 
-        state_dict: instead of the model's own, such as the whole tensors of a sharded model.
-        """
+        state_dict: instead of the model's own, such as the whole tensors of a sharded model."""
         from safetensors.torch import save_file
         os.makedirs(directory, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
@@ -788,7 +769,7 @@ class Zaya(nn.Module):
         except RuntimeError as error:                           # it names what is missing, too much or of another shape
             raise ValueError(f"{directory}: {' '.join(str(error).split())[:500]}") from None
         for layer in model.layers:                              # not in the file: born on the meta device
-            layer.gate.load = torch.zeros(config.router_classes, dtype=torch.long, device=device)
+            layer.gate.load = torch.zeros_like(layer.gate.balancing_biases, dtype=torch.long)
         return model.eval()
 
     @staticmethod
@@ -941,12 +922,11 @@ class Tokenizer:
         """Read a tokenizer.json that `save_pretrained` wrote."""
         path = os.path.join(directory, "tokenizer.json")
         content, byte_of = read_json(path), {character: byte for byte, character in cls._visible().items()}
-
-        def token(spelled):
-            return bytes(byte_of[character] for character in spelled)
-
         try:
-            tokenizer = cls([(token(a), token(b)) for a, b in content["model"]["merges"]])
+            merges = []
+            for pair in content["model"]["merges"]:
+                merges.append(tuple(bytes(byte_of[character] for character in token) for token in pair))
+            tokenizer = cls(merges)
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             special = {added["content"]: added["id"] for added in content["added_tokens"]}
             if (pattern, special) != (cls.PATTERN, tokenizer.special):

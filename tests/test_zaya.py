@@ -876,7 +876,7 @@ def test_padding_is_not_counted(model):
         keep = arguments.get("attention_mask", arguments.get("position_ids", torch.zeros(1)) + 1) > 0
         for layer, choice in zip(model.layers, routing):
             assert layer.gate.load.sum() == real
-            expected = choice[keep.expand_as(choice)].bincount(minlength=model.config.router_classes)
+            expected = choice[keep.expand_as(choice)].bincount(minlength=model.config.num_experts + 1)
             assert torch.equal(layer.gate.load, expected)
             layer.gate.load.zero_()
         model.eval()(**arguments)

@@ -114,7 +114,7 @@ def without_eda(shape):
 def linear(shape):
     model = recipe(shape)
     for layer in model.layers:
-        layer.gate = LinearRouter(shape.hidden_size, shape.router_classes, shape.initializer_range)
+        layer.gate = LinearRouter(shape.hidden_size, shape.num_experts + 1, shape.initializer_range)
     return model
 
 
