@@ -240,11 +240,14 @@ class CCA(nn.Module):
         """From the projections to what attention compares: rotated q (B, S, H, D), k and v (B, S, K, D)."""
         S, ids = packed.shape[1], positions.position_ids
         # What came before the new tokens: two packed latents and one delayed value, zeros where a row begins.
-        seen, shifted = F.pad(packed, (0, 0, 2, 0)), F.pad(delayed, (0, 0, 1, 0))   # (B, 2 + S, C), (B, 1 + S, K*D/2)
+        seen = F.pad(packed, (0, 0, 2, 0))                                          # (B, 2 + S, C)
+        shifted = F.pad(delayed, (0, 0, 1, 0))                                      # (B, 1 + S, K*D/2)
         if cache is not None:
             if cache.packed is not None:
-                seen[:, :2], shifted[:, :1] = cache.packed, cache.delayed
-            cache.packed, cache.delayed = seen[:, S:].float(), shifted[:, S:].float()
+                seen[:, :2] = cache.packed
+                shifted[:, :1] = cache.delayed
+            cache.packed = seen[:, S:].float()
+            cache.delayed = shifted[:, S:].float()
         shifted = shifted[:, :S]
         if ids is not None:
             shifted = shifted * (ids >= 1)[..., None]
@@ -270,12 +273,13 @@ class CCA(nn.Module):
     def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
         """The Positions of x (B, S, …) behind `columns` cached tokens a row.  Without ids they are those of one sample:
         `columns` … `columns` + S - 1.  rotated: how many channels turn, channel i by p / theta^(2i / rotated)."""
-        S, T, ids, mask = x.shape[1], columns + x.shape[1], position_ids, None
+        S = x.shape[1]
+        T = columns + S
         column = torch.arange(T, device=x.device)
-        if ids is None:
-            ids = column[None, columns:]
+        ids = position_ids if position_ids is not None else column[None, columns:]
         frequency = rope_theta ** (-torch.arange(0, rotated, 2, device=x.device, dtype=torch.float32) / rotated)
         angle = ids[..., None].float() * frequency
+        mask = None
         # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
         if position_ids is not None or (S > 1 and columns) or (sliding_window and T > sliding_window):
             back = column[columns:, None] - column                                  # (S, T)
@@ -288,7 +292,8 @@ class CCA(nn.Module):
         """(B, S, C) latents before the convolutions -> m_q (B, S, H, D), m_k (B, S, K, D)."""
         q, k = packed.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads], 2)
         q_mean = (q.unflatten(2, (self.kv_heads, -1)) + k.unsqueeze(3)) / 2                # (B, S, K, H/K, D)
-        return q_mean.flatten(2, 3), q_mean.mean(3)
+        k_mean = q_mean.mean(3)
+        return q_mean.flatten(2, 3), k_mean
 
     def convolve(self, seen, position_ids=None):
         """Both causal convolutions on `seen` (B, 2 + S, C) -> (B, S, H + K, D) for the last S tokens.
@@ -390,7 +395,8 @@ class PIDBalancer:
         self.classes = self.biases.shape[1] - self.routers[0].skip_expert
         self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
         # All of its state but the biases, which are among the model's weights.
-        self.state_dict, self.load_state_dict = self.optimizer.state_dict, self.optimizer.load_state_dict
+        self.state_dict = self.optimizer.state_dict
+        self.load_state_dict = self.optimizer.load_state_dict
 
     @torch.no_grad()
     def step(self):
@@ -503,13 +509,15 @@ class LayerCache:
 
     def append(self, k, v):
         """Add (B, K, S, D) keys and values; return all of them, (B, K, T, D)."""
-        start, self.columns = self.columns, self.columns + k.shape[2]
+        start = self.columns
+        self.columns += k.shape[2]
         if self.k is None:
             self.k, self.v = k[:, :, :0], v[:, :, :0]
         if self.columns > self.k.shape[2]:
             # Zeros, not garbage, make the room: they may be read, masked, and 0 * NaN is NaN.
             room = (0, 0, 0, max(64, self.columns))
-            self.k, self.v = F.pad(self.k, room), F.pad(self.v, room)
+            self.k = F.pad(self.k, room)
+            self.v = F.pad(self.v, room)
         self.k[:, :, start:self.columns] = k
         self.v[:, :, start:self.columns] = v
         return self.k[:, :, :self.columns], self.v[:, :, :self.columns]
@@ -620,7 +628,8 @@ class Zaya(nn.Module):
         or `uniform` (max_new_tokens, B) in [0, 1) brings them; a row depends on its own alone.
         record: -> (tokens, logps, choices) for RL: each new token's log probability at temperature 1 (B, new) fp32,
         and the expert of each token that was read (L, B, S + new - 1) int16, up to a row's end."""
-        (B, S), device, pad = input_ids.shape, input_ids.device, self.config.pad_token_id
+        B, S = input_ids.shape
+        device, pad = input_ids.device, self.config.pad_token_id
         if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or S == 0:
             raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -639,7 +648,9 @@ class Zaya(nn.Module):
         choices = torch.zeros(len(self.layers), B, S + max_new_tokens, dtype=torch.int16, device=device)
         hidden, cache, choices[:, :, :S] = self.prefill(input_ids, mask)
         # The rows that are still in the batch, and which of these have ended: they are computed, but not kept.
-        rows, ended, end = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device), S
+        rows = torch.arange(B, device=device)
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        end = S
         for step in range(max_new_tokens):
             if step:
                 routing = []
@@ -680,7 +691,8 @@ class Zaya(nn.Module):
         choices = torch.cat(choices, 2)
         if shared:
             cache.select(copies)
-            hidden, choices = hidden[copies], choices[:, copies]
+            hidden = hidden[copies]
+            choices = choices[:, copies]
         return hidden, cache, choices
 
     @staticmethod
@@ -727,15 +739,15 @@ class Zaya(nn.Module):
         os.makedirs(directory, exist_ok=True)
         state = self.state_dict() if state_dict is None else state_dict
         state = {self.official_name(name): tensor.contiguous() for name, tensor in state.items()}
-        path = os.path.join(directory, "model.safetensors")
+        path = f"{directory}/model.safetensors"
         save_file(state, path + ".tmp", metadata={"format": "pt"})
         os.replace(path + ".tmp", path)
         config = self.config.to_dict()
         config["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_json(os.path.join(directory, "config.json"), config)
+        write_json(f"{directory}/config.json", config)
         # Without this file HF's generate and its server would be greedy, whatever temperature they are asked for.
         generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
-        write_json(os.path.join(directory, "generation_config.json"), {"do_sample": True, "top_k": 0, **generation})
+        write_json(f"{directory}/generation_config.json", {"do_sample": True, "top_k": 0, **generation})
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
@@ -744,7 +756,7 @@ class Zaya(nn.Module):
         They stay memory-mapped until they are written to or moved.  Raises FileNotFoundError or ValueError naming the
         file or tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
         """
-        path = os.path.join(directory, "config.json")
+        path = f"{directory}/config.json"
         values = read_json(path)
         try:
             config = ZayaConfig.from_dict(values)
@@ -777,7 +789,7 @@ class Zaya(nn.Module):
         """Yield (file name, official tensor name, tensor) of a folder's weights: of model.safetensors, if it is there;
         else as the index says, tensor by tensor; else of all files."""
         from safetensors import SafetensorError, safe_open
-        index, places = os.path.join(directory, "model.safetensors.index.json"), {}
+        index, places = f"{directory}/model.safetensors.index.json", {}
         files = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
         if "model.safetensors" in files:
             files = ["model.safetensors"]
@@ -789,7 +801,7 @@ class Zaya(nn.Module):
         if not files:
             raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors")
         for file in files:
-            path = os.path.join(directory, file)
+            path = f"{directory}/{file}"
             try:
                 with safe_open(path, "pt") as opened:
                     for name in opened.keys() if not places else [name for name in places if places[name] == file]:
@@ -813,14 +825,16 @@ class Tokenizer:
     def __init__(self, merges=()):
         """merges: pairs (bytes, bytes) of tokens that become one, the first ones first; without any, a byte a token."""
         import tiktoken
-        self.merges, self.ranks = merges, {bytes([i]): i for i in range(256)}
+        self.merges = merges
+        self.ranks = {bytes([i]): i for i in range(256)}
         for a, b in merges:
             self.ranks.setdefault(a + b, len(self.ranks))
         self.special = {token: len(self.ranks) + i for i, token in enumerate(self.SPECIAL)}
         self.encoding = tiktoken.Encoding("zaya", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
                                           special_tokens=self.special)
         self.vocab_size = len(self.ranks) + len(self.SPECIAL)
-        self.pad, self.end_of_text = self.special["<|pad|>"], self.special["<|endoftext|>"]
+        self.pad = self.special["<|pad|>"]
+        self.end_of_text = self.special["<|endoftext|>"]
         self.end = self.special["<|end|>"]
 
     @classmethod
@@ -893,7 +907,10 @@ class Tokenizer:
         """GPT-2's one printable character per byte, in which tokenizer.json spells tokens."""
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in plain]
-        return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+        visible = {byte: chr(byte) for byte in plain}
+        for i, byte in enumerate(others):
+            visible[byte] = chr(256 + i)
+        return visible
 
     def save_pretrained(self, directory):
         """Write tokenizer.json and tokenizer_config.json (with the chat template), each by rename."""
@@ -908,19 +925,19 @@ class Tokenizer:
         added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
                       special="think" not in token) for token, i in self.special.items()]
         os.makedirs(directory, exist_ok=True)
-        write_json(os.path.join(directory, "tokenizer.json"), {
+        write_json(f"{directory}/tokenizer.json", {
             "version": "1.0", "added_tokens": added, "decoder": level,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
             "model": {"type": "BPE", "vocab": {spell(token): rank for token, rank in self.ranks.items()},
                       "merges": [[spell(a), spell(b)] for a, b in self.merges]}})
-        write_json(os.path.join(directory, "tokenizer_config.json"), {
+        write_json(f"{directory}/tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "bos_token": "<|endoftext|>",
             "eos_token": "<|end|>", "chat_template": self.CHAT_TEMPLATE, "clean_up_tokenization_spaces": False})
 
     @classmethod
     def from_pretrained(cls, directory):
         """Read a tokenizer.json that `save_pretrained` wrote."""
-        path = os.path.join(directory, "tokenizer.json")
+        path = f"{directory}/tokenizer.json"
         content, byte_of = read_json(path), {character: byte for byte, character in cls._visible().items()}
         try:
             merges = []
