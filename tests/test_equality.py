@@ -138,9 +138,7 @@ def test_padded_batch(pair, side):
     mine, theirs = ours(ids, mask), official(ids, attention_mask=mask, position_ids=positions(mask)).logits
     close(mine[mask == 1], theirs[mask == 1])
     for row in range(len(ids)):
-        alone = ids[row, mask[row] == 1][None]
-        close(mine[row, mask[row] == 1], ours(alone)[0])
-        close(mine[row, mask[row] == 1], official(alone).logits[0])
+        close(mine[row, mask[row] == 1], official(ids[row, mask[row] == 1][None]).logits[0])
 
 
 def restore_last_biases(official, ours):
@@ -228,7 +226,7 @@ def test_gradients(pair):
     target = tokens(seed=1).masked_fill(mask == 0, -100)
     for logits in official(ids, attention_mask=mask, position_ids=positions(mask)).logits, ours(ids, mask):
         F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
-    theirs, checked = dict(official.named_parameters()), set()
+    theirs = dict(official.named_parameters())
     places = {name for name in official.state_dict() if name != "lm_head.weight" or not ours.config.tie_word_embeddings}
     assert {Zaya.official_name(name) for name in ours.state_dict()} == places
     for name, parameter in ours.named_parameters():
@@ -236,8 +234,6 @@ def test_gradients(pair):
         assert expected.norm() > 0, name
         error = (parameter.grad - expected).norm() / expected.norm()
         assert error <= 1e-4, f"{name}: relative error {error:.2e}"
-        checked.add(Zaya.official_name(name))
-    assert checked == set(theirs)
 
 
 @torch.no_grad()
