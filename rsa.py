@@ -377,7 +377,8 @@ def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_
                          generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
     ends = {tokenizer.end} if isinstance(tokenizer.end, int) else set(tokenizer.end)
     # ZAYA1-8B's chat template itself opens the reasoning: the tag then stands in the prompt and not in the reply.
-    opened = "<think>" if tokenizer.decode(inputs[0, -4:].tolist()).rstrip().endswith("<think>") else ""
+    asked = tokenizer.decode(inputs[0, -4:].tolist())
+    opened = "<think>" if asked.rstrip().endswith("<think>") else ""
     texts = []
     for row in out.tolist():
         kept = itertools.takewhile(lambda token: token not in ends, row)
@@ -490,13 +491,11 @@ def read_completion(answer):
     parts = content if isinstance(content, list) else [content]
     thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
     reasoning = joined(message.get("reasoning_content") or message.get("reasoning") or thoughts)
-    text = joined([part for part in parts if part not in thoughts])
+    text = joined([part for part in parts if part not in thoughts]).lstrip()
     if reasoning:
         text = f"<think>{reasoning}</think>{text}" if text or not cut else f"<think>{reasoning}"
-    elif text.lstrip().startswith("<think>"):
-        text = text.lstrip()
-    elif "</think>" in text or (text and cut):                  # the chat template had opened it; cut, it had not ended
-        text = "<think>" + text
+    elif not text.startswith("<think>") and ("</think>" in text or (text and cut)):
+        text = "<think>" + text                                 # the chat template had opened it; cut, it had not ended
     tokens = (answer.get("usage") or {}).get("completion_tokens")
     return sendable(text), tokens if isinstance(tokens, int) else 0
 
@@ -559,7 +558,9 @@ class Endpoint(Source):
                 said, unreachable = repr(error), isinstance(error, urllib.error.URLError) and not self.answered
             except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
                 said = f"no chat completion came back: {said or error}"
-            words = f"{status or ''} {said}".replace(self.key, "***" if self.key != "none" else self.key)
+            words = f"{status or ''} {said}"
+            if self.key != "none":
+                words = words.replace(self.key, "***")
             words = " ".join(words.split())[:500]
             if 400 <= status < 500 and status not in (408, 409, 429):
                 break
@@ -721,10 +722,7 @@ def show_rounds(run, result):
         common = ", ".join(f"{answer} x{count}" for answer, count in counts.most_common(6))
         print(f"round {t}: {run.tokens[t]:,} tokens | {common}")
     answer, votes = majority(found)
-    if votes:
-        print(f"majority of the last round: {answer} ({votes} of {len(found)})")
-    else:
-        print("no candidate of the last round names an answer")
+    print(f"majority of the last round: {answer or 'none names an answer'} ({votes} of {len(found)})")
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------
