@@ -513,7 +513,8 @@ class Endpoint(Source):
 
     def __init__(self, url, model, key_variable="OPENAI_API_KEY", concurrency=16, timeout=1800.0, retries=5,
                  temperature=1.0, top_p=1.0, request=None):
-        self.url, self.model, self.concurrency = url.rstrip("/"), model, concurrency
+        self.url = url.rstrip("/")
+        self.model, self.concurrency = model, concurrency
         self.timeout, self.retries, self.answered = timeout, retries, False
         self.sampling, self.names = dict(temperature=temperature, top_p=top_p), request or {}
         self.key = os.environ.get(key_variable, "").strip() or "none"
@@ -835,7 +836,8 @@ def asked_budget(given):
 
 def run_command(given):
     budget = asked_budget(given)
-    problems, answers = [sendable(given.problem or "")], None
+    problems = [sendable(given.problem or "")]
+    answers = None
     if given.problems:
         problems, answers = zip(*read_problems(given.problems))
     sampling = dict(temperature=given.temperature, top_p=given.top_p)

@@ -719,18 +719,6 @@ def test_one_problem_on_the_command_line(folder, tmp_path, capsys):
     assert f"{sum(spent):,} tokens generated" in said and "0 failed" in said
 
 
-def test_a_file_of_problems_on_the_command_line(folder, tmp_path, capsys):
-    problems, trace = tmp_path / "x.jsonl", tmp_path / "x.trace"
-    problems.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}\n')
-    rsa.main(["--problems", str(problems), "--budget", "light", "--prompt", "report",
-              *shortened(folder, "--trace", trace, "--temperature", 0)])
-    assert "| light: N=4 C=2 T=1 beta=12 tau=6 |" in capsys.readouterr().out
-    rows = trace_rows(trace)[1:]
-    assert len(rows) == 2 * 4 * 2 and {row["run"] for row in rows} == {"light"}
-    assert all(("Candidate solution 2" in row["prompt"]) == bool(row["round"]) for row in rows)
-    assert len({(row["problem"], row["text"]) for row in rows if not row["round"]}) == 2            # temperature 0
-
-
 def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, monkeypatch):
     """Equal prompts share a batch: the missing ones must not get the random numbers of those that are there."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
