@@ -745,8 +745,9 @@ def read_problems(path):
             truth = final_answer(str(answer)) or str(answer)    # of a worked answer (… #### 72) what counts
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError("the problem must be a text")
-            if type(answer) not in (str, int, float) or normal_form(truth) == ():
-                raise ValueError("the answer must be a text, a number or a list of one of them")
+            infinite = isinstance(answer, float) and not abs(answer) < float("inf")
+            if type(answer) not in (str, int, float) or infinite or normal_form(truth) == ():
+                raise ValueError("the answer must be a text, a finite number or a list of one of them")
             rows.append((sendable(problem), truth))
     if not rows:
         raise SystemExit(f"{path} holds no problems")

@@ -608,7 +608,8 @@ def test_problems_are_read_and_mistakes_located(tmp_path):
     answers = [answer for _, answer in read_problems(str(path))]
     assert answers == ["42", "-3", "0.1", "1e+22", "42", "2.5", "a, b", "5", "0", r"\text{no}"]
     refused = [f'{{"problem": "q", "answer": {truth}}}'.encode() for truth in (
-        "null", '""', '"$"', '{"value": 42}', "[]", "[1, 2]", "[null]", "[[1]]", '[""]', "true", "[" * 100000)]
+        "null", '""', '"$"', '{"value": 42}', "[]", "[1, 2]", "[null]", "[[1]]", '[""]', "true", "NaN", "-Infinity",
+        "1e999", "[" * 100000)]
     refused += [f'{{"problem": {problem}, "answer": 42}}'.encode() for problem in (
         "null", '" \\n"', "7", '["q"]', '[{"role": "user", "content": "6*7?"}]')]
     refused += [b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b'{"problem": "\xff"}']
