@@ -13,8 +13,7 @@ Every path is a plain function, usable alone, that says in one line what it equa
     quantize, load        int8 weights, a scale a row
 
 Importing this file needs neither Triton nor a GPU.  `python kernels.py` prints how equal and how fast each path is on
-this machine.  Featuring: paths that are short because PyTorch does most of the work.  Does NOT include: hand-written
-backward passes for the CPU, where the plain code is nearly as fast; the model (zaya.py).
+this machine.  Does NOT include: hand-written backward passes where PyTorch's own are nearly as fast; the model.
 """
 import argparse
 import copy
@@ -36,6 +35,8 @@ import zaya
 
 # ---- attention ------------------------------------------------------------------------------------------------------
 
+
+@functools.cache
 def has_triton():
     return importlib.util.find_spec("triton") is not None
 
@@ -127,7 +128,8 @@ def save_inputs(ctx, inputs, output):
 
 
 def differentiate_grouped_mm(ctx, grad):
-    (a, b, ends), grad = ctx.saved_tensors, grad.contiguous()
+    a, b, ends = ctx.saved_tensors
+    grad = grad.contiguous()
     return grouped_mm(grad, b.mT, ends), grouped_mm(a.mT, grad, ends), None
 
 
@@ -156,7 +158,8 @@ class FusedExperts(zaya.Experts):
     """zaya.Experts by grouped products on a GPU and under torch.compile; the products' dtype is autocast's."""
 
     def forward(self, x, choice, weight):
-        device, dtype = x.device.type, self.down_proj.dtype
+        device = x.device.type
+        dtype = self.down_proj.dtype
         # The plain loop asks how many tokens each expert has: a graph break, or a wait for the GPU.  An eager CPU has
         # neither, and there the loop is as fast.
         if device == "cpu" and not torch.compiler.is_compiling():
@@ -219,10 +222,9 @@ class FusedLayer(zaya.Layer):
 
 @functools.cache
 def compile_loss(backend="inductor"):
-    """-> summed_loss, compiled as one graph forward and one backward; another number of rows compiles nothing anew.
+    """-> summed_loss of a `fuse`d model as one graph forward and one backward, for any number of rows.
 
-    For a `fuse`d model.  The first call costs tens of seconds (cold), later stages and processes some seconds: Inductor
-    keeps what it compiled on disk.
+    The first call costs tens of seconds, later processes some: Inductor keeps what it compiled on disk.
     """
     compiled = torch.compile(summed_loss, fullgraph=True, backend=backend)
 
@@ -236,25 +238,23 @@ def compile_loss(backend="inductor"):
 def should_compile(model, tokens):
     """Whether a stage of so many tokens gets back what compiling its training step costs -> bool, and why.
 
-    Decided from sizes and not from the clock, so that a run that is taken up again computes what it would have
-    computed.  On a GPU always.  On a CPU the constants are rough (20 s a layer for compiling and a third of the time
-    saved, at preset tiny on one core), so the saving must be three times the cost.
+    Decided from sizes and not from the clock: a run that is taken up again computes what it would have computed.
     """
+    compiled, not_compiled = "the training step is compiled: ", "the training step is not compiled: "
     if model.norm.weight.device.type != "cpu":
-        return True, "the training step is compiled: this is a GPU"
+        return True, compiled + "this is a GPU"
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
         get_cpp_compiler()
     except Exception:                                           # Inductor raises its own, and others
-        return False, "the training step is not compiled: there is no C++ compiler here"
+        return False, not_compiled + "there is no C++ compiler here"
     if any(size % 8 for size in model.layers[0].experts.down_proj.shape[1:]):
-        return False, "the training step is not compiled: grouped products need hidden_size and " \
-            "moe_intermediate_size in multiples of 8"
+        return False, not_compiled + "grouped products need sizes (hidden, moe_intermediate) in multiples of 8"
+    # As measured with preset tiny on one core; elsewhere that is rough, so the saving must be three times the cost.
     seconds = 6 * model.parameter_counts()["active"] * tokens / 7e10                # forward and backward
     saved, cost = 0.3 * seconds, 20 * len(model.layers)
-    decided = saved > 3 * cost
-    return decided, f"the training step is {'' if decided else 'not '}compiled: that might save {saved:.0f} of " \
-        f"{seconds:.0f} s and cost {cost} s"
+    sums = f"that might save {saved:.0f} of {seconds:.0f} s and cost {cost} s"
+    return (True, compiled + sums) if saved > 3 * cost else (False, not_compiled + sums)
 
 
 class Slot:
@@ -277,7 +277,8 @@ def decode_step(model, token, position_ids, column, buffers):
     back = column - torch.arange(buffers[0][0].shape[2], device=token.device)                       # (T,)
     positions.mask = ((back >= 0) & (back <= position_ids))[:, None, None]                          # (B, 1, 1, T)
     x = (model.embed_tokens(token).float() + model.input_hidden_states_bias) * model.input_hidden_states_scale
-    r, choices = None, []
+    r = None
+    choices = []
     for layer, (k, v, packed, delayed) in zip(model.layers, buffers):
         slot = Slot(column, k, v, packed, delayed)
         x, r, choice = layer(x, r, positions, slot)
@@ -341,10 +342,7 @@ class FusedZaya(zaya.Zaya):
 
     @staticmethod
     def static_buffers(slot, block=64):
-        """-> k, v, packed, delayed of a LayerCache; k and v end with the block of columns that its next token enters.
-
-        Another number of columns is another graph for the GPU, so they grow by blocks.
-        """
+        """-> k, v, packed, delayed of a LayerCache; k and v end with the block of columns that its next token needs."""
         live = slot.end - slot.start
         room = block - live % block
         if slot.start > 0 or slot.k.shape[2] != live + room:
@@ -352,7 +350,8 @@ class FusedZaya(zaya.Zaya):
             slot.k = F.pad(slot.k[:, :, slot.start:slot.end], (0, 0, 0, room))
             slot.v = F.pad(slot.v[:, :, slot.start:slot.end], (0, 0, 0, room))
             slot.start, slot.end = 0, live
-        slot.packed, slot.delayed = slot.packed.contiguous(), slot.delayed.contiguous()     # a stride is a guard
+        slot.packed = slot.packed.contiguous()                  # a stride is a guard
+        slot.delayed = slot.delayed.contiguous()
         return slot.k, slot.v, slot.packed, slot.delayed
 
 
@@ -361,7 +360,8 @@ def fuse(model):
     if not isinstance(model, FusedZaya):                        # an Int8Zaya is one
         model.__class__ = FusedZaya
     for layer in model.layers:
-        layer.__class__, layer.self_attn.__class__ = FusedLayer, FusedCCA
+        layer.__class__ = FusedLayer
+        layer.self_attn.__class__ = FusedCCA
         if isinstance(layer.experts, zaya.Experts):             # int8 ones have their own
             layer.experts.__class__ = FusedExperts
     return model
@@ -431,8 +431,7 @@ class Int8Experts(torch.nn.Module):
 class Int8Zaya(FusedZaya):
     """A fused model whose experts, attention projections, embedding and LM head are int8: a scale an output channel.
 
-    Routers, convolutions, norms and scales stay as they are: 1 % of the weights, which decide where tokens go.  It is
-    made by `quantize`, saved by save_pretrained and mapped by from_pretrained, and is not for training.
+    Routers, convolutions, norms and scales stay as they are: 1 % of the weights.  Made by `quantize`, not for training.
     """
     QUANTIZED = re.compile(r"((embed_tokens|lm_head|[qko]_proj|v_proj_\w+)\.weight|experts\.\w+_proj)$")
 
@@ -447,14 +446,6 @@ class Int8Zaya(FusedZaya):
             self.lm_head = Int8Linear(self.lm_head.weight.shape)
         fuse(self)
 
-    @classmethod
-    def tensors(cls, name, tensor):
-        """One named tensor of a model or a checkpoint -> {name: tensor} of what stands for it in int8."""
-        if not cls.QUANTIZED.search(name):
-            return {name: tensor}
-        weight, scale = int8_rows(tensor)
-        return {name: weight, re.sub("(weight|proj)$", "scale", name): scale}
-
 
 @torch.no_grad()
 def quantize(model):
@@ -463,7 +454,10 @@ def quantize(model):
         quantized = Int8Zaya(model.config)
     state = {}
     for name, tensor in model.state_dict().items():
-        state |= Int8Zaya.tensors(name, tensor)
+        if Int8Zaya.QUANTIZED.search(name):
+            state[name], state[re.sub("(weight|proj)$", "scale", name)] = int8_rows(tensor)
+        else:
+            state[name] = tensor
     quantized.load_state_dict(state, assign=True)
     for new, old in zip(quantized.layers, model.layers):
         new.gate.load = old.gate.load                           # not in the state: born on the meta device
@@ -476,10 +470,7 @@ def is_int8(folder):
 
 
 def quantize_checkpoint(source, target):
-    """Write the int8 form of the checkpoint in `source` to `target`, with its tokenizer.
-
-    Raises FileExistsError where that would overwrite or round what is int8 already, and what `load` raises.
-    """
+    """Write the int8 form of the checkpoint in `source` to `target`, and its tokenizer.  Raises OSError, ValueError."""
     if is_int8(source):
         raise FileExistsError("this is an int8 form already")
     if os.path.exists(target) and os.path.samefile(source, target):
@@ -494,10 +485,7 @@ def quantize_checkpoint(source, target):
 
 
 def load(folder, int8=False, device="cpu"):
-    """A checkpoint in the official layout, or its int8 form, fused; int8: also rounds the former.
-
-    Raises FileNotFoundError, or ValueError for a damaged one.
-    """
+    """A checkpoint in the official layout (int8: rounds it) or its int8 form, fused.  Raises OSError, ValueError."""
     if is_int8(folder):
         return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
     model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
@@ -508,6 +496,11 @@ def load(folder, int8=False, device="cpu"):
 # Each @triton.jit function lives in a cached function, so that Triton is imported at the first call and not with this
 # file.  Sums are accumulated in fp32 and in a fixed order, without atomics: two runs give the same bits.  The block
 # sizes fit an H100 and an MI300X; nobody has tuned them.  In `mix` token indices are columns.
+
+ROWS = 16       # of which a program of `norm_backward` sums the five gradients
+TOKENS = 32     # of one program of `mix`
+BLOCK = 64      # rows and columns of a tile of `product` and `weight_gradient`
+SHARE = 8       # programs that share an expert's rows
 
 
 def cdiv(a, b):
@@ -533,10 +526,13 @@ def norm_kernels():
 
     @triton.jit
     def norm_backward(x, y, vectors, d_out, d_normed, dx, dy, sums, eps, N, E, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        program, c = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        program = tl.program_id(0).to(tl.int64)
+        c = tl.arange(0, BLOCK)
         here = c < E
-        a_r, b_r = tl.load(vectors + c, here, 0.), tl.load(vectors + E + c, here, 0.)
-        a_o, b_o = tl.load(vectors + 2 * E + c, here, 0.), tl.load(vectors + 3 * E + c, here, 0.)
+        a_r = tl.load(vectors + c, here, 0.)
+        b_r = tl.load(vectors + E + c, here, 0.)
+        a_o = tl.load(vectors + 2 * E + c, here, 0.)
+        b_o = tl.load(vectors + 3 * E + c, here, 0.)
         w = tl.load(vectors + 4 * E + c, here, 0.)
         sum_d = tl.zeros((BLOCK,), tl.float32)
         sum_x, sum_y, sum_unit = sum_d, sum_d, sum_d
@@ -546,10 +542,12 @@ def norm_kernels():
             update = tl.load(y + at, here, 0.).to(tl.float32) + b_o
             new = stream * a_r + update * a_o
             rms = tl.rsqrt(tl.sum(new * new, 0) / E + eps)
-            unit, d = new * rms, tl.load(d_normed + at, here, 0.).to(tl.float32)
+            unit = new * rms
+            d = tl.load(d_normed + at, here, 0.).to(tl.float32)
             sum_unit += d * unit
             d *= w
-            d = tl.load(d_out + at, here, 0.) + rms * (d - unit * (tl.sum(d * unit, 0) / E))
+            d = rms * (d - unit * (tl.sum(d * unit, 0) / E))
+            d += tl.load(d_out + at, here, 0.)
             tl.store(dx + at, d * a_r, here)
             tl.store(dy + at, d * a_o, here)
             sum_d += d
@@ -566,13 +564,11 @@ def norm_kernels():
 
 
 
-ROWS = 16                                                               # of which a program sums the five gradients
-
-
 @torch.library.custom_op("zaya::norm_forward", mutates_args=())
 def norm_forward(x: Tensor, y: Tensor, vectors: Tensor, dtype: torch.dtype, eps: float) -> tuple[Tensor, Tensor]:
     """`vectors` (5, E) fp32 are a_r, b_r, a_o, b_o, w."""
-    (kernel, _), E = norm_kernels(), x.shape[-1]
+    kernel, _ = norm_kernels()
+    E = x.shape[-1]
     out, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
     kernel[(x.numel() // E,)](x, y, vectors, out, normed, eps, E, BLOCK=1 << (E - 1).bit_length())
     return out, normed
@@ -586,11 +582,14 @@ def _(x, y, vectors, dtype, eps):
 @torch.library.custom_op("zaya::norm_backward", mutates_args=())
 def norm_backward(x: Tensor, y: Tensor, vectors: Tensor, d_out: Tensor, d_normed: Tensor,
                   eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    (_, kernel), E = norm_kernels(), x.shape[-1]
+    _, kernel = norm_kernels()
+    E = x.shape[-1]
     N = x.numel() // E
-    dx, dy, sums = torch.empty_like(x), torch.empty_like(y), x.new_empty(cdiv(N, ROWS), 5, E)
-    kernel[(len(sums),)](x, y, vectors, d_out.contiguous(), d_normed.contiguous(), dx, dy, sums, eps, N, E, ROWS=ROWS,
-                         BLOCK=1 << (E - 1).bit_length(), num_warps=8)
+    dx, dy = torch.empty_like(x), torch.empty_like(y)
+    sums = x.new_empty(cdiv(N, ROWS), 5, E)
+    d_out, d_normed = d_out.contiguous(), d_normed.contiguous()
+    kernel[(len(sums),)](x, y, vectors, d_out, d_normed, dx, dy, sums, eps, N, E,
+                         ROWS=ROWS, BLOCK=1 << (E - 1).bit_length(), num_warps=8)
     return dx, dy, sums.sum(0)
 
 
@@ -621,25 +620,21 @@ def triton_residual_norm(x, y, residual_scale, residual_bias, hidden_states_scal
     Equals zaya.py's ResidualScaling followed by RMSNorm.  Raises ValueError unless x is fp32 and of y's shape.
     """
     if x.dtype != torch.float32 or x.shape != y.shape:          # else the kernel would read beyond y's end
-        raise ValueError(f"triton_residual_norm: x must be fp32 and of y's shape {tuple(y.shape)}, not {x.dtype} "
-                         f"{tuple(x.shape)}")
+        raise ValueError(f"triton_residual_norm: x must be fp32 and of y's shape, not {x.dtype} {tuple(x.shape)}")
     vectors = torch.stack([residual_scale, residual_bias, hidden_states_scale, hidden_states_bias, weight]).float()
     return norm_forward(x.contiguous(), y.contiguous(), vectors, weight.dtype, eps)
 
 
 @functools.cache
 def mix_kernel():
-    """-> the kernel of `triton_cca_mix`.
-
-    A program works on BT of the N = B * S tokens and one of the H + K heads; the head's D channels are one block, and
-    both dimensions of the convolution inside it.  `link` (N,) int8: does the token see the one before it.
-    """
+    """-> the kernel of `triton_cca_mix`.  A program works on BT of the N = B * S tokens and one of the H + K heads,
+    whose D channels are one block, and both dimensions of its convolution.  `link` (N,) int8: does t see t - 1."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def mix(packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link, q, k, v, N,
-            H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr):
+    def mix(packed, current, delayed, vectors, weight, temp, cos, sin, link, q, k, v, N, H: tl.constexpr,
+            K: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BT: tl.constexpr, BI: tl.constexpr):
         C: tl.constexpr = (H + K) * D
         GROUP: tl.constexpr = H // K
         V: tl.constexpr = K * D // 2                                                # half of the value channels
@@ -654,7 +649,7 @@ def mix_kernel():
         two = one & (tl.load(link + t - 1, one, 0) != 0)                            # and t - 1 sees t - 2
 
         # Both convolutions, a few of the inner channels at a time: few registers.
-        z = tl.zeros((BT, D), tl.float32) + tl.load(b1 + channel).to(tl.float32)
+        z = tl.zeros((BT, D), tl.float32) + tl.load(vectors + 3 * C + channel)
         for i in range(0, D, BI):
             inner = i + tl.arange(0, BI)
             channel_in = head * D + inner[None, :]
@@ -662,12 +657,12 @@ def mix_kernel():
             p0 = tl.load(packed + at_in, real, 0.).to(tl.float32)
             p1 = tl.load(packed + at_in - C, one, 0.).to(tl.float32)
             p2 = tl.load(packed + at_in - 2 * C, two, 0.).to(tl.float32)
-            old = tl.load(w0 + channel_in).to(tl.float32)
-            new = tl.load(w0 + C + channel_in).to(tl.float32)
-            bias = tl.load(b0 + channel_in).to(tl.float32)
+            old = tl.load(vectors + channel_in)
+            new = tl.load(vectors + C + channel_in)
+            bias = tl.load(vectors + 2 * C + channel_in)
             y0 = (bias + p0 * new + p1 * old).to(packed.dtype.element_ty)           # the first convolution at t
             y1 = (bias + p1 * new + p2 * old).to(packed.dtype.element_ty)           # at t - 1; its bias at a border
-            matrix = w1 + channel * D + inner[:, None]                              # (BI in, D out)
+            matrix = weight + channel * D + inner[:, None]                              # (BI in, D out)
             z = tl.dot(y0, tl.load(matrix + C * D), z, input_precision="ieee")
             z = tl.dot(y1, tl.load(matrix), z, input_precision="ieee")
 
@@ -676,24 +671,25 @@ def mix_kernel():
         count = tl.where(is_key, GROUP, 1)
         mean = tl.zeros((BT, D), tl.float32)
         for h in range(first, first + count):
-            mean += tl.load(packed + t * C + h * D + c, real, 0.).to(tl.float32)
-        key = tl.load(packed + t * C + (H + group) * D + c, real, 0.).to(tl.float32)
+            mean += tl.load(packed + t * C + h * D + c, real, 0.)
+        key = tl.load(packed + t * C + (H + group) * D + c, real, 0.)
         z += (mean / count + key) / 2
 
         # To length sqrt(D), a key times its temperature, then RoPE: channel c turns with its partner.
         norm = tl.sqrt(tl.sum(z * z, 1, keep_dims=True))
-        z *= D ** 0.5 / tl.maximum(norm, 1.1920929e-7) * tl.where(is_key, tl.load(temp + group).to(tl.float32), 1.)
+        z *= D ** 0.5 / tl.maximum(norm, 1.1920929e-7)
+        z *= tl.where(is_key, tl.load(temp + group).to(tl.float32), 1.)
         turned = real & (c < 2 * HALF)
         angle = t * HALF + tl.where(c < HALF, c, c - HALF)
-        partner = tl.where(c < HALF, c + HALF, tl.where(c < 2 * HALF, c - HALF, c))
+        partner = tl.where(c < HALF, c + HALF, c - HALF)
         other = tl.gather(z, tl.broadcast_to(partner, (BT, D)), 1) * tl.where(c < HALF, -1., 1.)
         z = z * tl.load(cos + angle, turned, 1.) + other * tl.load(sin + angle, turned, 0.)
 
         # A key's program also makes the values: the first half of their channels from t, the others from t - 1.
         if is_key:
             e = group * D + c
-            now = tl.load(current + t * V + e, real & (e < V), 0.).to(tl.float32)
-            before = tl.load(delayed + (t - 1) * V + e - V, one & (e >= V), 0.).to(tl.float32)
+            now = tl.load(current + t * V + e, real & (e < V), 0.)
+            before = tl.load(delayed + (t - 1) * V + e - V, one & (e >= V), 0.)
             tl.store(v + t * K * D + e, now + before, real)
             tl.store(k + t * K * D + e, z, real)
         else:
@@ -702,42 +698,44 @@ def mix_kernel():
     return mix
 
 
-TOKENS = 32                                                             # of one program of `mix`
-
-
 @torch.library.custom_op("zaya::mix_forward", mutates_args=())
-def mix_forward(packed: Tensor, current: Tensor, delayed: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor,
-                temp: Tensor, cos: Tensor, sin: Tensor, link: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both convolutions' weights are (2, …), the older token's first."""
-    tensors = packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link
-    q, k, v = outputs = empty_heads(*tensors)
-    (B, S, H, D), K = q.shape, k.shape[2]
-    mix_kernel()[cdiv(B * S, TOKENS), H + K](*tensors, *outputs, B * S, H=H, K=K, D=D, HALF=cos.shape[-1], BT=TOKENS,
-                                             BI=min(D, 32))
-    return outputs
+def mix_forward(packed: Tensor, current: Tensor, delayed: Tensor, vectors: Tensor, weight: Tensor, temp: Tensor,
+                cos: Tensor, sin: Tensor, link: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`vectors` (4, C) fp32: the first convolution's weights, both biases.  weight (2, C, D).  Older tokens first."""
+    tensors = packed, current, delayed, vectors, weight, temp, cos, sin, link
+    q, k, v = empty_heads(*tensors)
+    B, S, H, D = q.shape
+    K = len(temp)
+    mix_kernel()[cdiv(B * S, TOKENS), H + K](
+        *tensors, q, k, v, B * S, H=H, K=K, D=D, HALF=cos.shape[-1], BT=TOKENS, BI=min(D, 32))
+    return q, k, v
 
 
 @mix_forward.register_fake
-def empty_heads(packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link):
-    (B, S, C), D, K = packed.shape, w1.shape[2], temp.shape[0]
-    return packed.new_empty(B, S, C // D - K, D), packed.new_empty(B, S, K, D), packed.new_empty(B, S, K, D)
+def empty_heads(packed, current, delayed, vectors, weight, temp, cos, sin, link):
+    B, S, C = packed.shape
+    K, D = temp.shape[0], weight.shape[2]
+    q, k, v = (packed.new_empty(B, S, heads, D) for heads in (C // D - K, K, K))
+    return q, k, v
 
 
-def plain_mix(packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link):
+def plain_mix(packed, current, delayed, vectors, weight, temp, cos, sin, link):
     """`mix_forward` in PyTorch, which knows how to differentiate it."""
-    K, by_head, dtype = len(temp), (-1, w1.shape[2]), packed.dtype
+    K, dtype = len(temp), packed.dtype
+    by_head = -1, weight.shape[2]
     link = link.view(*packed.shape[:2], 1) != 0                                     # (B, S, 1)
 
     def previous(x, border):
         return torch.where(link, F.pad(x, (0, 0, 1, -1)), border)
 
     v = torch.cat([current, previous(delayed, 0.)], -1).unflatten(-1, by_head)
+    old, new, bias, z = vectors
     packed = packed.float()
-    first = b0 + packed * w0[1] + previous(packed, 0.) * w0[0]
-    z = b1.float().unflatten(0, by_head)                                            # (H + K, D)
-    for tap, weight in zip((previous(first, b0.float()), first), w1):
+    first = bias + packed * new + previous(packed, 0.) * old
+    z = z.unflatten(0, by_head)                                                     # (H + K, D)
+    for tap, matrices in zip((previous(first, bias), first), weight):
         tap = tap.to(dtype).unflatten(-1, by_head)
-        z = z + torch.einsum("bshi,hoi->bsho", tap, weight.unflatten(0, by_head))
+        z = z + torch.einsum("bshi,hoi->bsho", tap, matrices.unflatten(0, by_head))
     q, k = packed.unflatten(-1, by_head).tensor_split((-K,), 2)
     mean = (q.unflatten(2, (K, -1)) + k[:, :, :, None]) / 2                         # (B, S, K, H / K, D)
     z = z + torch.cat([mean.flatten(2, 3), mean.mean(3)], 2)                        # (B, S, H + K, D)
@@ -747,9 +745,10 @@ def plain_mix(packed, current, delayed, w0, b0, w1, b1, temp, cos, sin, link):
 
 def differentiate_mix(ctx, *gradients):
     # PyTorch convolves again and differentiates that; torch.compile, which training on a GPU uses, fuses it.
+    *tensors, cos, sin, link = ctx.saved_tensors
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors[:8]]
-        outputs = plain_mix(*leaves, *ctx.saved_tensors[8:])
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        outputs = plain_mix(*leaves, cos, sin, link)
     return *torch.autograd.grad(outputs, leaves, gradients), None, None, None
 
 
@@ -770,9 +769,11 @@ def triton_cca_mix(packed, current, delayed, depthwise_weight, depthwise_bias, g
     B, S, _ = packed.shape
     cos, sin = (table.expand(B, S, -1) for table in (cos, sin))                     # one row serves all without ids
     link = (torch.arange(S, device=packed.device) > 0).expand(B, S)
-    link = (link if position_ids is None else link & (position_ids >= 1)).flatten().to(torch.int8)
-    tensors = (packed, current, delayed, depthwise_weight[:, 0].T, depthwise_bias, grouped_weight.permute(2, 0, 1),
-               grouped_bias, temp, cos, sin, link)
+    if position_ids is not None:
+        link = link & (position_ids >= 1)
+    old, new = depthwise_weight[:, 0].unbind(1)
+    vectors = torch.stack([old, new, depthwise_bias, grouped_bias]).float()
+    tensors = (packed, current, delayed, vectors, grouped_weight.permute(2, 0, 1), temp, cos, sin, link.to(torch.int8))
     return mix_forward(*(tensor.contiguous() for tensor in tensors))
 
 
@@ -821,20 +822,18 @@ def product_kernels():
     return product, weight_gradient
 
 
-BLOCK = 64                                                              # rows and columns of a tile of products
-SHARE = 8                                                               # programs that share an expert's rows
-
-
 def triton_grouped_mm(a, b, ends):
     """F.grouped_mm in any dtype, layout and size: see `grouped_mm`."""
     product, weight_gradient = product_kernels()
     out = empty_product(a, b, ends)
-    I, J = (a.shape[1] if b.ndim == 3 else len(a)), b.shape[-1]
-    sizes = ends, I, J, *a.stride(), *b.stride()
+    rows, J = len(a), out.shape[-1]
+    strides = *a.stride(), *b.stride()
     if b.ndim == 3:
-        product[cdiv(J, BLOCK), min(SHARE, cdiv(len(a), BLOCK)), len(ends)](a, b, out, *sizes, BLOCK=BLOCK)
+        grid = cdiv(J, BLOCK), min(SHARE, cdiv(rows, BLOCK)), len(ends)
+        product[grid](a, b, out, ends, a.shape[1], J, *strides, BLOCK=BLOCK)
     else:
-        weight_gradient[cdiv(J, BLOCK), cdiv(I, BLOCK), len(ends)](a, b, out, *sizes, BLOCK=BLOCK)
+        grid = cdiv(J, BLOCK), cdiv(rows, BLOCK), len(ends)
+        weight_gradient[grid](a, b, out, ends, rows, J, *strides, BLOCK=BLOCK)
     return out
 
 
@@ -898,20 +897,20 @@ def measured_shape():
 
 
 def benchmark(device="cpu", B=16, S=256, compiled=False):
-    """Every path beside what it equals -> rows of {"path", "error", "plain_ms", "fused_ms", "ratio"}.
-
-    `compiled` adds the compiled training step, in bf16, beside the eager fused one in bf16.
-    """
-    config, rows = measured_shape(), []
+    """Every path beside what it equals -> a dict each.  `compiled`: also the compiled step beside the eager one."""
+    config = measured_shape()
+    rows = []
     torch.manual_seed(0)
     plain = zaya.Zaya(config).to(device).train()
     fused = fuse(copy.deepcopy(plain))
-    layer, fast = plain.layers[1], fused.layers[1]
+    layer = plain.layers[1]
+    fast = fused.layers[1]
     ids, targets = torch.randint(0, config.vocab_size, (2, B, S), device=device)
     position_ids = torch.arange(S, device=device).remainder(S // 4).expand(B, S).contiguous()   # four samples a row
     positions = layer.self_attn.locate(ids, position_ids)
-    x, y = torch.randn(2, B, S, config.hidden_size, device=device)
-    tokens, weight = x.flatten(0, 1), torch.rand(B * S, device=device)
+    x = torch.randn(B, S, config.hidden_size, device=device)
+    tokens = x.flatten(0, 1)
+    weight = torch.rand(B * S, device=device)
     choice = torch.randint(0, config.num_experts, (B * S,), device=device)
     head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False, device=device)
     prompt = ids.view(-1, 32)[:64]
@@ -921,15 +920,9 @@ def benchmark(device="cpu", B=16, S=256, compiled=False):
         slow, quick = medians(slow, quick, rounds=5)
         rows.append({"path": path, "error": error, "plain_ms": slow, "fused_ms": quick, "ratio": slow / quick})
 
-    def add_norm():
-        pair = torch.nn.ModuleList([layer.post_attention_residual_scale, layer.post_attention_layernorm])
-
-        def joined(x, y):
-            x = pair[0](x, y)
-            return x, pair[1](x)
-
-        add("residual scaling + norm", with_gradients(joined, [x, y], pair),
-            with_gradients(lambda x, y: residual_norm(x, y, *pair), [x, y], pair))
+    def joined(x, y):
+        x = layer.post_attention_residual_scale(x, y)
+        return x, layer.post_attention_layernorm(x)
 
     def grouped(x, weight):
         return [grouped_experts(x, fast.experts.gate_up_proj, fast.experts.down_proj, choice, weight)]
@@ -947,11 +940,10 @@ def benchmark(device="cpu", B=16, S=256, compiled=False):
             return [p.grad for p in model.parameters() if p.grad is not None]
         return run
 
-    def generate(model):
-        return lambda: [model.generate(prompt, 64, temperature=0)]
-
     if on_gpu(x):                                               # on a CPU it is the plain code
-        add_norm()
+        pair = torch.nn.ModuleList([layer.post_attention_residual_scale, layer.post_attention_layernorm])
+        add("residual scaling + norm", with_gradients(joined, [x, x], pair),
+            with_gradients(lambda x, y: residual_norm(x, y, *pair), [x, x], pair))
     add("CCA, packed rows", with_gradients(lambda x: [layer.self_attn(x, positions)], [x], layer.self_attn),
         with_gradients(lambda x: [fast.self_attn(x, positions)], [x], fast.self_attn))
     add("experts, grouped",
@@ -962,7 +954,8 @@ def benchmark(device="cpu", B=16, S=256, compiled=False):
     if compiled:
         half = torch.bfloat16
         add("training step in bf16, compiled", step(fused, dtype=half), step(fused, compile_loss(), half))
-    add(f"generate, {len(prompt)} rows, 64 new tokens (error 0: the same)", generate(plain), generate(fused))
+    add(f"generate, {len(prompt)} rows, 64 new tokens (error 0: the same)",
+        lambda: [plain.generate(prompt, 64, temperature=0)], lambda: [fused.generate(prompt, 64, temperature=0)])
     return rows
 
 
@@ -976,13 +969,11 @@ def table(rows):
     return "\n".join(lines)
 
 
-# ---- the 8B shape: speed of decoding --------------------------------------------------------------------------------
-
-
 def make_random_checkpoint(folder):
     """Write a random ZAYA1-8B in bf16 in the official layout, a file a layer: never more than a layer in memory."""
     from safetensors.torch import save_file
-    config, places = zaya.ZayaConfig.preset("zaya1-8b"), {}
+    config = zaya.ZayaConfig.preset("zaya1-8b")
+    places = {}
     os.makedirs(folder, exist_ok=True)
     with torch.device("meta"):
         state = zaya.Zaya(config).state_dict()
@@ -1006,9 +997,10 @@ def make_random_checkpoint(folder):
 
 def gb_per_token(model):
     """What one token reads: of the experts one, of the embedding the LM head, of everything else all."""
-    total = sum(tensor.nbytes for tensor in model.state_dict().values())
-    experts = sum(tensor.nbytes for layer in model.layers for tensor in layer.experts.state_dict().values())
-    return (total - experts * (1 - 1 / model.config.num_experts)) / 1e9
+    total = 0
+    for name, tensor in model.state_dict().items():
+        total += tensor.nbytes / (model.config.num_experts if ".experts." in name else 1)
+    return total / 1e9
 
 
 def logit_error(logits, reference):
@@ -1021,7 +1013,8 @@ def logit_error(logits, reference):
 
 def decoding_speed(model, prompt, count):
     """-> tokens/s of one row's greedy reply after its first, GB/s at which torch.mv reads 1 GB of bf16 meanwhile."""
-    big, vector = torch.ones(2**18, 2048, dtype=torch.bfloat16), torch.ones(2048, dtype=torch.bfloat16)
+    big = torch.ones(2**18, 2048, dtype=torch.bfloat16)
+    vector = torch.ones(2048, dtype=torch.bfloat16)
     # The tokens are the same in each round, so the first one, which warms up, has mapped all that the others read.
     first, whole, product = medians(lambda: model.generate(prompt, 1, temperature=0),
                                     lambda: model.generate(prompt, 1 + count, temperature=0),
@@ -1034,9 +1027,10 @@ def decoding(folder, count=32):
     """The checkpoint in `folder` and its int8 form, decoding one row -> rows of what they read, reach and get wrong.
 
     Where `folder` has no checkpoint, a random ZAYA1-8B (17.7 GB) is put there; the int8 form goes into `folder`-int8.
-    share: of the tokens/s that torch.mv's speed would allow.  The errors are those of the logits over the same tokens.
+    share: of the tokens/s that torch.mv's speed would allow.  error, kl, same: of the logits over the same tokens.
     """
-    rounded, rows, prompt = folder + "-int8", [], torch.arange(1, 9)[None]
+    rounded, prompt = folder + "-int8", torch.arange(1, 9)[None]
+    rows = []
     if not os.path.exists(os.path.join(folder, "config.json")):
         make_random_checkpoint(folder)
     if not os.path.exists(os.path.join(rounded, "config.json")):
