@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-# ---- cases: name -> (inputs and parameters, the reference in zaya.py, ours) -----------------------------------------
+# A case is a name -> (inputs and parameters, the reference in zaya.py, ours).
 
 def noise(*shape, device, seed=0):
     """Random numbers that bf16 can hold, so that every dtype computes the same thing."""
@@ -188,8 +188,6 @@ def check_operation(case):
         assert error(value, eager[name]) < 1e-6, f"{name}: compiled it is {error(value, eager[name]):.2e} off"
 
 
-# ---- compilation ---------------------------------------------------------------------------------------------------
-
 def full_size(dtype):
     """Forward and backward of the three at zaya1-8b's shape, on tensors that nobody fills."""
     def empty(*shape, dtype=dtype):
@@ -239,8 +237,6 @@ def compile_all(dtype, found):
     triton.runtime.JITFunction.run = launch
     full_size(DTYPES[dtype])
 
-
-# ---- processes -----------------------------------------------------------------------------------------------------
 
 def main(job):
     """Run one job and print a JSON: case -> "" or what went wrong; machine and kernel -> sizes."""
