@@ -247,8 +247,6 @@ def test_int8_product(rows, width):
     got = kernels.int8_product(x.bfloat16(), rounded, scale)
     assert got.dtype == torch.bfloat16
     close(got, wanted, 2e-2)
-    if width % 32 == 0:
-        close(torch.ops.aten._weight_int8pack_mm(x.flatten(0, 1), rounded, scale).view_as(wanted), wanted, 1e-5)
 
 
 @torch.no_grad()
@@ -276,15 +274,6 @@ def test_int8(changes, tmp_path):
     assert torch.equal(model.generate(ids, 8, temperature=0), tokens)
     size = sum(t.nbytes for t in rounded.state_dict().values()) / sum(t.nbytes for t in plain.state_dict().values())
     assert size < 0.45                                          # of fp32, with a tenth of it not rounded
-
-
-@torch.no_grad()
-def test_bf16_weights_are_read_as_they_are():
-    """Outside of training the LM head widens a slice at a time; the logits are those of the plain model, in fp32."""
-    plain = small(vocab_size=2500).bfloat16().eval()
-    fast, hidden = kernels.fuse(copy.deepcopy(plain)), torch.randn(2, 3, 64)
-    assert fast.logits(hidden).dtype == torch.float32
-    close(fast.logits(hidden), plain.logits(hidden), 1e-5)
 
 
 def table_rows(capsys):
@@ -335,7 +324,7 @@ def test_mistakes_get_one_clear_sentence(tmp_path):
 
 def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
     """A random one is made where there is none; its shapes and file layout are the official ones."""
-    preset = zaya.ZayaConfig.preset("smoke")
+    preset = zaya.ZayaConfig.preset("smoke", vocab_size=2500)
     monkeypatch.setattr(zaya.ZayaConfig, "preset", lambda name: preset)
     folder = str(tmp_path / "random")
     kernels.main(["--full-size", folder, "--json"])
@@ -344,6 +333,9 @@ def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
     assert made.embed_tokens.weight.dtype == torch.bfloat16
     assert made.embed_tokens.weight.float().std().item() == pytest.approx(preset.initializer_range, rel=0.05)
     assert made.norm.weight.eq(1).all() and not made.layers[0].self_attn.conv_qk_grouped.bias.any()
+    hidden = torch.randn(2, 3, 64)                              # outside of training a slice at a time is widened
+    with torch.no_grad():
+        close(kernels.load(folder).logits(hidden), made.logits(hidden), 1e-5)
     assert plain["gb_per_token"] > rounded["gb_per_token"] and plain["error"] == 0 < rounded["error"] < 0.2
     assert plain["share"] == pytest.approx(plain["tokens_per_s"] * plain["gb_per_token"] / plain["torch.mv_gb_per_s"])
     monkeypatch.setattr(kernels, "decoding", lambda folder: [plain, rounded])
