@@ -53,16 +53,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, should_compile
-from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
-                 reply, terse_prompt)
-from zaya import Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
+from kernels import compile_loss, fuse, should_compile, summed_loss
+from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, explained, interval, left_padded, markovian_rsa,
+                 prompt_ids, reply, terse_prompt)
+from zaya import Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -761,7 +762,8 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
         write_json(stem + ".json", counts)                      # comes last, so it says that the arrays are complete
     barrier()
     if is_chat:
-        counts = ", ".join(f"{n} {verdict}" for verdict, n in read_json(stem + ".json").items())
+        with explained("stopped", ValueError):
+            counts = ", ".join(f"{n} {verdict}" for verdict, n in read_json(stem + ".json").items())
         print(f"{path}, trimmed to {context} tokens: {counts}")
     if os.path.getsize(stem + ".tokens") == 0:
         why = f"it has no row that is good and fits {context}" if is_chat else "it is empty"
@@ -2138,7 +2140,7 @@ def save_checkpoint(folder, model, tokenizer, state=None):
 def load_checkpoint(folder, device):
     """-> model, tokenizer, trainer state (None if it has none); None for a folder that is not there.
 
-    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises Damaged.
+    Puts right what a kill between the renames of `save_checkpoint` left behind.
     """
     if is_main():
         if not os.path.exists(folder) and os.path.exists(folder + ".old"):
@@ -2148,10 +2150,8 @@ def load_checkpoint(folder, device):
     barrier()
     if not os.path.exists(folder):
         return None
-    try:
+    with explained(f"{folder} is damaged", ValueError):
         model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
-    except ValueError as error:
-        raise Damaged(f"{folder} is damaged: {error}") from None
     # The weights move out of the mapped file into aligned memory, else a resumed run may round differently.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -2160,9 +2160,10 @@ def load_checkpoint(folder, device):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise Damaged(f"{path} is damaged: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
+            reason = " ".join(str(error).split())[:150] or type(error).__name__
+            raise SystemExit(f"{path} is damaged: {reason}") from None
         if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
-            raise Damaged(f"{path} was not written by a run of this program")
+            raise SystemExit(f"{path} was not written by a run of this program")
     return model, tokenizer, state
 
 
@@ -2191,7 +2192,7 @@ class Log:
 
 
 def read_log(out):
-    """log.csv as dictionaries; a last row that a kill cut in half is left out.  Raises Damaged."""
+    """log.csv as dictionaries; a last row that a kill cut in half is left out."""
     path = os.path.join(out, "log.csv")
     if not os.path.exists(path):
         return []
@@ -2206,7 +2207,7 @@ def read_log(out):
             for key in row.keys() - {"stage", "difficulty"}:
                 float(row[key] or 0)
     except (ValueError, TypeError, csv.Error) as error:
-        raise Damaged(f"{path} is damaged: {error}") from None
+        raise SystemExit(f"{path} is damaged: {error}") from None
     return rows
 
 
@@ -2527,16 +2528,17 @@ def run_evaluation(config, report, tasks, device):
 
 
 def read_report(config):
-    """report.json of this run so far.  Raises Damaged if there is one that no run of this program wrote."""
+    """report.json of this run so far; one that no run of this program wrote ends the program."""
     path = os.path.join(config.out, "report.json")
     if not os.path.exists(path):
         return {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
-    report = read_json(path)
+    with explained("stopped", ValueError):
+        report = read_json(path)
     try:
         report_table(report)                                    # a report of this program can be shown
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise Damaged(f"{path} is no report of this program, or a part of one (without it finished stages are measured "
-                      "again)") from None
+        raise SystemExit(f"{path} is no report of this program, or a part of one (without it finished stages are "
+                         "measured again)") from None
     if config.stages == "evaluate" and (report["preset"], report["seed"]) != (config.preset, config.seed):
         raise SystemExit(f"{config.out} was made with --preset {report['preset']} --seed {report['seed']}: say so "
                          "again")
@@ -2644,6 +2646,7 @@ def save_final(config, last, model, tokenizer):
     save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
 
 
+@explained("stopped", (OSError, SafetensorError))               # what the system refuses ends in one sentence
 def main(arguments=None):
     """The command line: the stages that were asked for, one after the other, a report after each, then evaluation."""
     begun = time.perf_counter()
@@ -2676,7 +2679,7 @@ def main(arguments=None):
             run_evaluation(config, report, evaluated, device)
     print("\n" + report_table(report))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
-          "report.md, report.png, report.json, loss.png, log.csv")
+          "report.md, report.png, report.json, loss.png, log.csv", flush=True)
 
 
 # ---- appendix: the tasks --------------------------------------------------------------------------------------------
@@ -3387,7 +3390,8 @@ def draw(task, seed, d, held_out):
 
 
 if __name__ == "__main__":
-    with process_group(), plain_errors():
+    sys.stdout.reconfigure(errors="replace")                    # a code page that lacks a character must not end a run
+    with process_group():
         try:
             main()
         except KeyboardInterrupt:

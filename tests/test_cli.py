@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels
 import train
 from zaya import Tokenizer, Zaya
 
@@ -37,7 +36,7 @@ def run(*arguments):
 
 def stopped(*arguments):
     """What ends train.py with these arguments: a sentence."""
-    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+    with pytest.raises(SystemExit) as end:
         train.main([str(argument) for argument in arguments])
     assert isinstance(end.value.code, str) and "\n" not in end.value.code, end.value.code
     return end.value.code
@@ -260,7 +259,7 @@ def test_mistakes_get_one_clear_sentence(tmp_path, monkeypatch, capsys, argument
         pytest.skip("a GPU is there")
     monkeypatch.chdir(ROOT)
     arguments = ["--preset", "smoke", "--out", str(tmp_path / "out"), *arguments.split()]
-    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+    with pytest.raises(SystemExit) as end:
         train.main(arguments)
     said = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code     # 2: argparse's
     assert MISTAKES[" ".join(arguments[4:])] in said and "\n" not in said

@@ -130,7 +130,7 @@ def markovian_rsa_row():
 
 
 def cost_row():
-    """From the printout of `python kernels.py`."""
+    """From the stored printout of an earlier `python kernels.py`, which also measured a dense model."""
     with open(os.path.join(arms.RESULTS, "kernels.md"), encoding="utf-8") as file:
         text = file.read()
     moe, dense, times = re.search(r"top-1 of 8 experts takes (\d+) ms.*?size (\d+) ms: ([\d.]+) times", text).groups()
