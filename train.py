@@ -56,6 +56,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kernels import compile_loss, fuse, plain_errors, read_json, summed_loss, should_compile
@@ -1047,22 +1048,27 @@ class Checkpointer:
     settings        of the run: one with other settings does not go on from here
     optimizers      whole tensors by parameter name, whatever the number of processes
     parts           state_dicts of the balancer, the loader or actor, and the reward model
-    data            supervised stages: fingerprints of the sources
+    data            fingerprints of a supervised stage's sources
     measured        for report.json: held-out losses; or difficulties at start and end, and the reward model's agreement
     done            True once the stage is finished
     """
 
     def __init__(self, name, config, tokenizer, state=None):
-        self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.name, self.config, self.tokenizer, self.steps = name, config, tokenizer, config.steps[name]
         self.folder, self.clock = os.path.join(config.out, name), time.perf_counter()
-        self.state = state or {"step": 0, "seconds": 0.0, "measured": {}}
-        self.saved = self.state["step"] if "parts" in self.state else None          # the step of the last checkpoint
+        self.state = state or {"step": 0, "seconds": 0.0, "data": {}, "measured": {}}
+        self.saved = self.state["step"] if state else None      # the step of the last checkpoint
+        # A step of reinforcement learning takes longer.
+        self.log_every, self.save_every = config.log_every, config.save_every
+        if name in STAGES[3:]:
+            self.log_every, self.save_every = max(1, config.log_every // 4), max(1, config.save_every // 5)
 
     def resume(self, model, optimizers, **parts):
         """Say what is trained; if the stage was begun, all goes on from its checkpoint -> whether it was."""
         self.model, self.parts = model, parts
         # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
         self.optimizers = [optimizer for optimizer in optimizers if optimizer.defaults.get("momentum") != 0]
+        self.log = Log(self.config.out, self.name, self.state["step"])
         if self.saved is None:
             return False
         for name, part in parts.items():
@@ -1085,31 +1091,25 @@ class Checkpointer:
             save_checkpoint(os.path.join(self.config.out, "final"), self.model, self.tokenizer)
         save_checkpoint(self.folder, self.model, self.tokenizer, self.state)
 
-    def check(self, row, step, samples):
-        """Stop the run after a step that had no finite loss or gradient: the weights have not moved."""
-        if math.isfinite(row["loss"]) and math.isfinite(row["norm"]):
-            return
-        good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
-        raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped before "
-                         f"the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first samples of "
-                         f"this batch: {samples[:6]}")
+    def shows(self, step):
+        return step % self.log_every == 0 or step in (1, self.steps)
 
-    def check_data(self, sources):
-        """Stop a run that would go on with other data than it began with."""
-        now = {source.name: source.fingerprint for source in sources}
-        begun = self.state.setdefault("data", now)
-        for name in sorted({*now, *begun}):
-            if now.get(name) != begun.get(name):
-                raise SystemExit(f"{self.folder} was begun on other data: {name} changed since. Bring the old data "
-                                 f"back, take another --out, or delete {self.folder}")
-
-
-def print_row(name, step, steps, row):
-    """A row of log.csv as a line."""
-    line = f"{name} {step}/{steps}"
-    for key, value in row.items():
-        line += f" | {key} {value:.4g}"
-    print(line, flush=True)
+    def finish_step(self, step, row, samples):
+        """One row of log.csv; a line and a checkpoint now and then.  A step without a finite loss and gradient stops
+        the run: the weights have not moved."""
+        if not math.isfinite(row["loss"] + row["norm"]):
+            good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
+            raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped "
+                             f"before the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first "
+                             f"samples of this batch: {samples[:6]}")
+        self.log.add(stage=self.name, step=step, **row)
+        if self.shows(step):
+            line = f"{self.name} {step}/{self.steps}"
+            for key, value in row.items():
+                line += f" | {key} {value:.5g}"
+            print(line, flush=True)
+        if step % self.save_every == 0 or step == self.steps:   # the last one too, before anything is evaluated
+            self.save(step)
 
 
 def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype):
@@ -1119,7 +1119,10 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     state = checkpointer.state
     # Data: samples of all sources, packed into rows of the stage's context length.
     sources = make_sources(config, stage, tokenizer)
-    checkpointer.check_data(sources)
+    for source in sources:
+        if state["data"].setdefault(source.name, source.fingerprint) != source.fingerprint:
+            raise SystemExit(f"{checkpointer.folder} was begun on other data: {source.name} changed since. Bring the "
+                             f"old data back, take another --out, or delete {checkpointer.folder}")
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
     # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
@@ -1127,12 +1130,11 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
     checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
-    compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
-    if config.no_compile:
-        compiled, why = False, "the training step is not compiled: --no-compile"
-    print(f"{name}: {why}")
-    loss_of = compile_loss() if compiled else summed_loss
-    log = Log(config.out, name, state["step"])
+    loss_of = summed_loss
+    if not config.no_compile:
+        compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
+        loss_of = compile_loss() if compiled else summed_loss
+        print(f"{name}: {why}")
 
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
@@ -1142,17 +1144,11 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
         count = max(1, (batch[1] >= 0).sum().item()) / world_size()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
         row = average(train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count))
-        checkpointer.check(row, step, origins)
-        # One row of log.csv a step; a line, samples and a checkpoint now and then.
         seconds = time.perf_counter() - begun
-        row |= {"lr": lr, "seconds": seconds, "tokens_per_second": round(config.tokens_per_step / seconds)}
-        log.add(stage=name, step=step, **row)
-        if step % config.log_every == 0 or step in (1, stage.steps):
-            print_row(name, step, stage.steps, row)
+        row |= {"lr": lr, "seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
+        checkpointer.finish_step(step, row, origins)
         if step % max(1, stage.steps // 4) == 0:
             show_samples(model, tokenizer, sources, step)
-        if step % config.save_every == 0 or step == stage.steps:    # the last one too, before anything is evaluated
-            checkpointer.save(step)
 
     state["measured"]["loss"] = held_out_loss(model, sources, stage, tokenizer.pad)
     checkpointer.save(stage.steps, done=True)
@@ -1349,15 +1345,17 @@ class Actor:
     when they are more than `most_stale` steps old.  `score(group)` gives the rewards.
     """
     sync_every, most_stale, pool_size = 2, 2, 64
+    STATE = ("difficulty", "asked", "best_rates", "useful", "version", "rounds")
 
     def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, dtype=torch.float32):
         self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
         self.score, self.dtype = score, dtype
-        # d: difficulty; groups: how many were asked; best: the highest solve rate so far at each difficulty.
-        self.environments = {name: {"d": 1, "groups": 0, "best": {}} for name in stage.tasks}
-        self.buffer, self.pool = [], []         # groups to train on; (problem, tails) to aggregate
+        self.difficulty = dict.fromkeys(stage.tasks, 1)
+        self.asked = dict.fromkeys(stage.tasks, 0)              # groups so far
+        self.best_rates = {}                                    # the highest solve rates by task and difficulty
+        self.useful = 1.0                                       # the running share of groups with a signal
+        self.buffer, self.pool = [], []                         # groups to train on; (problem, tails) to aggregate
         self.version = self.rounds = 0
-        self.useful = 1.0                       # the running share of groups with a signal
 
     def sync(self, model, version):
         """The sampler, which is whole in every process, gets the trainer's weights."""
@@ -1399,10 +1397,10 @@ class Actor:
             problem, tails = self.pool[rng.randrange(len(self.pool))]
             prompt = terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))
             return Group(problem, prompt_ids(self.tokenizer, prompt))
-        name = min(self.environments, key=lambda n: self.environments[n]["groups"])
-        environment, levels = self.environments[name], find_task(name).levels
-        d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
-        environment["groups"] += 1
+        name = min(self.asked, key=self.asked.get)
+        levels = find_task(name).levels
+        d = self.difficulty[name] if self.stage.adaptive else levels[self.asked[name] % len(levels)]
+        self.asked[name] += 1
         return self.new_group(name, d, rng)
 
     def new_group(self, name, d, rng):
@@ -1415,7 +1413,8 @@ class Actor:
         rng = random.Random(f"{self.seed} sample {self.rounds}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
         uniform = torch.rand(self.stage.context, len(groups), group_size, generator=generator)
-        uniform, mine = uniform[:, rank()::world_size()].flatten(1), shard(groups)
+        uniform = shard(uniform.transpose(0, 1)).transpose(0, 1).flatten(1)
+        mine = shard(groups)
         if mine:
             with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
                 roll_out(self.sampler, mine, group_size, self.stage.context, self.tokenizer, uniform)
@@ -1429,26 +1428,22 @@ class Actor:
 
     def remember(self, group):
         """What a group's solve rate changes: its environment's difficulty and best rate, and the pool."""
-        name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
-        environment, task = self.environments[name], find_task(name)
-        if self.stage.adaptive and group.level == environment["d"]:
-            environment["d"] = min(task.hardest, next_difficulty(environment["d"], rate))
+        task, rate = find_task(group.problem.task), float(np.mean(group.rewards))
+        if self.stage.adaptive and group.level == self.difficulty[task.name]:
+            self.difficulty[task.name] = min(task.hardest, next_difficulty(group.level, rate))
         if group.level:
-            environment["best"][group.level] = max(self.best(group), rate)
+            self.best_rates[task.name, group.level] = max(self.best(group), rate)
         if self.stage.aggregation and task.reads and rate < 1:  # replies to aggregation prompts are aggregated too
             tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
             self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
 
     def best(self, group):
         """The highest solve rate so far of this group's environment at its difficulty."""
-        return self.environments[group.problem.task]["best"].get(group.level, 0.0)
-
-    def difficulties(self):
-        return {name: environment["d"] for name, environment in self.environments.items()}
+        return self.best_rates.get((group.problem.task, group.level), 0.0)
 
     def init_difficulty(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
-        beliefs = {name: LogisticBelief() for name in self.environments}
+        beliefs = {name: LogisticBelief() for name in self.difficulty}
         for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
@@ -1458,19 +1453,20 @@ class Actor:
                 right = sum(reward > 0 for reward in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
         for name, belief in beliefs.items():
-            self.environments[name]["d"] = min(find_task(name).hardest, belief.middle())
+            self.difficulty[name] = min(find_task(name).hardest, belief.middle())
 
     def state_dict(self):
         """Everything that a round depends on; groups as plain dictionaries, as trainer.pt is read with weights_only."""
-        return {"sampler": self.sampler.state_dict(), "environments": self.environments, "version": self.version,
-                "rounds": self.rounds, "useful": self.useful,
-                "buffer": [dataclasses.asdict(group) for group in self.buffer],
-                "pool": [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]}
+        state = {name: getattr(self, name) for name in self.STATE}
+        state["sampler"] = self.sampler.state_dict()
+        state["buffer"] = [dataclasses.asdict(group) for group in self.buffer]
+        state["pool"] = [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]
+        return state
 
     def load_state_dict(self, state):
-        self.sampler.load_state_dict(state["sampler"])
-        for name in ("environments", "version", "rounds", "useful"):
+        for name in self.STATE:
             setattr(self, name, state[name])
+        self.sampler.load_state_dict(state["sampler"])
         self.buffer = [Group(**{**group, "problem": Problem(**group["problem"])}) for group in state["buffer"]]
         self.pool = [(Problem(**problem), tails) for problem, tails in state["pool"]]
 
@@ -1494,39 +1490,31 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
             rollouts.append((group.prompt, *rollout))
     # Rows of a micro-batch are about as long as each other, so that little of it is padding.
     rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
-    processes, batches = world_size(), [[]]
-    most = max(len(rollouts) // processes // 4, 1)
-    for rollout in rollouts:
-        rows = len(batches[-1]) // processes + 1                # of each process, with this one
-        if rows > 1 and (rows > most or rows * (len(rollout[0]) + len(rollout[1])) > micro_batch):
-            batches.append([])
-        batches[-1].append(rollout)
-    for batch in batches:
-        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % processes)                # no advantage, no gradient
-    return [collate(shard(batch), pad, device) for batch in batches]
+    longest = len(rollouts[-1][0]) + len(rollouts[-1][1])
+    rows, batches = max(1, min(len(rollouts) // world_size() // 4, micro_batch // longest)), []
+    for start in range(0, len(rollouts), rows * world_size()):
+        batch = rollouts[start:start + rows * world_size()]
+        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % world_size())             # no advantage, no gradient
+        batches.append(collate(shard(batch), pad, device))
+    return batches
 
 
 def collate(rollouts, pad, device):
     """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `rl_step`:
     input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
     """
-    R, S = len(rollouts), max(len(prompt) + len(tokens) for prompt, tokens, *_ in rollouts) - 1
-    inputs, targets, positions = torch.full((R, S), pad), torch.full((R, S), -100), torch.full((R, S), -1)
-    logps, advantages = torch.zeros(R, S), torch.zeros(R, S)
-    choices = torch.zeros(len(rollouts[0][3]), R, S, dtype=torch.long)
-    for row, (prompt, tokens, logp, choice, advantage) in enumerate(rollouts):
+    rows, columns, logps, advantages = [], [], [], []
+    for prompt, tokens, logp, choice, advantage in rollouts:
         # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
-        n = len(prompt) + len(tokens) - 1
-        predicting = slice(len(prompt) - 1, n)
-        inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
-        targets[row, predicting] = torch.tensor(tokens)
-        positions[row, :n] = torch.arange(n)
-        choices[:, row, :n] = choice
-        logps[row, predicting] = logp
-        advantages[row, predicting] = advantage
-    real = targets >= 0
-    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)),
-            logps[real].to(device), advantages[real].to(device))
+        targets = torch.tensor([-100] * (len(prompt) - 1) + tokens)
+        rows.append((torch.tensor(prompt + tokens)[:-1], targets, torch.arange(len(targets)), choice.T.long()))
+        logps.append(logp)
+        advantages.append(torch.full_like(logp, advantage))
+    for column, padding in zip(zip(*rows), (pad, -100, -1, 0)):
+        columns.append(pad_sequence(column, batch_first=True, padding_value=padding).to(device))
+    inputs, targets, positions, choices = columns
+    choices = list(choices.permute(2, 0, 1).contiguous())       # (R, S, L) -> L x (R, S)
+    return inputs, targets, positions, choices, torch.cat(logps).to(device), torch.cat(advantages).to(device)
 
 
 def token_logps(model, inputs, targets, positions, routing):
@@ -1595,8 +1583,8 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
     score, advantage, parts = verifier_rewards, maxrl_advantage, {}
     if stage.reward_model_steps:
-        parts["reward_model"] = RewardModel(model).to(device).eval()
-        score, advantage = GatedReward(parts["reward_model"], tokenizer), grpo_advantage
+        reward_model = RewardModel(model).to(device).eval()
+        score, advantage, parts = GatedReward(reward_model, tokenizer), grpo_advantage, {"reward_model": reward_model}
     actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, dtype)
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
@@ -1605,13 +1593,12 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     balancer = PIDBalancer(model, config.balancer_lr / 10)
     resumed = checkpointer.resume(model, optimizers, actor=actor, balancer=balancer, **parts)
     if stage.reward_model_steps and not resumed:
-        measured["judged"] = train_reward_model(parts["reward_model"], tokenizer, stage.reward_model_steps,
+        measured["judged"] = train_reward_model(reward_model, tokenizer, stage.reward_model_steps,
                                                 config.lr["sft"] / 4, config.seed)
         print(f"{name}: the reward model agrees with {measured['judged']:.1%} of 200 held-out preferences")
     if stage.adaptive and not resumed:
         actor.init_difficulty()
-        measured["start"] = actor.difficulties()
-    log = Log(config.out, name, state["step"])
+        measured["start"] = dict(actor.difficulty)
 
     for step in range(state["step"] + 1, stage.steps + 1):
         # The sampler gets the trainer's weights every other step, and lags behind in between.
@@ -1622,7 +1609,6 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
         groups, generated = actor.take(step - 1)
         row = {"loss": 0.0, "norm": 0.0}
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        shows = step % max(1, config.log_every // 4) == 0 or step in (1, stage.steps)
         if groups:
             # A rollout's advantage over its group; short right ones get a little more.
             rewards = torch.tensor([group.rewards for group in groups])                     # (P, G)
@@ -1632,22 +1618,17 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
                 bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
             batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
             # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
-            row = average(rl_step(model, optimizers, balancer, batches, rewards.numel() / world_size(),
-                                  lengths.sum().item() / world_size(), config, dtype, lr, measure=shows))
-            checkpointer.check(row, step, [group.problem.prompt for group in groups])
-        # One row of log.csv a step; a line, a rollout and a checkpoint now and then.
+            rollouts, tokens = rewards.numel() / world_size(), lengths.sum().item() / world_size()
+            row = average(rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr,
+                                  measure=checkpointer.shows(step)))
         row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
-        log.add(stage=name, step=step, **row)
-        if shows:
-            print_row(name, step, stage.steps, row)
+        checkpointer.finish_step(step, row, [group.problem.prompt for group in groups])
         if step % max(1, stage.steps // 4) == 0 and generated:
             last = generated[-1]
             print(f"    reward {last.rewards[0]:.2f} | {last.problem.prompt} -> {last.texts[0][:200]!r}")
-        if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
-            checkpointer.save(step)
 
     if stage.adaptive:
-        measured["end"] = actor.difficulties()
+        measured["end"] = actor.difficulty
     checkpointer.save(stage.steps, done=True)
     return state
 
@@ -1802,16 +1783,14 @@ def solve_rates(model, tokenizer, problems, samples):
     names = sorted({problem.task for problem in problems})
     # The processes share out the tasks: replies to one are about equally long, and a batch waits for its longest.
     for name in tqdm(shard(names), desc="held-out problems", leave=False, disable=None):
-        places, asked, prompts, limit = [], [], [], 160
+        mine = np.array([problem.task == name for problem in problems])
+        asked, prompts, limit = list(itertools.compress(problems, mine)), [], 160
         # A reply may be half as long again as the teacher's, and a short one longer: a search takes its time.
-        for place, problem in enumerate(problems):
-            if problem.task == name:
-                places.append(place)
-                asked.append(problem)
-                prompts += [problem.prompt] * samples
-                limit = max(limit, len(tokenizer.encode(find_task(name).solve(problem))) * 3 // 2 + 16)
+        for problem in asked:
+            prompts += [problem.prompt] * samples
+            limit = max(limit, len(tokenizer.encode(find_task(name).solve(problem))) * 3 // 2 + 16)
         replies = np.array(source(prompts, limit, 0), object).reshape(-1, samples)
-        rates[places] = verify_replies(asked, replies).mean(1)
+        rates[mine] = verify_replies(asked, replies).mean(1)
     return sum(all_gather(rates))
 
 
@@ -1826,24 +1805,6 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
     by_task = rates.reshape(len(tasks), problems).mean(1).tolist()
     return {"pass@1": float(rates.mean()), "ci95": interval(rates), "problems": len(held),
             "tasks": dict(zip(tasks, by_task))}
-
-
-def sample_together(model, tokenizer):
-    """-> generate for markovian_rsa: every process samples its share of the batches and gets all of them.  The methods'
-    first rounds are the same call, which is sampled once."""
-    source = Checkpoint(model, tokenizer, share=shard)
-
-    @functools.cache
-    def generate(prompts, max_new_tokens, seed):
-        bar = functools.partial(tqdm, desc="test-time compute", total=len(prompts), leave=False, disable=None)
-        whole = [None] * len(prompts)
-        for part in all_gather(source(prompts, max_new_tokens, seed, progress=bar)):
-            for i, text in enumerate(part):
-                if text is not None:
-                    whole[i] = text
-        return whole
-
-    return lambda prompts, *more: generate(tuple(prompts), *more)
 
 
 def majority_rates(problems, replies):
@@ -1865,7 +1826,9 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
     N, T = budget.population, budget.rounds
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
     row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
-    generate, rates = sample_together(model, tokenizer), {}     # rates[key]: (problems,)
+    bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
+    generate = functools.partial(Checkpoint(model, tokenizer), progress=bar)
+    rates = {}                                                  # (problems,) arrays
 
     def sample(population, subset, rounds, tail):
         """-> the texts of all populations, an array (rounds + 1, problems, population), and the longest prompt."""
@@ -1964,11 +1927,8 @@ def load_checkpoint(folder, device):
 
     Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises SystemExit if it is damaged.
     """
-    if is_main():
-        if not os.path.exists(folder) and os.path.exists(folder + ".old"):
-            os.rename(folder + ".old", folder)
-        for leftover in (folder + ".new", folder + ".old"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    if is_main() and not os.path.exists(folder) and os.path.exists(folder + ".old"):
+        os.rename(folder + ".old", folder)
     barrier()
     if not os.path.exists(folder):
         return None
@@ -2039,22 +1999,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank():
-    return dist.get_rank() if world_size() > 1 else 0
-
-
 def is_main():
     """Whether this is the process that writes files."""
-    return rank() == 0
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def shard(items):
     """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
-    return items[rank()::world_size()]
+    return items[dist.get_rank()::world_size()] if world_size() > 1 else items
 
 
 def all_gather(value):
-    """The values of all processes, in a list."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -2077,7 +2032,6 @@ def average(row):
 
 
 def barrier():
-    """Wait until all processes are here."""
     all_gather(None)
 
 
@@ -2147,14 +2101,13 @@ def process_group():
 
 def choose_device(config):
     """-> device, dtype.  Raises SystemExit for what this machine does not have."""
-    device, dtype, gpu = config.device, config.dtype, torch.cuda.is_available()
-    check_choice("--dtype", dtype, ["auto", "float32", "bfloat16"])
+    check_choice("--dtype", config.dtype, ["auto", "float32", "bfloat16"])
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device, dtype = config.device, config.dtype
     if device == "auto":
-        device = "cuda" if gpu else "cpu"
-    if device == "cuda" and not gpu:
-        raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise SystemExit(f"--device {device}: this PyTorch sees no such GPU; use --device cpu, or another build")
     if config.shard and world_size() % config.shard:
         raise SystemExit(f"--shard {config.shard}: the {world_size()} processes are no multiple of it")
     if dtype == "auto":                                         # bfloat16 where it is known to be faster
@@ -2241,15 +2194,13 @@ def finish_stage(name, before, config, shape, report, device, dtype):
     if not (state and state["done"]):
         print(f"{name}: {counts['total']:,} parameters, {counts['active']:,} active per token (without the embedding), "
               f"vocabulary {tokenizer.vocab_size}")
-        later = STAGES[STAGES.index(name) + 1:]
-        for folder in [os.path.join(config.out, stage) for stage in later]:
-            if os.path.exists(folder):
-                raise SystemExit(f"{name} is still to be trained, but {folder} was made from another one: delete it, "
-                                 "or take another --out")
-        # What an older run in this folder measured from this stage on was measured on other weights.
-        for stage in (name, *later, "evaluate"):
-            report["stages"].pop(stage, None)
-            report["seconds"].pop(stage, None)
+        for later in STAGES[STAGES.index(name) + 1:]:
+            if os.path.exists(os.path.join(config.out, later)):
+                raise SystemExit(f"{name} is still to be trained, but {os.path.join(config.out, later)} was made from "
+                                 "another one: delete it, or take another --out")
+        # What an older run in this folder measured was measured on other weights.
+        report["stages"].pop(name, None)
+        report["seconds"].pop("evaluate", None)
         report["ttc"].clear()
         stage = stage_settings(config, name)
         train = rl_stage if isinstance(stage, RLStage) else supervised_stage
@@ -2263,8 +2214,8 @@ def finish_stage(name, before, config, shape, report, device, dtype):
     result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
     report["stages"][name], report["seconds"][name] = {**result, **state["measured"]}, state["seconds"]
     write_report(config.out, report)
-    print(f"{name}: {state['seconds']:.0f} s | {state['measured']} | "
-          "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result))
+    solved = "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
+    print(f"{name}: {state['seconds']:.0f} s | {state['measured']} | {solved}")
 
 
 def run_evaluation(config, report, tasks, device):
@@ -2275,15 +2226,18 @@ def run_evaluation(config, report, tasks, device):
                          "first")
     model, tokenizer, _ = final
     done = [row["task"] for row in report["ttc"]]
-    for name in tasks:
-        if name not in done:
-            begun = time.perf_counter()
-            row = evaluate_ttc(model, tokenizer, name, eval_spec, config.seed)
-            seconds = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
-            report["ttc"].append(row)
-            report["seconds"]["evaluate"] = seconds
-            write_report(config.out, report)
-            print(f"evaluate: {ttc_line(row)} | {seconds:.0f} s")
+    todo = [name for name in tasks if name not in done]
+    # As many tasks at a time as there are processes.
+    for start in range(0, len(todo), world_size()):
+        begun, rows = time.perf_counter(), []
+        for name in shard(todo[start:start + world_size()]):
+            rows.append(evaluate_ttc(model, tokenizer, name, eval_spec, config.seed))
+        rows = unshard(rows)
+        report["ttc"] += rows
+        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
+        write_report(config.out, report)
+        for row in rows:
+            print(f"evaluate: {ttc_line(row)}")
 
 
 def read_report(config):
@@ -2310,18 +2264,13 @@ def ttc_line(row):
 
 
 def report_table(report):
-    """report.md: pass@1 by task, a line a stage; then test-time compute, a line a task."""
-    stages = sorted(report["stages"], key=STAGES.index)
-    tasks = report["stages"][stages[-1]]["tasks"]
+    """report.md: held-out pass@1 at temperature 1, a line a stage; then test-time compute, a line a task."""
     text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token".format(**report)
-    text += f"\n\nHeld-out pass@1 at temperature 1\n\n| after | {' | '.join(tasks)} | all | 95 % interval |\n"
-    text += "|---" * (len(tasks) + 3) + "|\n"
-    for name in stages:
+    text += "\n\n| after | pass@1 | 95 % interval | by task |\n|---|---|---|---|\n"
+    for name in sorted(report["stages"], key=STAGES.index):
         result = report["stages"][name]
-        text += f"| {name} "
-        for task in tasks:
-            text += f"| {result['tasks'].get(task, 0):.2f} "
-        text += "| {pass@1:.3f} | {ci95[0]:.3f}-{ci95[1]:.3f} |\n".format(**result)
+        tasks = ", ".join(f"{task} {rate:.2f}" for task, rate in result["tasks"].items())
+        text += "| {} | {pass@1:.3f} | {ci95[0]:.3f}-{ci95[1]:.3f} | {} |\n".format(name, tasks, **result)
     for row in report["ttc"]:
         text += f"\n{ttc_line(row)}\n"
     return text

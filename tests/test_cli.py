@@ -83,36 +83,34 @@ def test_a_run_leaves_what_the_readme_says(smoke):
         entry = report["stages"][stage]
         assert report["seconds"][stage] > 0 and f"{entry['pass@1']:.3f}" in table
         assert entry["ci95"][0] <= entry["pass@1"] <= entry["ci95"][1] and entry["problems"] == 4 * len(train.TASKS)
-        assert all(set(entry[key]) == set(train.TASKS) for key in ("tasks", "tasks_ci95", "greedy_tasks", "chance"))
-        assert set(entry["loss"]) == ({"english", "code", "traces"} if stage in train.STAGES[:3] else set())
+        assert set(entry["tasks"]) == set(train.TASKS)
+        assert stage not in train.STAGES[:3] or set(entry["loss"]) == {"english", "code", "traces"}
     first = report["stages"]["pretrain"]["loss"]
-    assert all(loss["after"] < loss["before"] - 0.7 for loss in first.values()), first
-    assert report["stages"]["midtrain"]["loss"]["code"]["late_after"] is not None
+    assert all(loss < 5.2 for loss in first.values()), first    # from ln 384 = 5.95
     rows = log_rows(out)
     lengths = {name: stage.steps for name, stage in train.PRESETS["smoke"]["stages"].items()}
     assert [row["stage"] for row in rows] == [name for name in train.STAGES for _ in range(lengths[name])]
-    numbers = [row[key] for row in rows for key in row if key not in ("stage", "difficulty") and row[key]]
+    numbers = [row[key] for row in rows for key in row if key != "stage" and row[key]]
     assert all(math.isfinite(float(number)) for number in numbers)
     assert abs(float(rows[0]["loss"]) - math.log(Tokenizer.from_pretrained(str(out / "final")).vocab_size)) < 1.5
-    assert "device cpu" in printed and "kept" in printed and re.search(r"wrong \||right \|", printed)
+    assert "device cpu" in printed and "processes" not in printed and "kept" in printed and "traces | " in printed
 
 
 def test_reinforcement_learning_leaves_its_traces(smoke):
-    """Rewards, canaries, staleness, replay and difficulties in the log; a trained step in every kind of stage."""
+    """Rewards, staleness, replay and difficulties; a trained step in every kind of stage."""
     out, printed = smoke
     rows = log_rows(out)
     for stage in train.STAGES[3:]:
         mine = [row for row in rows if row["stage"] == stage]
-        assert any(row["reward"] and float(row["no_end"]) <= 1 and row["repetitive"] for row in mine)
+        assert any(row["reward"] and float(row["no_end"]) <= 1 for row in mine)
         trained = [row for row in mine if float(row["norm"]) > 0]
         assert trained or stage != "mathcode", "no group with a signal: the smoke preset learns nothing"
         assert all(0 <= float(row["staleness"]) <= 2 for row in trained)
         assert all(float(row["kl"]) < 1 and 0 <= float(row["flips"]) <= 1 for row in trained if row["kl"])
-        assert f"{stage} 1/" in printed and "without replay" in printed
+        assert f"{stage} 1/" in printed and "kl_live" in printed
     results = json.loads((out / "report.json").read_text())["stages"]
-    end, last = results["rlve"]["end"], [row["difficulty"] for row in rows if row["stage"] == "rlve"][-1]
-    assert set(results["rlve"]["start"]) == set(train.REASONING)
-    assert last == " ".join(f"{task}={d}" for task, d in end.items()) and 0.3 < results["behavior"]["judged"] <= 1
+    assert set(results["rlve"]["start"]) == set(results["rlve"]["end"]) == set(train.REASONING)
+    assert 0.3 < results["behavior"]["judged"] <= 1
 
 
 def test_a_finished_run_is_not_trained_again(smoke):
@@ -183,7 +181,7 @@ def test_resuming_is_exact(tmp_path):
     run_until_killed("pretrain 2/10", *SHORT, "--out", parts)
     run_until_killed("pretrain 7/10", *SHORT, "--out", parts, before=try_another)
     assert torch.load(parts / "pretrain/trainer.pt", weights_only=True)["step"] == 4
-    assert "is not finished: run --stages pretrain" in stopped(*SHORT, "--out", parts, "--stages", "midtrain")
+    assert "run --stages pretrain first" in stopped(*SHORT, "--out", parts, "--stages", "midtrain")
     assert "pretrain: going on after step 4" in run(*SHORT, "--out", parts, "--stages", "pretrain")
     run_until_killed("midtrain 5/6", *SHORT, "--out", parts)
     assert "midtrain: going on after step 4" in run(*SHORT, "--out", parts)
@@ -194,7 +192,7 @@ def test_resuming_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize("changed, says", [
-    (["--seed", "1"], "seed=0, and now it is 1"), (["--lr", "midtrain=0.5"], "midtrain was made with lr=0.003"),
+    (["--lr", "midtrain=0.5"], "midtrain was made with lr=0.003"),
     (["--num-experts", "8"], "num_experts=4, and now it is 8"),
     (["--stages", "evaluate", "--seed", "1"], "was made with --preset smoke --seed 0: say so again")])
 def test_other_settings_do_not_go_on_silently(smoke, changed, says):
@@ -230,8 +228,7 @@ def test_nan_and_changed_data_stop_a_run(tmp_path):
     said = stopped(*arguments)
     assert "midtrain step 1: loss nan" in said and "traces" in said
     assert "Last good checkpoint: none of this stage" in said
-    state.update(step=8)
-    del state["done"]
+    state.update(step=8, done=False)
     train.save_checkpoint(str(folder), model, tokenizer, state)
     said = stopped(*arguments)
     assert "pretrain step 9: loss nan" in said and f"{folder} (step 8)" in said
@@ -249,8 +246,8 @@ MISTAKES = {
     "--lr nan": "--lr nan must be at least 0", "--grad-clip -1": "--grad-clip -1.0 must be at least 0",
     "--seed 99999999999999999999": "at most 9223372036854775807", "--save-every 0": "--save-every 0 must be at least",
     "--context 0": "--context 0 must be at least 2", "--tokens-per-step 1000": "multiple of pretrain's context",
-    "--device gpu": "There are auto, cpu, cuda, mps", "--device cuda": "no GPU", "--device mps": "sees no Apple GPU",
-    "--dtype float8": "float32 and bfloat16", "--num-experts 0": "num_experts must be a positive integer",
+    "--device gpu": "There are auto, cpu, cuda, mps", "--device cuda": "no such GPU", "--device mps": "no such GPU",
+    "--dtype float8": "auto, float32, bfloat16", "--num-experts 0": "num_experts must be a positive integer",
     "--tokenizer gpt2 --vocab-size 300": "leave out --vocab-size", "--vocab-size 10": "--vocab-size",
     "--tokenizer no-such-encoding": "no-such-encoding"}
 
