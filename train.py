@@ -1490,11 +1490,11 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
             rollouts.append((group.prompt, *rollout))
     # Rows of a micro-batch are about as long as each other, so that little of it is padding.
     rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
-    longest = len(rollouts[-1][0]) + len(rollouts[-1][1])
-    rows, batches = max(1, min(len(rollouts) // world_size() // 4, micro_batch // longest)), []
-    for start in range(0, len(rollouts), rows * world_size()):
-        batch = rollouts[start:start + rows * world_size()]
-        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % world_size())             # no advantage, no gradient
+    longest, processes, batches = len(rollouts[-1][0]) + len(rollouts[-1][1]), world_size(), []
+    rows = processes * max(1, min(len(rollouts) // processes // 4, micro_batch // longest))
+    for start in range(0, len(rollouts), rows):
+        batch = rollouts[start:start + rows]
+        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % processes)                # no advantage, no gradient
         batches.append(collate(shard(batch), pad, device))
     return batches
 
@@ -1655,9 +1655,8 @@ class RewardModel(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.backbone = copy.deepcopy(model)
-        self.head = torch.nn.Linear(model.config.hidden_size, 1)
+        self.head = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
         torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, conversations):
         ids, mask = left_padded(conversations, 0, self.head.weight.device)
@@ -1745,9 +1744,8 @@ def held_out_loss(model, sources, stage, pad, tokens=16384):
         *batch, _ = loader.next()
         for inputs, targets, positions in zip(*map(torch.split, shard_rows(batch), (8, 8, 8))):
             total += summed_loss(model, inputs.to(device), targets.to(device), positions.to(device)).item()
-        count = (batch[1] >= 0).sum().item()
-        if count:
-            result[source.name] = round(sum(all_gather(total)) / count, 4)
+        count = max(1, (batch[1] >= 0).sum().item())
+        result[source.name] = round(sum(all_gather(total)) / count, 4)
     return result
 
 
@@ -1802,9 +1800,8 @@ def pass_at_1(model, tokenizer, tasks, problems, samples):
     if not held:
         return {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}}
     rates = solve_rates(model, tokenizer, held, samples)
-    by_task = rates.reshape(len(tasks), problems).mean(1).tolist()
-    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "problems": len(held),
-            "tasks": dict(zip(tasks, by_task))}
+    by_task = dict(zip(tasks, rates.reshape(len(tasks), problems).mean(1).tolist()))
+    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "problems": len(held), "tasks": by_task}
 
 
 def majority_rates(problems, replies):
@@ -1823,44 +1820,36 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
     after each round, or a vote's; tokens: what was generated until then, a problem.
     """
     budget, difficulty = eval_spec.budget, eval_spec.tasks[name]
-    N, T = budget.population, budget.rounds
+    N, T, tail = budget.population, budget.rounds, budget.tail
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
     row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
     bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
     generate = functools.partial(Checkpoint(model, tokenizer), progress=bar)
-    rates = {}                                                  # (problems,) arrays
-
-    def sample(population, subset, rounds, tail):
-        """-> the texts of all populations, an array (rounds + 1, problems, population), and the longest prompt."""
+    longest, rates = {}, {}                                     # rates: (problems,) arrays
+    # Population, subset, rounds, tail of Markovian RSA, two special cases, and as many plain samples as T rounds cost.
+    runs = {"markovian_rsa": (N, budget.subset, eval_spec.most_rounds, tail), "delethink": (N, 1, T, tail),
+            "full_rsa": (N, budget.subset, T, budget.budget), "vote": (N * (T + 1), 1, 0, 0)}
+    for method, (population, subset, rounds, tail) in runs.items():
         results = markovian_rsa([problem.prompt for problem in problems], generate, population, subset, rounds,
                                 budget.budget, tail, seed, tokenizer)
+        longest[method] = max(result.longest_prompt for result in results)
         texts = [[[candidate.text for candidate in some] for some in result.rounds] for result in results]
-        return np.array(texts, object).swapaxes(0, 1), max(result.longest_prompt for result in results)
-
-    # Markovian RSA, two special cases of it, and as many plain samples as its T rounds cost.
-    recursive, row["longest_prompt"] = sample(N, budget.subset, eval_spec.most_rounds, budget.tail)
-    delethink, _ = sample(N, 1, T, budget.tail)
-    full, row["longest_prompt_full_rsa"] = sample(N, budget.subset, T, budget.budget)
-    plain = sample(N * (T + 1), 1, 0, 0)[0][0]
-    parts = plain.reshape(-1, T + 1, N).swapaxes(0, 1)
-    for method, rounds in dict(markovian_rsa=recursive, delethink=delethink, full_rsa=full, vote=parts).items():
-        spent, curve = 0, []
-        row["tokens"][method] = []
-        for t, replies in enumerate(rounds):
-            spent += sum(count_tokens(text, tokenizer) for text in replies.flat)
-            row["tokens"][method].append(spent / len(problems))
-            if method == "vote":                                # it looks at all samples so far
-                curve.append(majority_rates(problems, plain[:, :N * (t + 1)]))
-            else:
-                curve.append(verify_replies(problems, replies).mean(1))
-        rates[method], row["rounds"][method] = curve[T], np.mean(curve, 1).tolist()
-    rates["maj@equal_tokens"] = rates.pop("vote")
-    rates["single"] = verify_replies(problems, plain).mean(1)
-    rates["markovian_rsa_majority"] = majority_rates(problems, recursive[T])
+        texts = np.array(texts, object).swapaxes(0, 1)          # (rounds + 1, problems, population)
+        curve = [verify_replies(problems, replies).mean(1) for replies in texts]
+        if method == "markovian_rsa":
+            rates["markovian_rsa_majority"] = majority_rates(problems, texts[T])
+        if method == "vote":                                    # it looks at N samples, then at N more, …
+            rates["single"] = curve[0]
+            curve = [majority_rates(problems, texts[0][:, :N * (t + 1)]) for t in range(T + 1)]
+            texts = texts.reshape(-1, T + 1, N).swapaxes(0, 1)
+        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in texts]
+        row["tokens"][method] = (np.cumsum(spent) / len(problems)).tolist()
+        row["rounds"][method] = np.mean(curve, 1).tolist()
+        rates["maj@equal_tokens" if method == "vote" else method] = curve[T]
     for key, each in rates.items():
         row[key], row[key + "_ci95"] = float(each.mean()), interval(each)
-    row["generated_tokens"] = row["tokens"]["markovian_rsa"][T]
-    return row
+    return {**row, "generated_tokens": row["tokens"]["markovian_rsa"][T], "longest_prompt": longest["markovian_rsa"],
+            "longest_prompt_full_rsa": longest["full_rsa"]}
 
 
 def show_samples(model, tokenizer, sources, seed):
@@ -1939,7 +1928,7 @@ def load_checkpoint(folder, device):
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not {"step", "seconds", "settings", "parts"} <= state.keys():
                 raise ValueError("no run of this program wrote trainer.pt")
-    except Exception as error:                                  # damage has many
+    except Exception as error:                                  # damage has many kinds
         raise SystemExit(f"{folder} is damaged: {type(error).__name__} {' '.join(str(error).split())[:150]}") from None
     # The weights move out of the mapped file into aligned memory, else a resumed run may round differently.
     for parameter in model.parameters():
@@ -2057,7 +2046,10 @@ def shard_rows(batch):
     """This process' rows of input_ids, targets, position_ids (rows, S).  Rows of padding are added until all processes
     have equally many, since FSDP2 wants every process to take part in every forward pass."""
     missing = -len(batch[0]) % world_size()
-    return [shard(F.pad(part, (0, 0, 0, missing), value=padding)) for part, padding in zip(batch, (0, -100, -1))]
+    rows = []
+    for part, padding in zip(batch, (0, -100, -1)):
+        rows.append(shard(F.pad(part, (0, 0, 0, missing), value=padding)))
+    return rows
 
 
 @contextlib.contextmanager
@@ -2266,7 +2258,7 @@ def ttc_line(row):
 def report_table(report):
     """report.md: held-out pass@1 at temperature 1, a line a stage; then test-time compute, a line a task."""
     text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token".format(**report)
-    text += "\n\n| after | pass@1 | 95 % interval | by task |\n|---|---|---|---|\n"
+    text += "\n\n| after | held-out pass@1 | 95 % interval | by task |\n|---|---|---|---|\n"
     for name in sorted(report["stages"], key=STAGES.index):
         result = report["stages"][name]
         tasks = ", ".join(f"{task} {rate:.2f}" for task, rate in result["tasks"].items())
@@ -2311,8 +2303,6 @@ def main(arguments=None):
     begun = time.perf_counter()
     config, shape = parse_arguments(arguments)
     for path in config.data:
-        if not os.path.isfile(path):
-            raise SystemExit(f"--data {path}: no such file")
         if file_kind(path) is None:
             raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
                              "convert it")

@@ -161,4 +161,4 @@ def test_batches_that_are_shared_out_are_all_sampled_once():
 
 def test_a_mistake_is_said_once(tmp_path):
     printed = run_processes("--preset", "smoke", "--data", "nowhere.txt", "--out", tmp_path, code=1)
-    assert printed.count("--data nowhere.txt: no such file") == 1
+    assert printed.count("nowhere.txt: No such file") == 1
