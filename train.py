@@ -1029,8 +1029,8 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=su
     # Gradients of the micro-batches add up to those of the whole batch.
     for start in range(0, len(inputs), rows):
         part = slice(start, start + rows)
-        x, y, position = inputs[part].to(device), targets[part].to(device), positions[part].to(device)
-        loss = loss_of(model, x, y, position, dtype) / count
+        x, y, position = inputs[part], targets[part], positions[part]
+        loss = loss_of(model, x.to(device), y.to(device), position.to(device), dtype) / count
         loss.backward()
         row["loss"] += loss.item()
     # Muon moves the matrices and AdamW the rest.
@@ -1054,14 +1054,16 @@ class Checkpointer:
     """
 
     def __init__(self, name, config, tokenizer, state=None):
-        self.name, self.config, self.tokenizer, self.steps = name, config, tokenizer, config.steps[name]
-        self.folder, self.clock = os.path.join(config.out, name), time.perf_counter()
+        self.name, self.config, self.tokenizer = name, config, tokenizer
+        self.folder, self.steps = os.path.join(config.out, name), config.steps[name]
+        self.clock = time.perf_counter()
         self.state = state or {"step": 0, "seconds": 0.0, "data": {}, "measured": {}}
         self.saved = self.state["step"] if state else None      # the step of the last checkpoint
         # A step of reinforcement learning takes longer.
         self.log_every, self.save_every = config.log_every, config.save_every
         if name in STAGES[3:]:
-            self.log_every, self.save_every = max(1, config.log_every // 4), max(1, config.save_every // 5)
+            self.log_every = max(1, config.log_every // 4)
+            self.save_every = max(1, config.save_every // 5)
 
     def resume(self, model, optimizers, **parts):
         """Say what is trained; if the stage was begun, all goes on from its checkpoint -> whether it was."""
@@ -1178,7 +1180,8 @@ def grpo_advantage(rewards, bonus=0.0):
     >>> grpo_advantage(torch.tensor([[0.2, 0.4, 0.6]]))
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, keepdim=True, correction=0)
+    mean = rewards.mean(-1, keepdim=True)
+    std = rewards.std(-1, keepdim=True, correction=0)
     return (rewards - mean + bonus) / std.clamp_min(1e-4)
 
 
@@ -1195,7 +1198,8 @@ def length_reward(lengths, correct, best, coefficient=0.1, tolerance=0.1, near=0
     p = correct.mean().item()
     if correct.sum() < 2 or p < best - near:
         return torch.zeros_like(lengths)
-    shortest, longest = lengths[correct > 0].min(), lengths[correct > 0].max()
+    right = lengths[correct > 0]
+    shortest, longest = right.min(), right.max()
     scale = 0.5 - ((lengths - shortest) / (longest - shortest).clamp_min(1)).clamp(0, 1)
     scale = torch.where(lengths <= shortest * (1 + tolerance), 0.5, scale)
     return coefficient * p * scale * (correct > 0)
@@ -1348,7 +1352,8 @@ class Actor:
     STATE = ("difficulty", "asked", "best_rates", "useful", "version", "rounds")
 
     def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, dtype=torch.float32):
-        self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
+        self.sampler, self.tokenizer = copy.deepcopy(model), tokenizer
+        self.stage, self.seed = stage, seed
         self.score, self.dtype = score, dtype
         self.difficulty = dict.fromkeys(stage.tasks, 1)
         self.asked = dict.fromkeys(stage.tasks, 0)              # groups so far
@@ -1372,7 +1377,8 @@ class Actor:
             if len(self.buffer) >= 0.75 * self.stage.groups:
                 break
             generated += self.generate()
-        taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
+        taken = self.buffer[:self.stage.groups]
+        del self.buffer[:self.stage.groups]
         return taken, generated
 
     def generate(self):
@@ -1490,7 +1496,8 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
             rollouts.append((group.prompt, *rollout))
     # Rows of a micro-batch are about as long as each other, so that little of it is padding.
     rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
-    longest, processes, batches = len(rollouts[-1][0]) + len(rollouts[-1][1]), world_size(), []
+    prompt, tokens, *_ = rollouts[-1]
+    longest, processes, batches = len(prompt) + len(tokens), world_size(), []
     rows = processes * max(1, min(len(rollouts) // processes // 4, micro_batch // longest))
     for start in range(0, len(rollouts), rows):
         batch = rollouts[start:start + rows]
@@ -1507,7 +1514,8 @@ def collate(rollouts, pad, device):
     for prompt, tokens, logp, choice, advantage in rollouts:
         # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
         targets = torch.tensor([-100] * (len(prompt) - 1) + tokens)
-        rows.append((torch.tensor(prompt + tokens)[:-1], targets, torch.arange(len(targets)), choice.T.long()))
+        inputs = torch.tensor(prompt + tokens)[:-1]
+        rows.append((inputs, targets, torch.arange(len(inputs)), choice.T.long()))
         logps.append(logp)
         advantages.append(torch.full_like(logp, advantage))
     for column, padding in zip(zip(*rows), (pad, -100, -1, 0)):
@@ -1618,7 +1626,8 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
                 bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
             batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
             # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
-            rollouts, tokens = rewards.numel() / world_size(), lengths.sum().item() / world_size()
+            rollouts = rewards.numel() / world_size()
+            tokens = lengths.sum().item() / world_size()
             row = average(rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr,
                                   measure=checkpointer.shows(step)))
         row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
@@ -1740,8 +1749,9 @@ def held_out_loss(model, sources, stage, pad, tokens=16384):
     for source in sources:
         if source.size(held_out=True) == 0:
             continue
-        loader, total = Loader([source], stage, max(tokens, stage.context), 0, pad, held_out=True), 0.0
+        loader = Loader([source], stage, max(tokens, stage.context), 0, pad, held_out=True)
         *batch, _ = loader.next()
+        total = 0.0
         for inputs, targets, positions in zip(*map(torch.split, shard_rows(batch), (8, 8, 8))):
             total += summed_loss(model, inputs.to(device), targets.to(device), positions.to(device)).item()
         count = max(1, (batch[1] >= 0).sum().item())
@@ -1847,7 +1857,8 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
         row["rounds"][method] = np.mean(curve, 1).tolist()
         rates["maj@equal_tokens" if method == "vote" else method] = curve[T]
     for key, each in rates.items():
-        row[key], row[key + "_ci95"] = float(each.mean()), interval(each)
+        row[key] = float(each.mean())
+        row[key + "_ci95"] = interval(each)
     return {**row, "generated_tokens": row["tokens"]["markovian_rsa"][T], "longest_prompt": longest["markovian_rsa"],
             "longest_prompt_full_rsa": longest["full_rsa"]}
 
@@ -1923,7 +1934,8 @@ def load_checkpoint(folder, device):
         return None
     path, state = os.path.join(folder, "trainer.pt"), None
     try:
-        model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
+        model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
+        tokenizer = Tokenizer.from_pretrained(folder)
         if os.path.exists(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not {"step", "seconds", "settings", "parts"} <= state.keys():
@@ -2201,10 +2213,11 @@ def finish_stage(name, before, config, shape, report, device, dtype):
             model, tokenizer, _ = load_checkpoint(os.path.join(config.out, name), device)
     # A checkpoint is on disk before anything is measured; a run killed in between is measured when it goes on.
     if name in report["stages"]:
-        print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
+        print(f"{name}: done before")
         return
     result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
-    report["stages"][name], report["seconds"][name] = {**result, **state["measured"]}, state["seconds"]
+    report["stages"][name] = {**result, **state["measured"]}
+    report["seconds"][name] = state["seconds"]
     write_report(config.out, report)
     solved = "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
     print(f"{name}: {state['seconds']:.0f} s | {state['measured']} | {solved}")
@@ -2212,7 +2225,8 @@ def finish_stage(name, before, config, shape, report, device, dtype):
 
 def run_evaluation(config, report, tasks, device):
     """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
-    eval_spec, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
+    eval_spec = PRESETS[config.preset]["evaluate"]
+    final = load_checkpoint(os.path.join(config.out, "final"), device)
     if not (final and report["stages"]):
         raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
                          "first")
@@ -2311,8 +2325,9 @@ def main(arguments=None):
     print(f"device {device}, {dtype}, {torch.get_num_threads()} threads{processes}")
     print("settings: " + ", ".join(f"{name}={value}" for name, value in vars(config).items()))
     asked, tasks = config.stages.split(","), []
-    # An RL stage for which --tasks has nothing is left out.
     stages = [name for name in STAGES if getattr(stage_settings(config, name), "tasks", True)]
+    for name in set(asked) - {*stages, "evaluate"}:
+        print(f"{name} is left out: --tasks {config.tasks} has nothing for it")
     if "evaluate" in asked:
         tasks = [task for task in PRESETS[config.preset]["evaluate"].tasks if task in task_names(config.tasks)]
     if not (tasks or set(asked) & set(stages)):
