@@ -1755,7 +1755,8 @@ def held_out_loss(model, sources, stage, pad, tokens=16384):
         for inputs, targets, positions in zip(*map(torch.split, shard_rows(batch), (8, 8, 8))):
             total += summed_loss(model, inputs.to(device), targets.to(device), positions.to(device)).item()
         count = max(1, (batch[1] >= 0).sum().item())
-        result[source.name] = round(sum(all_gather(total)) / count, 4)
+        name = source.name.encode("utf-8", "replace").decode()  # some file systems' names are no UTF-8
+        result[name] = round(sum(all_gather(total)) / count, 4)
     return result
 
 
@@ -2307,7 +2308,8 @@ def draw_curves(path, curves, xlabel, ylabel):
     for label, points in curves.items():
         axis.plot(list(points), list(points.values()), ".-", linewidth=0.8, markersize=3, label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    figure.legend(loc="outside right center")
+    if curves:
+        figure.legend(loc="outside right center")
     figure.savefig(path + ".tmp", format="png", dpi=110)
     os.replace(path + ".tmp", path)
 
