@@ -24,7 +24,6 @@ import csv
 import dataclasses
 import datetime
 import difflib
-import errno
 import functools
 import gzip
 import hashlib
@@ -33,14 +32,13 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 import warnings
 import zlib
 from dataclasses import dataclass, field
@@ -53,17 +51,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kernels import compile_loss, fuse, should_compile, summed_loss
-from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, explained, interval, left_padded, markovian_rsa,
-                 prompt_ids, reply, terse_prompt)
-from zaya import Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json
+from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, explained, interval, left_padded, majority,
+                 markovian_rsa, prompt_ids, terse_prompt)
+from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json, write_json
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -918,9 +918,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix moves by 0.2 sqrt(max(m, n)) lr U V^T, an AdamW update's usual size.
 
     TR section III ("AdamW-RMS matching": one learning rate serves both optimizers).  Parameters are matrices (m, n) or
-    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  `momentum` 0 is the RL
-    stages'.  Under FSDP2 a process orthogonalises the experts that it owns; other matrices are gathered, and each
-    process keeps its rows of the result.
+    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  RL's `momentum` is 0.
+    Under FSDP2 a process orthogonalises the experts that it owns; other matrices are gathered, and each process keeps
+    its rows of the result.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
@@ -950,8 +950,7 @@ class Muon(torch.optim.Optimizer):
                     own.add_(move, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
     def whole_update(self, parameter, momentum):
-        """The gradient with Nesterov momentum, as whole matrices: a gathered one (1, m, n), or this process' experts
-        (X, m, n)."""
+        """Gradient with Nesterov momentum: a gathered matrix (1, m, n), or this process' experts (X, m, n)."""
         update = parameter.grad
         if momentum:
             state = self.state[parameter]
@@ -999,31 +998,6 @@ def learning_rate(step, steps, peak, final):
 # ---- a supervised stage ---------------------------------------------------------------------------------------------
 
 
-def choose_device(config):
-    """-> device, dtype, and the sentence that says so."""
-    device, dtype, processes = config.device, config.dtype, world_size()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
-    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        raise SystemExit(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
-                         "--nproc_per_node says how many")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
-    if device == "mps" and processes > 1:
-        raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
-    if config.shard and processes % config.shard:
-        raise SystemExit(f"--shard {config.shard}: the {processes} processes are no multiple of it")
-    if dtype == "auto":                                         # bfloat16 where it is known to be faster
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise SystemExit(f"--dtype {dtype}: there are float32 and bfloat16")
-    return device, getattr(torch, dtype), (f"device {device}, dtype {dtype}, {torch.get_num_threads()} threads, "
-                                           f"{processes} processes")
-
-
 def optimizer_step(model, optimizers, clip, lr):
     """Clip the gradients, step all optimizers at the rate `lr`, clear the gradients -> the gradient's norm.
 
@@ -1056,8 +1030,8 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=su
     # Gradients of the micro-batches add up to those of the whole batch.
     for start in range(0, len(inputs), rows):
         part = slice(start, start + rows)
-        x, y, position = inputs[part].to(device), targets[part].to(device), positions[part].to(device)
-        loss = loss_of(model, x, y, position, dtype) / count
+        x, y, position = inputs[part], targets[part], positions[part]
+        loss = loss_of(model, x.to(device), y.to(device), position.to(device), dtype) / count
         loss.backward()
         row["loss"] += loss.item()
     # Muon moves the matrices and AdamW the rest.
@@ -1068,85 +1042,77 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=su
     return row
 
 
-def average_over_processes(row, *keys):
-    """Replace these entries of this process' row, as far as there are such, by their mean over all processes."""
-    for key in keys:
-        if key in row:
-            row[key] = all_reduce(row[key])[0] / world_size()
-
-
-# How a line says what is in a row of log.csv.
-SAID = {"loss": "loss {:.3f}", "reward": "reward {:.3f}", "norm": "norm {:.2f}", "lr": "lr {:.1e}",
-        "load": "load {:.2f}", "entropy": "entropy {:.3f}", "bias": "bias {:.3f}", "length": "length {:.0f}",
-        "no_end": "no end {:.3f}", "repetitive": "repetitive {:.3f}", "zero_groups": "groups without signal {:.2f}",
-        "staleness": "stale {:.1f}", "masked": "masked {:.3f}", "flips": "flips {:.3f}", "kl": "kl {:.1e}",
-        "kl_live": "without replay {:.1e}", "seconds": "{:.2f} s", "tokens_per_second": "{:.0f} tok/s",
-        "rollouts_per_second": "{:.0f} rollouts/s"}
-
-
-def print_row(name, step, steps, row):
-    said = [form.format(row[key]) for key, form in SAID.items() if key in row]
-    print(f"{name} {step}/{steps} | " + " | ".join(said), flush=True)
-
-
 class Checkpointer:
     """Writes out/<stage>: the model, the tokenizer, and `state`, a dictionary with all else that training goes on from.
 
-    step, seconds           steps done, and what they took, sampling and data included
-    settings                of the run: one with other settings does not go on from here
-    parts                   state_dicts of the optimizers, the balancer, the loader or actor, and the reward model
-    done                    True once the stage is finished
-    data, before, after     supervised stages: fingerprints of the sources, and their held-out losses
-    start, end              RL: each environment's difficulty at the first step and after the last
-    judged                  behavioral RL: the share of held-out preferences that the reward model agrees with
+    step, seconds   steps done, and what they took, sampling and data included
+    settings        of the run: one with other settings does not go on from here
+    optimizers      whole tensors by parameter name, whatever the number of processes
+    parts           state_dicts of the balancer, the loader or actor, and the reward model
+    data            fingerprints of a supervised stage's sources
+    measured        for report.json: held-out losses; or difficulties at start and end, and the reward model's agreement
+    done            True once the stage is finished
     """
 
     def __init__(self, name, config, tokenizer, state=None):
         self.name, self.config, self.tokenizer = name, config, tokenizer
-        self.folder, self.clock = os.path.join(config.out, name), time.perf_counter()
-        self.state = state if state is not None else {"step": 0, "seconds": 0.0}
-        self.saved = self.state["step"] if "parts" in self.state else None          # the step of the last checkpoint
-        for later in STAGES[STAGES.index(name) + 1:]:
-            if os.path.exists(os.path.join(config.out, later)):
-                raise SystemExit(f"{name} is still to be trained, but {os.path.join(config.out, later)} was made from "
-                                 "another one: delete it, or take another --out")
+        self.folder, self.steps = os.path.join(config.out, name), config.steps[name]
+        self.clock = time.perf_counter()
+        self.state = state or {"step": 0, "seconds": 0.0, "data": {}, "measured": {}}
+        self.saved = self.state["step"] if state else None      # the step of the last checkpoint
+        # A step of reinforcement learning takes longer.
+        self.log_every, self.save_every = config.log_every, config.save_every
+        if name in STAGES[3:]:
+            self.log_every = max(1, config.log_every // 4)
+            self.save_every = max(1, config.save_every // 5)
 
-    def resume(self, model, **parts):
-        """Name the model and the parts; if the stage was begun, they go on from its checkpoint -> whether it was."""
+    def resume(self, model, optimizers, **parts):
+        """Say what is trained; if the stage was begun, all goes on from its checkpoint -> whether it was."""
         self.model, self.parts = model, parts
+        # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
+        self.optimizers = [optimizer for optimizer in optimizers if optimizer.defaults.get("momentum") != 0]
+        self.log = Log(self.config.out, self.name, self.state["step"])
         if self.saved is None:
             return False
         for name, part in parts.items():
             part.load_state_dict(self.state["parts"][name])
+        set_optimizer_state_dict(model, self.optimizers, self.state["optimizers"], options=WHOLE)
         print(f"{self.name}: going on after step {self.saved}")
         return True
 
-    def save(self, step, **more):
-        """Write the checkpoint of this step; `more` goes into the state too."""
+    def save(self, step, done=False):
         now = time.perf_counter()
         self.state["seconds"] += now - self.clock
         self.clock, self.saved = now, step
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        self.state.update(step=step, settings=settings(self.config), parts=parts, **more)
+        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
+            self.model.reshard()
+        self.state["optimizers"] = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE)
+        self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        self.state.update(step=step, settings=settings(self.config), done=done)
+        # final/ is the last stage that is done.  It comes first: after a kill in between the stage is not done.
+        if done:
+            save_checkpoint(os.path.join(self.config.out, "final"), self.model, self.tokenizer)
         save_checkpoint(self.folder, self.model, self.tokenizer, self.state)
 
-    def check(self, row, step, samples):
-        """Stop the run after a step that had no finite loss or gradient: the weights have not moved."""
-        if math.isfinite(row["loss"]) and math.isfinite(row["norm"]):
-            return
-        good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
-        raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped before "
-                         f"the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first samples of "
-                         f"this batch: {samples[:6]}")
+    def shows(self, step):
+        return step % self.log_every == 0 or step in (1, self.steps)
 
-    def check_data(self, sources):
-        """Stop a run that would go on with other data than it began with."""
-        now = {source.name: source.fingerprint for source in sources}
-        begun = self.state.setdefault("data", now)
-        changed = [name for name in sorted({*now, *begun}) if now.get(name) != begun.get(name)]
-        if changed:
-            raise SystemExit(f"{self.folder} was begun on other data: {', '.join(changed)} changed since. Bring the "
-                             f"old data back, take another --out, or delete {self.folder}")
+    def finish_step(self, step, row, samples):
+        """One row of log.csv; a line and a checkpoint now and then.  A step without a finite loss and gradient stops
+        the run: the weights have not moved."""
+        if not math.isfinite(row["loss"] + row["norm"]):
+            good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
+            raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped "
+                             f"before the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first "
+                             f"samples of this batch: {samples[:6]}")
+        self.log.add(stage=self.name, step=step, **row)
+        if self.shows(step):
+            line = f"{self.name} {step}/{self.steps}"
+            for key, value in row.items():
+                line += f" | {key} {value:.5g}"
+            print(line, flush=True)
+        if step % self.save_every == 0 or step == self.steps:   # the last one too, before anything is evaluated
+            self.save(step)
 
 
 def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype):
@@ -1156,24 +1122,22 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     state = checkpointer.state
     # Data: samples of all sources, packed into rows of the stage's context length.
     sources = make_sources(config, stage, tokenizer)
-    checkpointer.check_data(sources)
+    for source in sources:
+        if state["data"].setdefault(source.name, source.fingerprint) != source.fingerprint:
+            raise SystemExit(f"{checkpointer.folder} was begun on other data: {source.name} changed since. Bring the "
+                             f"old data back, take another --out, or delete {checkpointer.folder}")
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
-    # Held-out losses of the model as the last stage left it; `late` positions are those that pretraining never saw.
-    late = config.context[STAGES[0]]
-    if "before" not in state:
-        state["before"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
     # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, config.weight_decay)
     balancer = PIDBalancer(model, config.balancer_lr)
-    checkpointer.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
-    compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
-    if config.no_compile:
-        compiled, why = False, "the training step is not compiled: --no-compile"
-    print(f"{name}: {why}")
-    loss_of = compile_loss() if compiled else summed_loss
-    log = Log(config.out, name, state["step"])
+    checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
+    loss_of = summed_loss
+    if not config.no_compile:
+        compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
+        loss_of = compile_loss() if compiled else summed_loss
+        print(f"{name}: {why}")
 
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
@@ -1182,27 +1146,18 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
         # them has on average.
         count = max(1, (batch[1] >= 0).sum().item()) / world_size()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count)
-        average_over_processes(row, "loss")
-        checkpointer.check(row, step, origins)
-        # One row of log.csv a step; a line, samples and a checkpoint now and then.
+        row = average(train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count))
         seconds = time.perf_counter() - begun
         row |= {"lr": lr, "seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
-        log.add(stage=name, step=step, **row)
-        if step % config.log_every == 0 or step in (1, stage.steps):
-            print_row(name, step, stage.steps, row)
-        if step % max(1, stage.steps // 4) == 0 and step < stage.steps:
+        checkpointer.finish_step(step, row, origins)
+        if step % max(1, stage.steps // 4) == 0:
             show_samples(model, tokenizer, sources, step)
-        if step % config.save_every == 0 or step == stage.steps:    # the last one too, before anything is evaluated
-            checkpointer.save(step)
 
-    state["after"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
-    show_samples(model, tokenizer, sources, stage.steps)
+    state["measured"]["loss"] = held_out_loss(model, sources, stage, tokenizer.pad)
     checkpointer.save(stage.steps, done=True)
     for source in sources:
         if isinstance(source, TaskSource):
-            counts = ", ".join(f"{count} {how}" for how, count in source.trim_counts.items())
-            print(f"{name}: generated conversations trimmed to {stage.context} tokens: {counts}")
+            print(f"{name}: generated conversations, trimmed to {stage.context} tokens: {dict(source.trim_counts)}")
     return state
 
 
@@ -1226,7 +1181,8 @@ def grpo_advantage(rewards, bonus=0.0):
     >>> grpo_advantage(torch.tensor([[0.2, 0.4, 0.6]]))
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, keepdim=True, correction=0)
+    mean = rewards.mean(-1, keepdim=True)
+    std = rewards.std(-1, keepdim=True, correction=0)
     return (rewards - mean + bonus) / std.clamp_min(1e-4)
 
 
@@ -1243,7 +1199,8 @@ def length_reward(lengths, correct, best, coefficient=0.1, tolerance=0.1, near=0
     p = correct.mean().item()
     if correct.sum() < 2 or p < best - near:
         return torch.zeros_like(lengths)
-    shortest, longest = lengths[correct > 0].min(), lengths[correct > 0].max()
+    right = lengths[correct > 0]
+    shortest, longest = right.min(), right.max()
     scale = 0.5 - ((lengths - shortest) / (longest - shortest).clamp_min(1)).clamp(0, 1)
     scale = torch.where(lengths <= shortest * (1 + tolerance), 0.5, scale)
     return coefficient * p * scale * (correct > 0)
@@ -1288,8 +1245,11 @@ def repetitive(text, chunk=2048, ratio=0.05):
     >>> repetitive("7+5=12," * 80), repetitive("7+5=12,")
     (True, False)
     """
-    pieces = [text[i:i + chunk].encode("utf-8", "replace") for i in range(0, len(text), chunk)]
-    return any(len(zlib.compress(piece)) < ratio * len(piece) for piece in pieces)
+    for start in range(0, len(text), chunk):
+        piece = text[start:start + chunk].encode("utf-8", "replace")
+        if len(zlib.compress(piece)) < ratio * len(piece):
+            return True
+    return False
 
 
 def next_difficulty(d, solve_rate):
@@ -1378,7 +1338,8 @@ def roll_out(model, groups, group_size, context, tokenizer, uniform):
 
 def verifier_rewards(group):
     """The usual reward: what the verifier says."""
-    return [find_task(group.problem.task).verify(group.problem, text)[0] for text in group.texts]
+    verify = find_task(group.problem.task).verify
+    return [verify(group.problem, text)[0] for text in group.texts]
 
 
 class Actor:
@@ -1386,24 +1347,25 @@ class Actor:
 
     The sampler is a copy of the model that gets the trainer's weights every `sync_every` steps.  Each task is an
     environment, with a difficulty of its own.  Groups wait in a buffer until the trainer takes them, and are dropped
-    when they are more than `most_stale` steps old.  `score(group)` -> rewards and `adapt(d, solve rate)` -> next
-    difficulty can be swapped.  state_dict holds it all, so a killed run goes on bit for bit.
+    when they are more than `most_stale` steps old.  `score(group)` gives the rewards.
     """
-    sync_every, most_stale, pool_size, dead_after = 2, 2, 64, 25
+    sync_every, most_stale, pool_size = 2, 2, 64
+    STATE = ("difficulty", "asked", "best_rates", "useful", "version", "rounds")
 
-    def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, adapt=next_difficulty,
-                 dtype=torch.float32):
-        self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
-        self.score, self.adapt, self.dtype = score, adapt, dtype
-        # d: difficulty; groups: how many were asked; best: the highest solve rate so far at each difficulty.
-        self.environments = {name: {"d": 1, "groups": 0, "best": {}} for name in stage.tasks}
-        self.buffer, self.pool = [], []         # groups to train on; (problem, tails) to aggregate
-        self.version = self.rounds = self.dead = 0
-        self.useful = 1.0                       # the running share of groups with a signal
+    def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, dtype=torch.float32):
+        self.sampler, self.tokenizer = copy.deepcopy(model), tokenizer
+        self.stage, self.seed = stage, seed
+        self.score, self.dtype = score, dtype
+        self.difficulty = dict.fromkeys(stage.tasks, 1)
+        self.asked = dict.fromkeys(stage.tasks, 0)              # groups so far
+        self.best_rates = {}                                    # the highest solve rates by task and difficulty
+        self.useful = 1.0                                       # the running share of groups with a signal
+        self.buffer, self.pool = [], []                         # groups to train on; (problem, tails) to aggregate
+        self.version = self.rounds = 0
 
     def sync(self, model, version):
         """The sampler, which is whole in every process, gets the trainer's weights."""
-        self.sampler.load_state_dict(whole_weights(model))
+        self.sampler.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
         self.version = version
 
     def take(self, version):
@@ -1416,7 +1378,8 @@ class Actor:
             if len(self.buffer) >= 0.75 * self.stage.groups:
                 break
             generated += self.generate()
-        taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
+        taken = self.buffer[:self.stage.groups]
+        del self.buffer[:self.stage.groups]
         return taken, generated
 
     def generate(self):
@@ -1432,10 +1395,6 @@ class Actor:
         signals = [group for group in groups if has_signal(group.rewards)]
         self.buffer += signals
         self.useful = max(0.1, 0.8 * self.useful + 0.2 * len(signals) / len(groups))
-        rewarded = any(max(group.rewards) > 0 for group in groups)
-        self.dead = 0 if rewarded else self.dead + 1
-        if self.dead == self.dead_after:
-            self.stop(groups)
         return groups
 
     def draw_prompt(self, rng):
@@ -1445,10 +1404,10 @@ class Actor:
             problem, tails = self.pool[rng.randrange(len(self.pool))]
             prompt = terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))
             return Group(problem, prompt_ids(self.tokenizer, prompt))
-        name = min(self.environments, key=lambda n: self.environments[n]["groups"])
-        environment, levels = self.environments[name], find_task(name).levels
-        d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
-        environment["groups"] += 1
+        name = min(self.asked, key=self.asked.get)
+        levels = find_task(name).levels
+        d = self.difficulty[name] if self.stage.adaptive else levels[self.asked[name] % len(levels)]
+        self.asked[name] += 1
         return self.new_group(name, d, rng)
 
     def new_group(self, name, d, rng):
@@ -1460,9 +1419,8 @@ class Actor:
         # A rollout's random numbers depend on its place among all, not on the process that samples it.
         rng = random.Random(f"{self.seed} sample {self.rounds}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        places = torch.arange(len(groups) * group_size).view(len(groups), group_size)
-        uniform = torch.rand(self.stage.context, places.numel(), generator=generator)
-        uniform = uniform[:, shard(places).flatten()]
+        uniform = torch.rand(self.stage.context, len(groups), group_size, generator=generator)
+        uniform = shard(uniform.transpose(0, 1)).transpose(0, 1).flatten(1)
         mine = shard(groups)
         if mine:
             with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
@@ -1477,26 +1435,22 @@ class Actor:
 
     def remember(self, group):
         """What a group's solve rate changes: its environment's difficulty and best rate, and the pool."""
-        name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
-        environment, task = self.environments[name], find_task(name)
-        if self.stage.adaptive and group.level == environment["d"]:
-            environment["d"] = min(task.hardest, self.adapt(environment["d"], rate))
+        task, rate = find_task(group.problem.task), float(np.mean(group.rewards))
+        if self.stage.adaptive and group.level == self.difficulty[task.name]:
+            self.difficulty[task.name] = min(task.hardest, next_difficulty(group.level, rate))
         if group.level:
-            environment["best"][group.level] = max(environment["best"].get(group.level, 0.0), rate)
+            self.best_rates[task.name, group.level] = max(self.best(group), rate)
         if self.stage.aggregation and task.reads and rate < 1:  # replies to aggregation prompts are aggregated too
             tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
             self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
 
     def best(self, group):
         """The highest solve rate so far of this group's environment at its difficulty."""
-        return self.environments[group.problem.task]["best"].get(group.level, 0.0)
-
-    def difficulties(self):
-        return {name: environment["d"] for name, environment in self.environments.items()}
+        return self.best_rates.get((group.problem.task, group.level), 0.0)
 
     def init_difficulty(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
-        beliefs = {name: LogisticBelief() for name in self.environments}
+        beliefs = {name: LogisticBelief() for name in self.difficulty}
         for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
@@ -1506,27 +1460,20 @@ class Actor:
                 right = sum(reward > 0 for reward in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
         for name, belief in beliefs.items():
-            self.environments[name]["d"] = min(find_task(name).hardest, belief.middle())
-
-    def stop(self, groups):
-        """End a run that earns no rewards, and say what its replies look like."""
-        ended, last = np.mean([group.ended for group in groups]), groups[-1]
-        raise SystemExit(f"no rollout earned a reward in {self.dead} rounds of {', '.join(self.environments)}. "
-                         f"{ended:.0%} of the last replies ended within {self.stage.context} tokens; one of them, to "
-                         f"{last.problem.prompt!r}: {last.texts[0][:80]!r}. Reinforcement learning starts from "
-                         "successes: train sft for longer, or leave out what it cannot do yet")
+            self.difficulty[name] = min(find_task(name).hardest, belief.middle())
 
     def state_dict(self):
-        # Groups as plain dictionaries: trainer.pt is read with weights_only.
-        return {"sampler": self.sampler.state_dict(), "environments": self.environments, "version": self.version,
-                "rounds": self.rounds, "dead": self.dead, "useful": self.useful,
-                "buffer": [dataclasses.asdict(group) for group in self.buffer],
-                "pool": [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]}
+        """Everything that a round depends on; groups as plain dictionaries, as trainer.pt is read with weights_only."""
+        state = {name: getattr(self, name) for name in self.STATE}
+        state["sampler"] = self.sampler.state_dict()
+        state["buffer"] = [dataclasses.asdict(group) for group in self.buffer]
+        state["pool"] = [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]
+        return state
 
     def load_state_dict(self, state):
-        self.sampler.load_state_dict(state["sampler"])
-        for name in ("environments", "version", "rounds", "dead", "useful"):
+        for name in self.STATE:
             setattr(self, name, state[name])
+        self.sampler.load_state_dict(state["sampler"])
         self.buffer = [Group(**{**group, "problem": Problem(**group["problem"])}) for group in state["buffer"]]
         self.pool = [(Problem(**problem), tails) for problem, tails in state["pool"]]
 
@@ -1542,7 +1489,7 @@ def autocast(model, dtype):
 def rl_batches(groups, advantages, micro_batch, pad, device):
     """Groups and their advantages (P, G) -> this process' micro-batches: four or more, of at most `micro_batch` tokens.
 
-    Every process gets equally many micro-batches and rows, as FSDP2 needs it: what is missing is padding.
+    Every process gets equally many micro-batches and rows, as FSDP2 needs it.
     """
     rollouts = []
     for group, row in zip(groups, advantages.tolist()):
@@ -1550,43 +1497,33 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
             rollouts.append((group.prompt, *rollout))
     # Rows of a micro-batch are about as long as each other, so that little of it is padding.
     rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
-    processes, batches = world_size(), [[]]
-    most = max(len(rollouts) // processes // 4, 1)
-    for prompt, tokens, *rest in rollouts:
-        rows = len(batches[-1]) // processes + 1                # of each process, with this one
-        if rows > 1 and (rows > most or rows * (len(prompt) + len(tokens)) > micro_batch):
-            batches.append([])
-        batches[-1].append((prompt, tokens, *rest))
-    for batch in batches:
-        missing = -len(batch) % processes
-        batch += [(*batch[-1][:4], None)] * missing
-    return [collate(shard(batch), pad, device) for batch in batches]
+    prompt, tokens, *_ = rollouts[-1]
+    longest, processes, batches = len(prompt) + len(tokens), world_size(), []
+    rows = processes * max(1, min(len(rollouts) // processes // 4, micro_batch // longest))
+    for start in range(0, len(rollouts), rows):
+        batch = rollouts[start:start + rows]
+        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % processes)                # no advantage, no gradient
+        batches.append(collate(shard(batch), pad, device))
+    return batches
 
 
 def collate(rollouts, pad, device):
     """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `rl_step`:
     input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
-    A rollout whose advantage is None fills up a batch: its row is padding.
     """
-    R, S = len(rollouts), max(len(prompt) + len(tokens) for prompt, tokens, *_ in rollouts) - 1
-    inputs, targets, positions = torch.full((R, S), pad), torch.full((R, S), -100), torch.full((R, S), -1)
-    logps, advantages = torch.zeros(R, S), torch.zeros(R, S)
-    choices = torch.zeros(len(rollouts[0][3]), R, S, dtype=torch.long)
-    for row, (prompt, tokens, logp, choice, advantage) in enumerate(rollouts):
-        if advantage is None:
-            continue
+    rows, columns, logps, advantages = [], [], [], []
+    for prompt, tokens, logp, choice, advantage in rollouts:
         # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
-        n = len(prompt) + len(tokens) - 1
-        predicting = slice(len(prompt) - 1, n)
-        inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
-        targets[row, predicting] = torch.tensor(tokens)
-        positions[row, :n] = torch.arange(n)
-        choices[:, row, :n] = choice
-        logps[row, predicting] = logp
-        advantages[row, predicting] = advantage
-    real = targets >= 0
-    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)),
-            logps[real].to(device), advantages[real].to(device))
+        targets = torch.tensor([-100] * (len(prompt) - 1) + tokens)
+        inputs = torch.tensor(prompt + tokens)[:-1]
+        rows.append((inputs, targets, torch.arange(len(inputs)), choice.T.long()))
+        logps.append(logp)
+        advantages.append(torch.full_like(logp, advantage))
+    for column, padding in zip(zip(*rows), (pad, -100, -1, 0)):
+        columns.append(pad_sequence(column, batch_first=True, padding_value=padding).to(device))
+    inputs, targets, positions, choices = columns
+    choices = list(choices.permute(2, 0, 1).contiguous())       # (R, S, L) -> L x (R, S)
+    return inputs, targets, positions, choices, torch.cat(logps).to(device), torch.cat(advantages).to(device)
 
 
 def token_logps(model, inputs, targets, positions, routing):
@@ -1646,37 +1583,31 @@ def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtyp
     return row
 
 
-def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verifier_rewards):
+def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage> -> the state
-    (see Checkpointer).
-
-    `adapt` and `gate` can be swapped: the difficulty rule, and what has to hold before the reward model's score counts.
-    """
+    (see Checkpointer)."""
     checkpointer = Checkpointer(name, config, tokenizer, state)
-    state = checkpointer.state
+    state, measured = checkpointer.state, checkpointer.state["measured"]
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
     score, advantage, parts = verifier_rewards, maxrl_advantage, {}
     if stage.reward_model_steps:
-        parts["reward_model"] = RewardModel(model).to(device).eval()
-        score, advantage = GatedReward(parts["reward_model"], tokenizer, gate), grpo_advantage
-    actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, adapt, dtype)
+        reward_model = RewardModel(model).to(device).eval()
+        score, advantage, parts = GatedReward(reward_model, tokenizer), grpo_advantage, {"reward_model": reward_model}
+    actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, dtype)
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the
     # specialisation learned earlier.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    resumed = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers),
-                                  **parts)
+    resumed = checkpointer.resume(model, optimizers, actor=actor, balancer=balancer, **parts)
     if stage.reward_model_steps and not resumed:
-        state["judged"] = train_reward_model(parts["reward_model"], tokenizer, stage.reward_model_steps,
-                                             config.lr["sft"] / 4, config.seed)
-        print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
+        measured["judged"] = train_reward_model(reward_model, tokenizer, stage.reward_model_steps,
+                                                config.lr["sft"] / 4, config.seed)
+        print(f"{name}: the reward model agrees with {measured['judged']:.1%} of 200 held-out preferences")
     if stage.adaptive and not resumed:
         actor.init_difficulty()
-        state["start"] = actor.difficulties()
-        print(f"{name}: starts at difficulty {state['start']}")
-    log = Log(config.out, name, state["step"])
+        measured["start"] = dict(actor.difficulty)
 
     for step in range(state["step"] + 1, stage.steps + 1):
         # The sampler gets the trainer's weights every other step, and lags behind in between.
@@ -1685,10 +1616,8 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=
         # Groups of rollouts with their rewards, from the buffer or sampled now.
         begun = time.perf_counter()
         groups, generated = actor.take(step - 1)
-        sampled = time.perf_counter() - begun
         row = {"loss": 0.0, "norm": 0.0}
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        shows = step % max(1, config.log_every // 4) == 0 or step in (1, stage.steps)
         if groups:
             # A rollout's advantage over its group; short right ones get a little more.
             rewards = torch.tensor([group.rewards for group in groups])                     # (P, G)
@@ -1698,55 +1627,33 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=
                 bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
             batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
             # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
-            row = rl_step(model, optimizers, balancer, batches, rewards.numel() / world_size(),
-                          lengths.sum().item() / world_size(), config, dtype, lr, measure=shows)
-            average_over_processes(row, "loss", "masked", "flips", "kl", "kl_live")
-            checkpointer.check(row, step, [group.problem.prompt for group in groups])
-        # One row of log.csv a step; a line, rollouts and a checkpoint now and then.
+            rollouts = rewards.numel() / world_size()
+            tokens = lengths.sum().item() / world_size()
+            row = average(rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr,
+                                  measure=checkpointer.shows(step)))
         row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
-        if generated:
-            row["rollouts_per_second"] = len(generated) * stage.group_size / sampled
-        if stage.adaptive:
-            row["difficulty"] = " ".join(f"{task}={d}" for task, d in actor.difficulties().items())
-        log.add(stage=name, step=step, **row)
-        if shows:
-            print_row(name, step, stage.steps, row)
+        checkpointer.finish_step(step, row, [group.problem.prompt for group in groups])
         if step % max(1, stage.steps // 4) == 0 and generated:
-            show_rollouts(generated)
-        if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
-            checkpointer.save(step)
+            last = generated[-1]
+            print(f"    reward {last.rewards[0]:.2f} | {last.problem.prompt} -> {last.texts[0][:200]!r}")
 
-    state["end"] = actor.difficulties()
+    if stage.adaptive:
+        measured["end"] = actor.difficulty
     checkpointer.save(stage.steps, done=True)
     return state
 
 
 def rollout_metrics(generated, taken, version):
     """What the log says of the rollouts just sampled (reward … zero_groups), and of those trained on (staleness)."""
-    row, staleness = {}, [version - group.version for group in taken]
-    if taken:
-        row["staleness"] = float(np.mean(staleness))
-    rewards, lengths, ended, repeats, silent = [], [], [], [], []
+    rows = collections.defaultdict(list)
+    for group in taken:
+        rows["staleness"].append(version - group.version)
     for group in generated:
-        rewards += group.rewards
-        lengths += group.lengths()
-        ended += group.ended
-        repeats += map(repetitive, group.texts)
-        silent.append(not has_signal(group.rewards))
-    if generated:
-        row["reward"] = float(np.mean(rewards))
-        row["length"] = float(np.mean(lengths))
-        row["no_end"] = 1 - float(np.mean(ended))
-        row["repetitive"] = float(np.mean(repeats))
-        row["zero_groups"] = float(np.mean(silent))
-    return row
-
-
-def show_rollouts(groups):
-    """Print the best and the worst rollout of the last round's first and last problem."""
-    for group in (groups[0], groups[-1]):
-        for i in sorted({int(np.argmax(group.rewards)), int(np.argmin(group.rewards))}):
-            print(f"    reward {group.rewards[i]:.2f} | {group.problem.prompt} -> {group.texts[i][:200]!r}")
+        rows["reward"].append(np.mean(group.rewards))
+        rows["length"].append(np.mean(group.lengths()))
+        rows["no_end"].append(1 - np.mean(group.ended))
+        rows["zero_groups"].append(not has_signal(group.rewards))
+    return {key: float(np.mean(values)) for key, values in rows.items()}
 
 
 # ---- the behavioral stage's reward model ----------------------------------------------------------------------------
@@ -1758,9 +1665,8 @@ class RewardModel(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.backbone = copy.deepcopy(model)
-        self.head = torch.nn.Linear(model.config.hidden_size, 1)
+        self.head = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
         torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, conversations):
         ids, mask = left_padded(conversations, 0, self.head.weight.device)
@@ -1837,26 +1743,21 @@ class GatedReward:
 
 
 @torch.no_grad()
-def held_out_loss(model, sources, stage, pad, late, tokens=16384):
-    """Mean loss on held-out samples: {source: {"loss": all positions, "late": from position `late` on}}."""
+def held_out_loss(model, sources, stage, pad, tokens=16384):
+    """Mean loss on held-out samples, by source."""
     result, device = {}, model.norm.weight.device
     model.eval()
     for source in sources:
         if source.size(held_out=True) == 0:
             continue
         loader = Loader([source], stage, max(tokens, stage.context), 0, pad, held_out=True)
-        inputs, targets, positions, _ = loader.next()
-        losses = []                                             # a tensor (S,) for each of this process' rows
-        for batch in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
-            x, y, p = (part.to(device) for part in batch)
-            logits = model.logits(model.hidden_states(x, position_ids=p))
-            losses += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu()
-        losses = torch.stack(unshard(losses)[:len(inputs)])     # (rows, S), without the padding of shard_rows
-        counted = targets >= 0
-        far = counted & (positions >= late)
-        if counted.any():
-            result[source.name] = {"loss": losses[counted].mean().item(),
-                                   "late": losses[far].mean().item() if far.any() else None}
+        *batch, _ = loader.next()
+        total = 0.0
+        for inputs, targets, positions in zip(*map(torch.split, shard_rows(batch), (8, 8, 8))):
+            total += summed_loss(model, inputs.to(device), targets.to(device), positions.to(device)).item()
+        count = max(1, (batch[1] >= 0).sum().item())
+        name = source.name.encode("utf-8", "replace").decode()  # some file systems' names are no UTF-8
+        result[name] = round(sum(all_gather(total)) / count, 4)
     return result
 
 
@@ -1886,194 +1787,95 @@ def verify_replies(problems, replies):
     return np.array(rewards, float)
 
 
-def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0):
+def solve_rates(model, tokenizer, problems, samples):
     """The share of `samples` replies to each problem that are right: (problems,) array."""
-    source, rates = Checkpoint(model, tokenizer, temperature), np.zeros(len(problems))
+    source, rates = Checkpoint(model, tokenizer), np.zeros(len(problems))
     names = sorted({problem.task for problem in problems})
     # The processes share out the tasks: replies to one are about equally long, and a batch waits for its longest.
     for name in tqdm(shard(names), desc="held-out problems", leave=False, disable=None):
-        task, mine, prompts, limit = find_task(name), [], [], 160
+        mine = np.array([problem.task == name for problem in problems])
+        asked, prompts, limit = list(itertools.compress(problems, mine)), [], 160
         # A reply may be half as long again as the teacher's, and a short one longer: a search takes its time.
-        for i, problem in enumerate(problems):
-            if problem.task == name:
-                mine.append(i)
-                prompts += [problem.prompt] * samples
-                limit = max(limit, len(tokenizer.encode(task.solve(problem))) * 3 // 2 + 16)
-        replies = np.array(source(prompts, limit, seed), object).reshape(-1, samples)
-        rates[mine] = verify_replies([problems[i] for i in mine], replies).mean(1)
-    return np.array(all_reduce(*rates))
-
-
-def chance_rates(problems):
-    """What the teacher's replies to *other* problems of the same task and difficulty would earn: (problems,) array."""
-    rates = np.zeros(len(problems))
-    for i, problem in enumerate(problems):
-        task, rewards = find_task(problem.task), []
-        for other in problems:
-            alike = (other.task, other.difficulty) == (problem.task, problem.difficulty)
-            if alike and other.prompt != problem.prompt:
-                rewards.append(task.verify(problem, task.solve(other, i))[0])
-        rates[i] = sum(rewards) / max(1, len(rewards))
-    return rates
+        for problem in asked:
+            prompts += [problem.prompt] * samples
+            limit = max(limit, len(tokenizer.encode(find_task(name).solve(problem))) * 3 // 2 + 16)
+        replies = np.array(source(prompts, limit, 0), object).reshape(-1, samples)
+        rates[mine] = verify_replies(asked, replies).mean(1)
+    return sum(all_gather(rates))
 
 
 def pass_at_1(model, tokenizer, tasks, problems, samples):
-    """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over its levels.
-
-    -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
-    "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
-    """
+    """Accuracy of single samples at temperature 1 on `problems` held-out problems a task -> report.json's {"pass@1",
+    "ci95", "problems", "tasks"}."""
     # The same problems after every stage, so that stages can be compared.
     held = held_out_problems(tasks, problems if samples else 0)
-    result = {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": len(held), "tasks": {}, "tasks_ci95": {},
-              "greedy_tasks": {}, "chance": {}}
-    if held:
-        rates, greedy = solve_rates(model, tokenizer, held, samples), solve_rates(model, tokenizer, held, 1, 0.0)
-        chance = chance_rates(held)
-        result |= {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean())}
-        for i, task in enumerate(tasks):
-            its = slice(i * problems, (i + 1) * problems)
-            result["tasks"][task] = float(rates[its].mean())
-            result["tasks_ci95"][task] = interval(rates[its])
-            result["greedy_tasks"][task] = float(greedy[its].mean())
-            result["chance"][task] = float(chance[its].mean())
-    return result
+    if not held:
+        return {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}}
+    rates = solve_rates(model, tokenizer, held, samples)
+    by_task = dict(zip(tasks, rates.reshape(len(tasks), problems).mean(1).tolist()))
+    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "problems": len(held), "tasks": by_task}
 
 
-def vote(texts):
-    """The most frequent answer, letter by letter; a reply without one has no vote.  "" if none has."""
-    votes = collections.Counter()
-    for text in texts:
-        answer = split_answer(text)
-        if answer:
-            votes[answer] += 1
-    return votes.most_common(1)[0][0] if votes else ""
-
-
-def field_vote(labels, texts):
-    """The most frequent value of each label, put together; a dot, which says that a value was not found, has no vote.
-
-    >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
-    'b5c1'
-    """
-    votes, chosen = collections.Counter(), ""
-    for text in texts:
-        answer = split_answer(text) or ""
-        votes.update(answer[i:i + 2] for i in range(0, len(answer) - 1, 2))     # "b5c1" -> "b5", "c1"
-    for label in labels:
-        chosen += max((label + value for value in "0123456789"), key=votes.__getitem__)
-    return chosen
-
-
-def sample_together(model, tokenizer):
-    """-> generate(prompts, max_new_tokens, seed) for markovian_rsa.  Every process samples its share of the batches and
-    gets all; a call that was made before, as the methods' first rounds are, is not sampled again."""
-    source, known = Checkpoint(model, tokenizer, share=shard), {}
-
-    def generate(prompts, max_new_tokens, seed):
-        call = (tuple(prompts), max_new_tokens, seed)
-        if call not in known:
-            bar = functools.partial(tqdm, desc="test-time compute", total=len(prompts), leave=False, disable=None)
-            known[call] = [None] * len(prompts)
-            for part in all_gather(source(prompts, max_new_tokens, seed, progress=bar)):
-                known[call] = [old if new is None else new for old, new in zip(known[call], part)]
-        return known[call]
-
-    return generate
+def majority_rates(problems, replies):
+    """Whether each problem's most frequent answer is right, 0 or 1; a reply without an answer has no vote."""
+    right = []
+    for problem, texts in zip(problems, replies):
+        answer, _ = majority([split_answer(text) or None for text in texts])
+        right.append(find_task(problem.task).verify_answer(problem.data, answer or ""))
+    return np.array(right, float)
 
 
 def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
-    """Test-time compute on one task: Markovian RSA beside what else as many tokens can buy, as an entry of report.json.
+    """Test-time compute on one task: Markovian RSA beside what else as many tokens buy, as an entry of report.json.
 
-    Shares are of held-out problems, with 95 % intervals over them.  Votes, pass@N and the choice of a reply that says
-    of itself that it holds look at plain samples: N of them, or N (T + 1), which cost as much as T rounds.  rounds: by
-    method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
-    then, a problem.
+    Shares of held-out problems that are right, with 95 % intervals over them.  rounds: by method, the population's
+    after each round, or a vote's; tokens: what was generated until then, a problem.
     """
-    task, budget, difficulty = find_task(name), eval_spec.budget, eval_spec.tasks[name]
-    N, T = budget.population, budget.rounds
+    budget, difficulty = eval_spec.budget, eval_spec.tasks[name]
+    N, T, tail = budget.population, budget.rounds, budget.tail
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
-    prompts = [problem.prompt for problem in problems]
-    generate, longest = sample_together(model, tokenizer), {}
-    tokens, curves, scores = {}, {}, {}                         # curves[method][round], scores[key]: (problems,) arrays
-
-    def sample(method, population, subset, rounds, tail):
-        """-> the texts of all populations, an array (rounds + 1, problems, population)."""
-        results = markovian_rsa(prompts, generate, population, subset, rounds, budget.budget, tail, seed, tokenizer)
+    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
+    bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
+    generate = functools.partial(Checkpoint(model, tokenizer), progress=bar)
+    longest, rates = {}, {}                                     # rates: (problems,) arrays
+    # Population, subset, rounds, tail of Markovian RSA, two special cases, and as many plain samples as T rounds cost.
+    runs = {"markovian_rsa": (N, budget.subset, eval_spec.most_rounds, tail), "delethink": (N, 1, T, tail),
+            "full_rsa": (N, budget.subset, T, budget.budget), "vote": (N * (T + 1), 1, 0, 0)}
+    for method, (population, subset, rounds, tail) in runs.items():
+        results = markovian_rsa([problem.prompt for problem in problems], generate, population, subset, rounds,
+                                budget.budget, tail, seed, tokenizer)
         longest[method] = max(result.longest_prompt for result in results)
         texts = [[[candidate.text for candidate in some] for some in result.rounds] for result in results]
-        return np.array(texts, object).swapaxes(0, 1)
-
-    def follow(method, texts):
-        """What a method's rounds yield and cost."""
-        spent, curves[method] = [], []
-        for replies in texts:
-            spent.append(sum(count_tokens(text, tokenizer) for text in replies.flat))
-            curves[method].append(verify_replies(problems, replies).mean(1))
-        tokens[method] = (np.cumsum(spent) / len(problems)).tolist()
-        return texts
-
-    def right(answers):
-        return np.array([task.verify_answer(p.data, answer) for p, answer in zip(problems, answers)], float)
-
-    # Markovian RSA, and two special cases of it.
-    recursive = follow("markovian_rsa", sample("markovian_rsa", N, budget.subset, eval_spec.most_rounds, budget.tail))
-    follow("delethink", sample("delethink", N, 1, T, budget.tail))
-    follow("full_rsa", sample("full_rsa", N, budget.subset, T, budget.budget))
-    curves["markovian_rsa_majority"] = [right(map(vote, replies)) for replies in recursive]
-    for method in list(curves):
-        scores[method] = curves[method][T]
-
-    # As many plain samples as T rounds cost: T + 1 rounds of N, of which a vote looks at all so far.
-    plain = sample("vote", N * (T + 1), 1, 0, 0)[0]
-    follow("vote", plain.reshape(-1, T + 1, N).swapaxes(0, 1))
-    curves["vote"] = [right(map(vote, plain[:, :N * (t + 1)])) for t in range(T + 1)]
-    scores["maj@N"] = curves["vote"][0]
-    scores["maj@equal_tokens"] = curves["vote"][T]
-    rewards = verify_replies(problems, plain)
-    scores["single"] = rewards.mean(1)
-    scores["pass@N"] = rewards[:, :N].max(1)
-    scores["pass@equal_tokens"] = rewards.max(1)
-    greedy = Checkpoint(model, tokenizer, 0.0)(prompts, budget.budget, seed)
-    scores["greedy"] = verify_replies(problems, zip(greedy))[:, 0]
-    if task.self_verified("") is not None:                      # the first reply that says it holds, else the first
-        chosen = [max(texts, key=task.self_verified) for texts in plain]
-        scores["certified@equal_tokens"] = verify_replies(problems, zip(chosen))[:, 0]
-    if task.labelled:
-        labels = [[label for *_, label in problem.data["columns"]] for problem in problems]
-        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, plain))
-
-    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "population": N,
-           "subset": budget.subset, "T": T, "tail": budget.tail, "longest_prompt": longest["markovian_rsa"],
-           "longest_prompt_full_rsa": longest["full_rsa"], "generated_tokens": tokens["markovian_rsa"][T],
-           "rounds": {}, "rounds_ci95": {}, "tokens": tokens}
-    for method, rounds in curves.items():
-        row["rounds"][method] = np.mean(rounds, 1).tolist()
-        row["rounds_ci95"][method] = list(map(interval, rounds))
-    for key, rates in scores.items():
-        row[key] = float(rates.mean())
-        row[key + "_ci95"] = interval(rates)
-    return row
+        texts = np.array(texts, object).swapaxes(0, 1)          # (rounds + 1, problems, population)
+        curve = [verify_replies(problems, replies).mean(1) for replies in texts]
+        if method == "markovian_rsa":
+            rates["markovian_rsa_majority"] = majority_rates(problems, texts[T])
+        if method == "vote":                                    # it looks at N samples, then at N more, …
+            rates["single"] = curve[0]
+            curve = [majority_rates(problems, texts[0][:, :N * (t + 1)]) for t in range(T + 1)]
+            texts = texts.reshape(-1, T + 1, N).swapaxes(0, 1)
+        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in texts]
+        row["tokens"][method] = (np.cumsum(spent) / len(problems)).tolist()
+        row["rounds"][method] = np.mean(curve, 1).tolist()
+        rates["maj@equal_tokens" if method == "vote" else method] = curve[T]
+    for key, each in rates.items():
+        row[key] = float(each.mean())
+        row[key + "_ci95"] = interval(each)
+    return {**row, "generated_tokens": row["tokens"]["markovian_rsa"][T], "longest_prompt": longest["markovian_rsa"],
+            "longest_prompt_full_rsa": longest["full_rsa"]}
 
 
 def show_samples(model, tokenizer, sources, seed):
-    """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
-    rng, device, tasks = random.Random(seed), model.norm.weight.device, []
-    generator = torch.Generator().manual_seed(seed)
+    """Print how the model goes on with a held-out sample of each source: a text, or the answer to a question."""
     for source in sources:
-        if isinstance(source, TaskSource):
-            tasks += source.tasks
-        elif source.size(held_out=True):
-            ids, wanted = source.get(rng.randrange(source.size(held_out=True)), held_out=True)
-            shown = wanted.index(True) if source.is_traces and True in wanted else 24       # a chat: up to the reply
-            ids = ids[:shown][-200:]
-            text = model.generate(torch.tensor([ids], device=device), 48, 0.8, generator=generator)[0].tolist()
-            print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids):])!r}")
-    for name in rng.sample(tasks, min(2, len(tasks))):
-        problem = draw(find_task(name), f"show {seed}", 2, held_out=True)
-        answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
-        verdict = "right" if find_task(name).verify(problem, answer)[0] else "wrong"
-        print(f"    {verdict} | {problem.prompt} -> {answer!r}")
+        size = source.size(held_out=True)
+        if size == 0:
+            continue
+        ids, by_assistant = source.get(seed % size if size else seed, held_out=True)
+        start = by_assistant.index(True) if source.is_traces and True in by_assistant else 24
+        prompt = torch.tensor([ids[:start]], device=model.norm.weight.device)
+        out = model.generate(prompt, 48, 0.8, generator=torch.Generator().manual_seed(seed))[0, prompt.shape[1]:]
+        print(f"    {source.name} | {tokenizer.decode(ids[:start])[-100:]!r} -> {tokenizer.decode(out.tolist())!r}")
 
 
 # ---- checkpoints and the log ----------------------------------------------------------------------------------------
@@ -2081,27 +1883,14 @@ def show_samples(model, tokenizer, sources, seed):
 
 @contextlib.contextmanager
 def lock_folder(out):
-    """Keep other runs out of a folder until this one ends: two would delete each other's checkpoints and log.
-
-    The system holds the lock and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
-    """
-    if not is_main():                                           # the first process holds it for all
-        yield
-        return
-    with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
-                                 "--out") from None
-            print(f"{out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
-        yield
+    """Keep other runs out of a folder until this one ends, be it by kill -9: two would delete each other's files."""
+    lock = FileLock(os.path.join(out, ".lock"), timeout=0) if is_main() else contextlib.nullcontext()
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
+                         "--out") from None
 
 
 def write_text(path, text):
@@ -2111,14 +1900,12 @@ def write_text(path, text):
     os.replace(path + ".tmp", path)
 
 
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=1))
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)    # whole tensors, in the first process
 
 
 def save_checkpoint(folder, model, tokenizer, state=None):
     """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
-    # All processes gather the weights, the first one gets them whole and writes them.
-    weights = get_model_state_dict(model, options=OptimizerState.options)
+    weights = get_model_state_dict(model, options=WHOLE)        # every process takes part, the first one writes
     if is_main():
         shutil.rmtree(folder + ".new", ignore_errors=True)
         model.save_pretrained(folder + ".new", state_dict=weights)
@@ -2140,38 +1927,33 @@ def save_checkpoint(folder, model, tokenizer, state=None):
 def load_checkpoint(folder, device):
     """-> model, tokenizer, trainer state (None if it has none); None for a folder that is not there.
 
-    Puts right what a kill between the renames of `save_checkpoint` left behind.
+    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises SystemExit if it is damaged.
     """
-    if is_main():
-        if not os.path.exists(folder) and os.path.exists(folder + ".old"):
-            os.rename(folder + ".old", folder)
-        for leftover in (folder + ".new", folder + ".old"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    if is_main() and not os.path.exists(folder) and os.path.exists(folder + ".old"):
+        os.rename(folder + ".old", folder)
     barrier()
     if not os.path.exists(folder):
         return None
-    with explained(f"{folder} is damaged", ValueError):
-        model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
+    path, state = os.path.join(folder, "trainer.pt"), None
+    try:
+        model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
+        tokenizer = Tokenizer.from_pretrained(folder)
+        if os.path.exists(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"step", "seconds", "settings", "parts"} <= state.keys():
+                raise ValueError("no run of this program wrote trainer.pt")
+    except Exception as error:                                  # damage has many kinds
+        raise SystemExit(f"{folder} is damaged: {type(error).__name__} {' '.join(str(error).split())[:150]}") from None
     # The weights move out of the mapped file into aligned memory, else a resumed run may round differently.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    path, state = os.path.join(folder, "trainer.pt"), None
-    if os.path.exists(path):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:150] or type(error).__name__
-            raise SystemExit(f"{path} is damaged: {reason}") from None
-        if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
-            raise SystemExit(f"{path} was not written by a run of this program")
     return model, tokenizer, state
 
 
 class Log:
     """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
     COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
-               "reward", "length", "no_end", "repetitive", "zero_groups", "staleness", "masked", "flips", "kl",
-               "kl_live", "rollouts_per_second", "difficulty"]
+               "reward", "length", "no_end", "zero_groups", "staleness", "masked", "flips", "kl", "kl_live"]
 
     def __init__(self, out, stage, step):
         path = os.path.join(out, "log.csv") if is_main() else os.devnull
@@ -2200,14 +1982,12 @@ def read_log(out):
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if None not in row.values()]
-        if not {"stage", "step"} <= {*(reader.fieldnames or Log.COLUMNS)} <= {*Log.COLUMNS}:
-            raise ValueError("it has other columns")
         for row in rows:
-            STAGES.index(row["stage"])
-            for key in row.keys() - {"stage", "difficulty"}:
-                float(row[key] or 0)
-    except (ValueError, TypeError, csv.Error) as error:
-        raise SystemExit(f"{path} is damaged: {error}") from None
+            STAGES.index(row["stage"]), int(row["step"]), float(row["loss"]), float(row["reward"] or 0)
+        if reader.fieldnames != Log.COLUMNS:
+            raise ValueError("it has other columns")
+    except (LookupError, TypeError, ValueError, csv.Error) as error:
+        raise SystemExit(f"{path} is damaged: {error}; delete it, or put it right") from None
     return rows
 
 
@@ -2219,27 +1999,20 @@ def read_log(out):
 
 
 def world_size():
-    """How many processes there are: 1 without torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
     """Whether this is the process that writes files."""
-    return rank() == 0
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def shard(items):
     """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
-    return items[rank()::world_size()]
+    return items[dist.get_rank()::world_size()] if world_size() > 1 else items
 
 
 def all_gather(value):
-    """The values of all processes, in a list."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -2255,18 +2028,14 @@ def unshard(part):
     return whole
 
 
-def all_reduce(*numbers):
-    """Numbers, each summed over the processes."""
-    if world_size() == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
+def average(row):
+    """A row of the log, each of its numbers averaged over the processes."""
+    rows = all_gather(row)
+    return {key: sum(other[key] for other in rows) / len(rows) for key in row}
 
 
 def barrier():
-    """Wait until all processes are here."""
-    all_reduce(0)
+    all_gather(None)
 
 
 def shard_model(model, size=0):
@@ -2277,70 +2046,24 @@ def shard_model(model, size=0):
     """
     if world_size() == 1:
         return model
-    device, copies = next(model.parameters()).device.type, world_size() // (size or world_size())
-    if copies == 1:
-        mesh = dist.init_device_mesh(device, (world_size(),), mesh_dim_names=("shard",))
-    else:
-        mesh = dist.init_device_mesh(device, (copies, size), mesh_dim_names=("replicate", "shard"))
+    device, size = model.norm.weight.device.type, size or world_size()
+    mesh = dist.init_device_mesh(device, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
     # A layer's router state is a view, which FSDP2 warns about: an operation in place would lose its gradient.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for module in model.modules():
-        if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "hidden_states")
     return model
-
-
-def whole_weights(model):
-    """The state dict of a model, sharded or not, with whole tensors: every process takes part and gets all of them."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
 def shard_rows(batch):
     """This process' rows of input_ids, targets, position_ids (rows, S).  Rows of padding are added until all processes
     have equally many, since FSDP2 wants every process to take part in every forward pass."""
     missing = -len(batch[0]) % world_size()
-    return [shard(F.pad(part, (0, 0, 0, missing), value=padding)) for part, padding in zip(batch, (0, -100, -1))]
-
-
-class OptimizerState:
-    """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
-    processes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-    def __init__(self, model, optimizers):
-        # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
-        self.model, self.optimizers = model, [o for o in optimizers if o.defaults.get("momentum") != 0]
-
-    def state_dict(self):
-        """Whole in the first process, empty in the others."""
-        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
-            self.model.reshard()
-        return get_optimizer_state_dict(self.model, self.optimizers, options=self.options)
-
-    def load_state_dict(self, state):
-        set_optimizer_state_dict(self.model, self.optimizers, state, options=self.options)
-
-
-def exit_on_sigterm(say):
-    """torchrun sends SIGTERM when another process has ended.  A thread waits for it, as the main thread may be waiting
-    for a message that will never come."""
-    reader, writer = os.pipe()
-
-    def wait():
-        while os.read(reader, 1)[0] != signal.SIGTERM:
-            pass
-        try:
-            say("stopped, because another process of this run ended (torchrun says which); the same command goes on "
-                "from the last checkpoint")
-        finally:
-            os._exit(1)
-
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
-    signal.set_wakeup_fd(writer)
-    threading.Thread(target=wait, daemon=True).start()
+    rows = []
+    for part, padding in zip(batch, (0, -100, -1)):
+        rows.append(shard(F.pad(part, (0, 0, 0, missing), value=padding)))
+    return rows
 
 
 @contextlib.contextmanager
@@ -2351,59 +2074,67 @@ def process_group():
         yield
         return
     store, number, processes = next(dist.rendezvous("env://"))
+    ended = "stopped, because another process of this run ended (torchrun says which); the same command goes on from " \
+        "the last checkpoint"
 
-    def say(message):
-        if store.add("said", 1) == 1:
+    def stop(message):
+        if store.add("stopped", 1) == 1:
             print(message, file=sys.__stderr__, flush=True)
+        os._exit(1)                                             # without waiting for those that are no more
 
-    exit_on_sigterm(say)
+    signal.signal(signal.SIGTERM, lambda *_: stop(ended))       # torchrun's, when another process has ended
     if number:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    gpu = torch.cuda.is_available()
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # The first process may tokenise a file for long while the others wait; an end is noticed by torchrun, not by this.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
-                            timeout=datetime.timedelta(hours=4))
+    # The first process may tokenise a file for long while the others wait.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number,
+                            world_size=processes, timeout=datetime.timedelta(hours=4))
     try:
         yield
-    except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, str):
-            say(error.code)
-            raise SystemExit(1) from None
-        if number or not isinstance(error, SystemExit):
-            time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
-            sys.stderr = sys.__stderr__
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            stop(error.code)
         raise
+    except BaseException as error:
+        lost = re.search("gloo|NCCL", str(error))               # the other end of a connection is gone
+        stop(ended if lost else traceback.format_exc())
     dist.destroy_process_group()
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def first_characters(path, skip_bad_lines, most=4_000_000):
-    """The text that a file begins with; of chats what is said, a message a line."""
-    if file_kind(path) == "txt":
-        pieces = read_text(path)
-    else:
-        pieces = (message["content"] + "\n" for messages in read_jsonl(path, skip_bad_lines) for message in messages)
-    text = io.StringIO()
-    for piece in pieces:
-        text.write(piece)
-        if text.tell() >= most:
-            break
-    if not text.getvalue().strip():
-        raise SystemExit(f"{path} has no text")
-    return text.getvalue()[:most]
+def choose_device(config):
+    """-> device, dtype.  Raises SystemExit for what this machine does not have."""
+    check_choice("--dtype", config.dtype, ["auto", "float32", "bfloat16"])
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device, dtype = config.device, config.dtype
+    if device == "auto":
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise SystemExit(f"--device {device}: this PyTorch sees no such GPU; use --device cpu, or another build")
+    if config.shard and world_size() % config.shard:
+        raise SystemExit(f"--shard {config.shard}: the {world_size()} processes are no multiple of it")
+    if dtype == "auto":                                         # bfloat16 where it is known to be faster
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype)
 
 
 def make_tokenizer(config, vocab_size):
     """A new run's tokenizer, trained on the data (digits stay single).  Every checkpoint keeps it."""
-    texts = [first_characters(path, config.skip_bad_lines) for path in config.data]
+    texts = []
+    for path in config.data:                                    # a beginning is enough: 4 MB, or a thousand rows
+        if file_kind(path) == "txt":
+            texts += itertools.islice(read_text(path), 4)
+        else:
+            for messages in itertools.islice(read_jsonl(path, config.skip_bad_lines), 1000):
+                texts += [message["content"] for message in messages]
     texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
+    bar = functools.partial(tqdm, desc="learning tokens", leave=False, disable=None)
     try:
-        return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size,
-                               functools.partial(tqdm, desc="learning tokens", leave=False, disable=None))
+        return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size, bar)
     except ValueError as error:
         raise SystemExit(f"--vocab-size: {error}") from None
 
@@ -2436,41 +2167,41 @@ def check_same_run(folder, name, model, state, config, shape):
                              f"value, take another --out, or delete {folder}")
 
 
-def open_stage(name, stages, config, shape, device):
+def open_stage(name, before, config, shape, device):
     """Where a stage goes on: its own checkpoint if it was begun, else the end of the stage before, else new weights
     -> model, tokenizer, trainer state (None: not begun)."""
-    before = stages[stages.index(name) - 1]
     for origin in (name, before):
         folder = os.path.join(config.out, origin)
         found = load_checkpoint(folder, device)
         if found:
             model, tokenizer, state = found
-            if origin != name and not (state and state.get("done")):
-                raise SystemExit(f"{before} in {config.out} is not finished: run --stages {before} first")
             check_same_run(folder, origin, model, state, config, shape)
-            return model, tokenizer, state if origin == name else None
+            if origin == name:
+                return found
+            if state["done"]:
+                return model, tokenizer, None
         if name == STAGES[0]:
             tokenizer = make_tokenizer(config, shape.get("vocab_size"))
-            model = new_model(config, shape, tokenizer).to(device)
-            print(f"the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}, "
-                  "or up to half a nat above it: random logits have a variance near 1")
-            return model, tokenizer, None
-    raise SystemExit(f"{name} goes on from {before}, but that is not in {config.out}: run --stages {before} first")
+            return new_model(config, shape, tokenizer).to(device), tokenizer, None
+    raise SystemExit(f"{name} goes on from the end of {before}, which {config.out} does not have: run --stages "
+                     f"{before} first")
 
 
-def finish_stage(name, stages, config, shape, report, device, dtype):
-    """Train one stage to its end from wherever it stands, and measure it once -> model, tokenizer."""
-    model, tokenizer, state = open_stage(name, stages, config, shape, device)
+def finish_stage(name, before, config, shape, report, device, dtype):
+    """Train one stage to its end from wherever it stands, and measure it once."""
+    model, tokenizer, state = open_stage(name, before, config, shape, device)
     counts = model.parameter_counts()
     report["params"] = {"total": counts["total"], "active": counts["active"]}
-    if name == STAGES[0]:
-        print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without the "
-              f"embedding), vocabulary {tokenizer.vocab_size}")
-    if not (state and state.get("done")):
-        # What an older run in this folder measured from this stage on was measured on other weights.
-        for later in [*STAGES[STAGES.index(name):], "evaluate"]:
-            report["stages"].pop(later, None)
-            report["seconds"].pop(later, None)
+    if not (state and state["done"]):
+        print(f"{name}: {counts['total']:,} parameters, {counts['active']:,} active per token (without the embedding), "
+              f"vocabulary {tokenizer.vocab_size}")
+        for later in STAGES[STAGES.index(name) + 1:]:
+            if os.path.exists(os.path.join(config.out, later)):
+                raise SystemExit(f"{name} is still to be trained, but {os.path.join(config.out, later)} was made from "
+                                 "another one: delete it, or take another --out")
+        # What an older run in this folder measured was measured on other weights.
+        report["stages"].pop(name, None)
+        report["seconds"].pop("evaluate", None)
         report["ttc"].clear()
         stage = stage_settings(config, name)
         train = rl_stage if isinstance(stage, RLStage) else supervised_stage
@@ -2479,171 +2210,104 @@ def finish_stage(name, stages, config, shape, report, device, dtype):
             model, tokenizer, _ = load_checkpoint(os.path.join(config.out, name), device)
     # A checkpoint is on disk before anything is measured; a run killed in between is measured when it goes on.
     if name in report["stages"]:
-        print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
-    else:
-        measure_stage(name, config, model, tokenizer, state, report)
-    return model, tokenizer
-
-
-def measure_stage(name, config, model, tokenizer, state, report):
-    """Ask a finished stage's model held-out problems; the results go into the report and are printed."""
+        print(f"{name}: done before")
+        return
     result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
-    result |= {key: state[key] for key in ("start", "end", "judged") if key in state}
-    result["loss"], losses = {}, []
-    for source, after in state.get("after", {}).items():
-        before = state["before"][source]
-        result["loss"][source] = {"before": before["loss"], "after": after["loss"], "late_before": before["late"],
-                                  "late_after": after["late"]}
-        losses.append(f"{source} {before['loss']:.2f} -> {after['loss']:.2f}")
-    report["stages"][name], report["seconds"][name] = result, state["seconds"]
+    report["stages"][name] = {**result, **state["measured"]}
+    report["seconds"][name] = state["seconds"]
     write_report(config.out, report)
-    said = [f"{name}: {state['seconds']:.0f} s"]
-    if losses:
-        said.append("held-out loss " + ", ".join(losses))
-    said.append("pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}], greedy {greedy:.3f}, on {problems} held-out "
-                "problems".format(**result))
-    print(" | ".join(said))
+    solved = "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
+    print(f"{name}: {state['seconds']:.0f} s | {state['measured']} | {solved}")
 
 
 def run_evaluation(config, report, tasks, device):
     """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
-    eval_spec, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
+    eval_spec = PRESETS[config.preset]["evaluate"]
+    final = load_checkpoint(os.path.join(config.out, "final"), device)
     if not (final and report["stages"]):
         raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
                          "first")
     model, tokenizer, _ = final
-    done = [(row["task"], row["difficulty"]) for row in report["ttc"]]
-    for name in tasks:
-        if (name, eval_spec.tasks[name]) in done:
-            continue
-        begun = time.perf_counter()
-        row = evaluate_ttc(model, tokenizer, name, eval_spec, config.seed)
-        seconds = time.perf_counter() - begun
-        report["ttc"].append(row)
-        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + seconds
+    done = [row["task"] for row in report["ttc"]]
+    todo = [name for name in tasks if name not in done]
+    # As many tasks at a time as there are processes.
+    for start in range(0, len(todo), world_size()):
+        begun, rows = time.perf_counter(), []
+        for name in shard(todo[start:start + world_size()]):
+            rows.append(evaluate_ttc(model, tokenizer, name, eval_spec, config.seed))
+        rows = unshard(rows)
+        report["ttc"] += rows
+        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
         write_report(config.out, report)
-        print("evaluate: {task} at {difficulty} | single {single:.3f}, vote at equal tokens {maj@equal_tokens:.3f}, "
-              "Markovian RSA {markovian_rsa:.3f} [{markovian_rsa_ci95[0]:.3f}, {markovian_rsa_ci95[1]:.3f}], full RSA "
-              "{full_rsa:.3f} | ".format(**row) + f"{seconds:.0f} s")
+        for row in rows:
+            print(f"evaluate: {ttc_line(row)}")
 
 
 def read_report(config):
-    """report.json of this run so far; one that no run of this program wrote ends the program."""
+    """report.json of this run so far.  Raises SystemExit if another run or no run of this program wrote it."""
     path = os.path.join(config.out, "report.json")
     if not os.path.exists(path):
         return {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
-    with explained("stopped", ValueError):
-        report = read_json(path)
     try:
+        report = read_json(path)
         report_table(report)                                    # a report of this program can be shown
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise SystemExit(f"{path} is no report of this program, or a part of one (without it finished stages are "
-                         "measured again)") from None
-    if config.stages == "evaluate" and (report["preset"], report["seed"]) != (config.preset, config.seed):
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} is damaged, or no report of this program ({error}): put it back, or delete it, then "
+                         "finished stages are measured again") from None
+    if (report["preset"], report["seed"]) != (config.preset, config.seed):
         raise SystemExit(f"{config.out} was made with --preset {report['preset']} --seed {report['seed']}: say so "
-                         "again")
-    return {**report, "preset": config.preset, "seed": config.seed}
+                         "again, or take another --out")
+    return report
+
+
+def ttc_line(row):
+    return ("{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: majority "
+            "{maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA "
+            "{markovian_rsa:.2f} [{markovian_rsa_ci95[0]:.2f}, {markovian_rsa_ci95[1]:.2f}]").format(**row)
 
 
 def report_table(report):
-    """report.md: pass@1 by task, a column a stage; then test-time compute, a line a task."""
-    stages = sorted(report["stages"], key=STAGES.index)
-    tasks = report["stages"][stages[-1]]["chance"]
-    rl_tasks = [task for task in REASONING if task in tasks]
-    columns = [["task", "---", *tasks, "mean of the RL stages' tasks", "**all**", "95 % interval", "greedy"],
-               ["chance", "---", *map("{:.2f}".format, tasks.values()), "", "", "", ""]]
-    for name in stages:
+    """report.md: held-out pass@1 at temperature 1, a line a stage; then test-time compute, a line a task."""
+    text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token".format(**report)
+    text += "\n\n| after | held-out pass@1 | 95 % interval | by task |\n|---|---|---|---|\n"
+    for name in sorted(report["stages"], key=STAGES.index):
         result = report["stages"][name]
-        solved = {task: result["tasks"].get(task, 0.0) for task in tasks}
-        mean = sum(map(solved.get, rl_tasks)) / max(1, len(rl_tasks))
-        columns.append([name, "---", *map("{:.2f}".format, solved.values()), f"{mean:.3f}",
-                        "**{pass@1:.3f}**".format(**result), "{:.3f}-{:.3f}".format(*result["ci95"]),
-                        f"{result['greedy']:.3f}"])
-    text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token\n\n" \
-        "Held-out pass@1 at temperature 1 (chance: the teacher's answer to another problem):\n\n".format(**report)
-    for row in zip(*columns):
-        text += f"| {' | '.join(row)} |\n"
+        tasks = ", ".join(f"{task} {rate:.2f}" for task, rate in result["tasks"].items())
+        text += "| {} | {pass@1:.3f} | {ci95[0]:.3f}-{ci95[1]:.3f} | {} |\n".format(name, tasks, **result)
     for row in report["ttc"]:
-        text += "\n{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: " \
-            "majority {maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA " \
-            "{markovian_rsa:.2f} [{markovian_rsa_ci95[0]:.2f}, {markovian_rsa_ci95[1]:.2f}], its majority " \
-            "{markovian_rsa_majority:.2f}\n".format(**row)
+        text += f"\n{ttc_line(row)}\n"
     return text
 
 
 def write_report(out, report):
     """report.json for programs; report.md, report.png and loss.png for people."""
-    if is_main():
-        write_json(os.path.join(out, "report.json"), report)
-        write_text(os.path.join(out, "report.md"), report_table(report))
-        for name, figure in (("report.png", draw_report(report)), ("loss.png", draw_log(read_log(out)))):
-            path = os.path.join(out, name)
-            figure.savefig(path + ".tmp", format="png", dpi=110)
-            os.replace(path + ".tmp", path)
+    if not is_main():
+        return
+    write_json(os.path.join(out, "report.json"), report)
+    write_text(os.path.join(out, "report.md"), report_table(report))
+    solved, losses = collections.defaultdict(dict), collections.defaultdict(dict)
+    for stage in sorted(report["stages"], key=STAGES.index):
+        for task, rate in report["stages"][stage]["tasks"].items():
+            solved[task][stage] = rate
+    for number, row in enumerate(read_log(out), 1):
+        if row["stage"] in STAGES[:3]:
+            losses[row["stage"]][number] = float(row["loss"])
+    draw_curves(os.path.join(out, "report.png"), solved, "after", "held-out pass@1 at temperature 1")
+    draw_curves(os.path.join(out, "loss.png"), losses, "step", "training loss (nats a token)")
 
 
-def draw_report(report):
-    """report.png: what each stage solves of each task, and what chance would."""
-    from matplotlib import colormaps
+def draw_curves(path, curves, xlabel, ylabel):
+    """A picture of {label: {x: y}}."""
     from matplotlib.figure import Figure
-    stages = sorted(report["stages"], key=STAGES.index)
-    chance = report["stages"][stages[-1]]["chance"]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axis, width, places = figure.subplots(), 0.8 / len(stages), np.arange(len(chance))
-    for i, stage in enumerate(stages):
-        solved = [report["stages"][stage]["tasks"].get(task, 0) for task in chance]
-        axis.bar(places - 0.4 + (i + 0.5) * width, solved, width, label=f"after {stage}",
-                 color=colormaps["viridis"](i / len(stages)))
-    axis.hlines(list(chance.values()), places - 0.45, places + 0.45, "black", "dotted", label="chance")
-    axis.set_xticks(places, list(chance), rotation=20)
-    axis.set(ylim=(0, 1.05), ylabel="pass@1", title="Held-out problems solved, one sample at temperature 1")
-    figure.legend(loc="outside right center")
-    return figure
-
-
-def draw_log(rows):
-    """loss.png: the loss over the steps of the supervised stages and, if there are any, the reward over those of RL."""
-    from matplotlib.figure import Figure
-    panels = [("loss", "training loss (nats a token)", STAGES[:3])]
-    if any(row["reward"] for row in rows):
-        panels.append(("reward", "mean reward", STAGES[3:]))
-    figure = Figure(figsize=(9, 3.5 * len(panels)), layout="constrained")
-    for axis, (column, label, stages) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        start = 0
-        for stage in stages:
-            seen = [row for row in rows if row["stage"] == stage and row[column]]
-            values = np.array([float(row[column]) for row in seen])
-            steps = start + np.array([int(row["step"]) for row in seen])
-            if seen:                                            # the running mean, and pale behind it each step
-                width = min(15, 2 * (len(values) // 8) + 1)
-                smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
-                line, = axis.plot(steps, smooth, label=stage)
-                axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
-                start = steps[-1]
-        axis.set(xlabel="step", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    return figure
-
-
-def check_files(config):
-    """The files of --data can be read."""
-    for path in config.data:
-        if not os.path.isfile(path):
-            raise SystemExit(f"--data {path}: no such file")
-        if file_kind(path) is None:
-            raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
-                             "convert it")
-    if len(set(config.data)) < len(config.data):
-        raise SystemExit("--data names a file twice")
-
-
-def save_final(config, last, model, tokenizer):
-    """final/ is the last stage there is: one before it that was only measured again leaves it alone."""
-    for later in STAGES[STAGES.index(last) + 1:]:
-        if os.path.exists(os.path.join(config.out, later)):
-            return
-    save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, points in curves.items():
+        axis.plot(list(points), list(points.values()), ".-", linewidth=0.8, markersize=3, label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if curves:
+        figure.legend(loc="outside right center")
+    figure.savefig(path + ".tmp", format="png", dpi=110)
+    os.replace(path + ".tmp", path)
 
 
 @explained("stopped", (OSError, SafetensorError))               # what the system refuses ends in one sentence
@@ -2651,32 +2315,30 @@ def main(arguments=None):
     """The command line: the stages that were asked for, one after the other, a report after each, then evaluation."""
     begun = time.perf_counter()
     config, shape = parse_arguments(arguments)
-    check_files(config)
-    device, dtype, why = choose_device(config)
-    print(why)
+    for path in config.data:
+        if file_kind(path) is None:
+            raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
+                             "convert it")
+    device, dtype = choose_device(config)
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print(f"device {device}, {dtype}, {torch.get_num_threads()} threads{processes}")
     print("settings: " + ", ".join(f"{name}={value}" for name, value in vars(config).items()))
-    # An RL stage is left out if --tasks has nothing for it.
+    asked, tasks = config.stages.split(","), []
     stages = [name for name in STAGES if getattr(stage_settings(config, name), "tasks", True)]
-    wanted, evaluated = [], []
-    for name in sorted(config.stages.split(","), key=[*STAGES, "evaluate"].index):
-        if name == "evaluate":
-            evaluated = [task for task in PRESETS[config.preset]["evaluate"].tasks if task in task_names(config.tasks)]
-        elif name in stages:
-            wanted.append(name)
-        else:
-            print(f"{name} is left out: --tasks {config.tasks} has none of what it asks, "
-                  + ", ".join(PRESETS[config.preset]["stages"][name].tasks))
-    if not (wanted or evaluated):
+    for name in set(asked) - {*stages, "evaluate"}:
+        print(f"{name} is left out: --tasks {config.tasks} has nothing for it")
+    if "evaluate" in asked:
+        tasks = [task for task in PRESETS[config.preset]["evaluate"].tasks if task in task_names(config.tasks)]
+    if not (tasks or set(asked) & set(stages)):
         raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
     os.makedirs(config.out, exist_ok=True)
     with lock_folder(config.out):
         report = read_report(config)
-        for name in wanted:
-            model, tokenizer = finish_stage(name, stages, config, shape, report, device, dtype)
-        if wanted:
-            save_final(config, name, model, tokenizer)
-        if evaluated:
-            run_evaluation(config, report, evaluated, device)
+        for before, name in zip([None, *stages], stages):
+            if name in asked:
+                finish_stage(name, before, config, shape, report, device, dtype)
+        if tasks:
+            run_evaluation(config, report, tasks, device)
     print("\n" + report_table(report))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
           "report.md, report.png, report.json, loss.png, log.csv", flush=True)

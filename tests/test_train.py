@@ -564,10 +564,11 @@ def test_a_checkpoint_survives_a_kill_between_its_renames(tmp_path):
     (tmp_path / "stage.new").mkdir()
     loaded, tokenizer, state = train.load_checkpoint(folder, "cpu")
     assert state == saved and tokenizer.vocab_size == BYTES.vocab_size
-    assert [p.name for p in tmp_path.iterdir()] == ["stage"]
     for a, b in zip(model.state_dict().values(), loaded.state_dict().values()):
         assert torch.equal(a, b)
     assert train.load_checkpoint(str(tmp_path / "nothing"), "cpu") is None
+    train.save_checkpoint(folder, model, BYTES, saved)
+    assert [p.name for p in tmp_path.iterdir()] == ["stage"]
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
@@ -606,14 +607,6 @@ def test_the_log_forgets_what_will_be_trained_again(tmp_path):
     assert [(row["step"], row["loss"]) for row in train.read_log(str(tmp_path))] == [("1", "1"), ("2", "2"), ("3", "7")]
 
 
-def test_replies_go_through_the_chat_form():
-    model = tiny_model()
-    texts = train.reply(model, BYTES, ["1+1", "sort 321 and more"], 8, seed=3)
-    assert len(texts) == 2 and texts == train.reply(model, BYTES, ["1+1", "sort 321 and more"], 8, seed=3)
-    result = train.pass_at_1(model, BYTES, ["add", "sort"], problems=3, samples=2)
-    assert result["problems"] == 6 and set(result["tasks"]) == {"add", "sort"} and 0 <= result["pass@1"] <= 1
-
-
 def test_pass_at_1_counts_right_answers(monkeypatch):
     """A source that adds like the teacher and says nothing else."""
     solved = {}
@@ -624,8 +617,7 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
             solved[problem.prompt] = TASKS["add"].solve(problem)
     monkeypatch.setattr(train, "Checkpoint", lambda *_: lambda prompts, *_: [solved.get(p, "no") for p in prompts])
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
-    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == result["greedy"] == 0.5
-    assert all(chance < 0.4 for chance in result["chance"].values())
+    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5 and result["problems"] == 18
     low, high = result["ci95"]
     assert low < 0.5 < high and 0.4 < high - low < 0.6
     assert train.pass_at_1(None, BYTES, ["add"], problems=9, samples=0)["problems"] == 0
@@ -634,10 +626,10 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
 # ---- test-time compute ----------------------------------------------------------------------------------------------
 
 def test_votes_count_answers_and_never_their_absence():
-    texts = ["no form", "<think>", "<think></think>", *(f"<think>x</think>{a}" for a in ("b5c1", "b2c1", "b5c1"))]
-    assert train.vote(texts) == "b5c1" and train.vote(texts[:3]) == train.vote([]) == ""
-    texts = [f"<think></think>{answer}" for answer in ("b5c.", "b5c1", "b.c1", "b.c2", "b.c.", "b", "")]
-    assert train.field_vote("bc", texts) == "b5c1"
+    problem = train.Problem("add", 1, "47+85", {"a": 47, "b": 85})
+    none = ["no form", "<think>", "<think></think>"]
+    replies = [none * 2 + ["<think>x</think>132"], none, ["<think></think>131"] * 2 + ["<think></think>132"]]
+    assert train.majority_rates([problem] * 3, replies).tolist() == [1, 0, 0]
 
 
 def test_replies_that_say_they_hold():
@@ -680,10 +672,8 @@ def test_test_time_compute_by_hand(monkeypatch):
     parrot = Parrot()
     monkeypatch.setattr(train, "Checkpoint", lambda *_, **__: parrot)
     row = train.evaluate_ttc(None, BYTES, "find", eval_spec)
-    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.4
-    assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
-    assert row["maj@N"] == row["maj@equal_tokens"] == 0         # twelve of sixteen say that they found nothing
-    assert row["field_vote@equal_tokens"] == 1                  # … and a dot has no vote
+    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25
+    assert row["maj@equal_tokens"] == 0                         # twelve of sixteen say that they found nothing
     curve = row["rounds"]["markovian_rsa"]
     assert curve[0] == 0.25 and 0.25 < curve[1] < curve[2] and row["markovian_rsa"] == curve[1]
     assert row["delethink"] < row["markovian_rsa"] == row["full_rsa"]           # one tail shows less than two
@@ -691,7 +681,7 @@ def test_test_time_compute_by_hand(monkeypatch):
     assert row["longest_prompt"] < row["longest_prompt_full_rsa"] > 80          # full RSA carries all of `far far …`
     assert row["tokens"]["vote"][1] == pytest.approx(2 * row["tokens"]["vote"][0]) and \
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
-    for key in ("single", "maj@N", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
+    for key in ("single", "maj@equal_tokens", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    # The methods' first populations are one; two rounds, one of Delethink and one of full RSA; plain samples; greedy.
-    assert [size for size, _ in parrot.calls] == [5 * 8] + [5 * 8] * 4 + [5 * 16, 5]
+    # Markovian RSA's three rounds, two of Delethink and of full RSA, and as many plain samples as two rounds.
+    assert [size for size, _ in parrot.calls] == [5 * 8] * 7 + [5 * 16]

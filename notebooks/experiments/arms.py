@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from zaya import PIDBalancer, ZayaConfig  # noqa: E402
+from zaya import PIDBalancer, ZayaConfig, write_json  # noqa: E402
 
 RESULTS = os.path.join(ROOT, "notebooks", "results")
 # The 97.5 % quantile of Student's t by the number of seeds; from 9 seeds on 2.306, which is a little too wide.
@@ -78,7 +78,7 @@ class Seed:
         self.arms[name] = row
         self.result.update(beside)
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        train.write_json(self.path, self.result)                # to a temporary name, then renamed
+        write_json(self.path, self.result)                      # to a temporary name, then renamed
 
 
 class Setting(NamedTuple):
@@ -119,8 +119,7 @@ def pretrain(model, setting, **more):
 def held_out(model, setting):
     """{source: loss in nats a token} on held-out English, code and problems."""
     _, stage, tokenizer, sources, _ = setting
-    rows = train.held_out_loss(model, sources, stage, tokenizer.pad, stage.context)
-    return {source: row["loss"] for source, row in rows.items()}
+    return train.held_out_loss(model, sources, stage, tokenizer.pad)
 
 
 def of(*keys):

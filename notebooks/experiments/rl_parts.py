@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from arms import train
 
+import rsa
 from zaya import PIDBalancer, Tokenizer
 
 TASKS, LEVELS = ("find", "falsify"), (1, 2, 3)
@@ -121,7 +122,7 @@ def right(model, problems, samples=4):
 
 def right_replies(model, problems, samples=4):
     many, found = np.repeat(problems, samples), []
-    texts = train.reply(model, TOKENIZER, [problem.prompt for problem in many], RL.context, 0)
+    texts = rsa.reply(model, TOKENIZER, [problem.prompt for problem in many], RL.context, 0)
     for problem, text in zip(many, texts):
         if train.find_task(problem.task).verify(problem, text)[0]:
             found.append(text)

@@ -15,6 +15,8 @@ import numpy as np
 from arms import train
 from rl_parts import SHAPE, TOKENIZER, settings
 
+import rsa
+
 BINS = (16, 32, 48, 64, 80, 104)            # tokens of the teacher's conversation
 
 
@@ -118,7 +120,7 @@ def score(model, plan):
     lengths, rows = np.array([tokens(conversation(p)) for p in problems]), []
     for start in range(0, len(problems), 128):
         part = problems[start:start + 128]
-        texts = train.reply(model, TOKENIZER, [p.prompt for p in part], 160, 0, temperature=0.0)
+        texts = rsa.reply(model, TOKENIZER, [p.prompt for p in part], 160, 0, temperature=0.0)
         for problem, text in zip(part, texts):
             right, answered = train.find_task(problem.task).verify(problem, text)
             size = tokens(conversation(problem, text))
