@@ -26,12 +26,13 @@ import datetime
 import difflib
 import errno
 import functools
+import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import random
@@ -174,81 +175,80 @@ PRESETS = {
 }
 
 
-def option(default, help, group, least=None, most=2**31 - 1, number=None):
-    """A field of TrainConfig with its help and bounds; number: the type of a setting that has one value a stage."""
-    default = dict(default_factory=list) if default == [] else dict(default=default)
-    return field(**default, metadata=dict(help=help, group=group, least=least, most=most, number=number))
+# A run that goes on may change these; it must keep all other settings.
+CHANGEABLE = ("stages", "out", "device", "shard", "no_compile", "skip_bad_lines", "log_every", "save_every",
+              "eval_problems", "eval_samples")
 
 
-RUN = "run (a run that goes on may change these, and must keep all others)"
+def option(default, help, least=None, most=2**31 - 1):
+    """A field of TrainConfig, with its help and its bounds if it is a number."""
+    return field(default=default, metadata=dict(help=help, least=least, most=most))
 
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run, checked and complete once it is made: a None becomes what the preset says.
+    """Every setting of a run: the command line is built from these fields.  Raises SystemExit for what cannot be.
 
-    The command line is built from these fields.  Raises SystemExit.
+    A None becomes what the preset says.  steps, context and lr are given as texts and become {stage: number}.
     """
-    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths", "recipe")
-    seed: int = option(0, "of the weights, the data order and the sampled answers", "recipe", 0, 2**63 - 1)
-    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "recipe")
-    data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
-    tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
-    tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data")
-    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", 1, number=int)
-    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", 2, number=int)
-    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", "training", 0, 10, float)
-    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", 1)
-    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", 1)
-    groups: int = option(None, "prompts in one step of reinforcement learning", "training", 1)
-    group_size: int = option(None, "rollouts of one prompt", "training", 2)
-    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training", 0, 10)
-    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", "training", 0, 1e9)
-    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", 0, 1)
-    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute", RUN)
-    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", RUN)
-    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", RUN)
-    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", RUN, 0)
-    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay", RUN)
-    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", RUN)
-    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", RUN, 1)
-    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", RUN, 1)
-    eval_problems: int = option(None, "held-out problems per task", RUN, 0)
-    eval_samples: int = option(None, "sampled answers per held-out problem", RUN, 0)
+    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths")
+    seed: int = option(0, "of the weights, the data order and the sampled answers", 0, 2**63 - 1)
+    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)")
+    data: list = option(None, "your own .txt, .jsonl and .json files, instead of the text that Python brings")
+    tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort")
+    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", 1)
+    context: dict = option(None, "tokens a sample may have, likewise per stage", 2)
+    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", 0, 10)
+    tokens_per_step: int = option(None, "tokens in one optimizer step", 1)
+    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", 1)
+    groups: int = option(None, "prompts in one step of reinforcement learning", 1)
+    group_size: int = option(None, "rollouts of one prompt", 2)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", 0, 1e9)
+    balancer_lr: float = option(None, "learning rate of the router's balancing biases", 0, 1)
+    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute")
+    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on")
+    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps")
+    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", 0)
+    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay")
+    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping")
+    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", 1)
+    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", 1)
+    eval_problems: int = option(None, "held-out problems per task", 0)
+    eval_samples: int = option(None, "sampled answers per held-out problem", 0)
 
     def __post_init__(self):
-        check_choice("--preset", self.preset, list(PRESETS))
-        for name in self.stages.split(","):
-            check_choice("--stages", name, [*STAGES, "evaluate"])
+        check_choice("--preset", self.preset, PRESETS)
         check_choice("--device", self.device, ["auto", "cpu", "cuda", "mps"])
-        self.fill_in(PRESETS[self.preset])
+        stages = self.stages.split(",")
+        for name in stages:
+            check_choice("--stages", name, [*STAGES, "evaluate"])
+
+        # What was not given is the preset's, and groups and group_size are an RL stage's.
+        preset = PRESETS[self.preset]
+        for name in ("steps", "context", "lr"):
+            usual = {stage: getattr(preset["stages"][stage], name) for stage in STAGES}
+            setattr(self, name, stage_values(flag(name), getattr(self, name), usual))
+        usual = {**vars(preset["stages"]["warmup"]), **preset, "data": [], "out": os.path.join("out", self.preset),
+                 "micro_batch": max(16384, *self.context.values())}
+        for setting in dataclasses.fields(self):
+            if getattr(self, setting.name) is None:
+                setattr(self, setting.name, usual[setting.name])
+
         for setting in dataclasses.fields(self):
             value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
-            numbers = value.values() if isinstance(value, dict) else [value]
-            for number in numbers if least is not None else []:
-                if not least <= number <= most:                 # nan lies between none
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if least is not None and not least <= number <= most:       # nan lies between none
                     raise SystemExit(f"{flag(setting.name)} {number} must be at least {least} and at most {most}")
         # A supervised stage packs the tokens of a step into rows as long as its context.
         for name in STAGES[:3]:
             context = self.context[name]
-            if name in self.stages.split(",") and (self.tokens_per_step % context or self.micro_batch < context):
+            if name in stages and (self.tokens_per_step % context or self.micro_batch < context):
                 raise SystemExit(f"--tokens-per-step {self.tokens_per_step} must be a multiple of {name}'s context "
                                  f"({context}), and --micro-batch {self.micro_batch} at least as long")
 
-    def fill_in(self, preset):
-        """Give what is None the preset's value, and steps, context and lr one value a stage."""
-        self.out = self.out or os.path.join("out", self.preset)
-        usual = {**vars(preset["stages"]["warmup"]), **preset}          # groups and group_size are an RL stage's
-        for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples", "groups", "group_size"):
-            if getattr(self, name) is None:
-                setattr(self, name, usual[name])
-        for name in ("steps", "context", "lr"):
-            given, values = getattr(self, name) or {}, {}
-            for stage in STAGES:
-                values[stage] = given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
-            setattr(self, name, values)
-        if self.micro_batch is None:
-            self.micro_batch = max(16384, *self.context.values())
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_choice(option, given, choices):
@@ -258,10 +258,30 @@ def check_choice(option, given, choices):
         raise SystemExit(f"{option} {given}: did you mean {closest}? There are {', '.join(choices)}")
 
 
+def stage_values(option, text, values):
+    """What `text` says of a setting that has one value a stage; where it says nothing, `values`.
+
+    >>> usual = {"pretrain": 30, "midtrain": 15, "sft": 250}
+    >>> stage_values("--steps", "pretrain=5,sft=3", usual), stage_values("--steps", "5", {"pretrain": 30})
+    ({'pretrain': 5, 'midtrain': 15, 'sft': 3}, {'pretrain': 5})
+    """
+    number = type(values["pretrain"])
+    values = dict(values)
+    for part in text.split(",") if text else []:
+        stage, _, value = part.rpartition("=")
+        if stage:
+            check_choice(option, stage, values)
+        try:
+            values.update(dict.fromkeys([stage] if stage else values, number(value)))
+        except ValueError:
+            raise SystemExit(f"{option} {text}: {value!r} is not {'a whole' if number is int else 'a'} number; write "
+                             "one for all stages, or pretrain=…,midtrain=…") from None
+    return values
+
+
 def settings(config):
     """What a run must keep to go on: {setting: value}."""
-    return {setting.name: getattr(config, setting.name) for setting in dataclasses.fields(config)
-            if setting.metadata["group"] != RUN}
+    return {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
 
 
 def stage_settings(config, name):
@@ -277,64 +297,29 @@ def stage_settings(config, name):
     return stage
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_stage_values(text, kind):
-    """'5' -> {None: 5} for every stage;  'pretrain=5,midtrain=3' -> one each.
-
-    >>> parse_stage_values("5", int), parse_stage_values("pretrain=5,midtrain=3", int)
-    ({None: 5}, {'pretrain': 5, 'midtrain': 3})
-    """
-    values = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        if name and name not in STAGES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no stage; there are {', '.join(STAGES)}")
-        try:
-            values[name or None] = kind(value)
-        except ValueError:
-            wanted = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{value!r} is not a {wanted}; write one for all stages, or "
-                                             "pretrain=…,midtrain=…") from None
-    return values
-
-
-def add_option(group, setting):
-    """A field of TrainConfig as an option of argparse."""
-    text = setting.metadata["help"]
-    if setting.default not in (None, False, dataclasses.MISSING):
-        text += f" (default {setting.default})"
-    form = {bool: dict(action="store_true"), list: dict(nargs="+", metavar="FILE"),
-            dict: dict(type=lambda text: parse_stage_values(text, setting.metadata["number"]), metavar="N")}
-    usual = dict(type=setting.type, metavar="NAME" if setting.type is str else "N")
-    group.add_argument(flag(setting.name), help=text, default=argparse.SUPPRESS, **form.get(setting.type, usual))
-
-
 def parse_arguments(arguments):
     """Command line -> (TrainConfig, {ZayaConfig field: value}).  An unknown option is an error with the closest one."""
     parser = argparse.ArgumentParser(prog="python train.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda setting: setting.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for setting in fields:
-            add_option(group, setting)
-    group = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
+    kinds = {bool: dict(action="store_true"), int: dict(type=int, metavar="N"), float: dict(type=float, metavar="N"),
+             str: dict(metavar="NAME"), list: dict(nargs="+", metavar="FILE"), dict: dict(metavar="N")}
+    for setting in dataclasses.fields(TrainConfig):
+        text = setting.metadata["help"] + (f" (default {setting.default})" if setting.default else "")
+        parser.add_argument(flag(setting.name), help=text, default=setting.default, **kinds[setting.type])
+    # The model's shape: every integer of ZayaConfig but the token ids, which are the tokenizer's.
     for setting in dataclasses.fields(ZayaConfig):
-        if setting.type is int and not setting.name.endswith("token_id"):       # those are the tokenizer's
+        if setting.type is int and not setting.name.endswith("token_id"):
             usual = setting.name in ("hidden_size", "num_hidden_layers", "num_experts", "vocab_size")
-            group.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
-                               help="" if usual else argparse.SUPPRESS)
+            parser.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
+                                help="of the model, like every integer of ZayaConfig" if usual else argparse.SUPPRESS)
+
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        advice = f"did you mean {close[0]}?" if close else "see -h"
-        parser.error(f"unknown option {unknown[0]}; {advice}")
-    ours, shape = {}, {}
-    for name, value in vars(given).items():
-        (ours if name in TrainConfig.__dataclass_fields__ else shape)[name] = value
-    return TrainConfig(**ours), shape
+        parser.error(f"unknown option {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see -h"))
+    shape = vars(given)
+    config = TrainConfig(**{setting.name: shape.pop(setting.name) for setting in dataclasses.fields(TrainConfig)})
+    return config, shape
 
 
 # ---- data: trimming, packing, sources -------------------------------------------------------------------------------
@@ -352,9 +337,7 @@ def split_think(content):
 def cut_reasoning(messages, context, tokenizer):
     """Cut the last turn's reasoning from its end until the conversation just fits -> messages, or None if it cannot."""
     *earlier, last = messages
-    if last["role"] != "assistant":
-        return None
-    pieces = THINK.split(last["content"])
+    pieces = THINK.split(last["content"]) if last["role"] == "assistant" else [last["content"]]
     blocks = [tokenizer.encode(reasoning) for reasoning in pieces[1::2]]
 
     def keep(count):
@@ -402,19 +385,17 @@ def trim(messages, context, tokenizer):
     """
     if len(tokenizer.render(messages)[0]) <= context:
         return messages, "kept"
-    short = cut_reasoning(messages, context, tokenizer)
-    if short:
-        return short, "cut"
     stripped = []
     for message in messages[:-1]:
         if message["role"] == "assistant":
             message = {**message, "content": split_think(message["content"])[1]}
         stripped.append(message)
     stripped.append(messages[-1])
-    if len(tokenizer.render(stripped)[0]) <= context:
-        return stripped, "stripped"
-    short = cut_reasoning(stripped, context, tokenizer)
-    return (short, "stripped") if short else (None, "dropped")
+    for candidate, verdict in ((messages, "cut"), (stripped, "stripped")):
+        short = cut_reasoning(candidate, context, tokenizer)
+        if short:
+            return short, verdict
+    return None, "dropped"
 
 
 def pack(lengths, capacity, bins):
@@ -425,23 +406,18 @@ def pack(lengths, capacity, bins):
     >>> pack([5, 3, 6, 2, 4], capacity=8, bins=2)
     [[2, 3], [0, 1]]
     """
-    rows, room = [], []
+    rows, room = [[] for _ in range(bins)], [capacity] * bins
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
+        fitting = [row for row in range(bins) if room[row] >= lengths[index]]
         if fitting:
             row = min(fitting, key=lambda r: room[r])
-        elif len(rows) < bins and lengths[index] <= capacity:
-            row = len(rows)
-            rows.append([])
-            room.append(capacity)
-        else:
-            continue
-        rows[row].append(index)
-        room[row] -= lengths[index]
+            rows[row].append(index)
+            room[row] -= lengths[index]
     return rows
 
 
-# The names that other people's data sets use: for a question and its answer, for other fields, and for the roles.
+# The names that other people's data sets use: for a question and its answer, for other fields, for the roles, and, as
+# the last word of a name, for what is about a row and not in it.
 PAIRS = [("question", "answer"), ("problem", "solution"), ("prompt", "completion"), ("problem", "answer"),
          ("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("query", "response")]
 ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "context",
@@ -449,9 +425,9 @@ ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "c
            "train": "weight", "loss": "weight"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "user", "function": "user",
          "observation": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-METADATA = re.compile(r"(?!image|audio|video)(.+_)?(ids?|idx|index|uuid|source|dataset|split|type|topic|subject|tags?|"
-                      r"category|domain|level|difficulty|score|rating|lang|language|license|version|date|time|timestamp)|"
-                      r"urls?|links?|author|model|meta.*", re.I)
+METADATA = set("""id ids idx index uuid source dataset split type topic subject tag tags category domain level score
+    difficulty rating lang language license version date time timestamp url urls link author model meta metadata
+    """.split())
 
 
 def known_fields(values, where):
@@ -461,7 +437,7 @@ def known_fields(values, where):
     found = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
-        if name != "content" and value in (None, "", [], {}):
+        if value in (None, "", [], {}) and name != "content":
             continue
         if name in found and found[name] != value:
             raise ValueError(f"{where} has two fields for its {name} that differ: keep one")
@@ -470,13 +446,13 @@ def known_fields(values, where):
 
 
 def refuse_unused(unused, where, texts=()):
-    """ValueError for a field that no message was made of, unless it is a number, METADATA, or in `texts` already."""
+    """ValueError for a field that is in no message, unless it is a number, METADATA, or what one of `texts` says."""
     for key, value in unused.items():
         is_number = isinstance(value, (int, float)) and key != "weight"
-        repeated = value in texts
-        if key in itertools.chain(*PAIRS):                      # such as a short answer beside its worked solution
-            repeated = any(str(value) in text for text in texts)
-        if not (is_number or repeated or METADATA.fullmatch(key)):
+        is_metadata = key.lower().split("_")[-1] in METADATA and not re.match("image|audio|video", key, re.I)
+        # Such as a prompt beside the messages, or a short answer beside its worked solution.
+        repeated = any(str(value) in text for text in texts)
+        if not (is_number or is_metadata or repeated):
             raise ValueError(f"{where} has a field {key!r} that would be lost: move what it says into a message, or "
                              "delete it")
 
@@ -485,7 +461,7 @@ def as_text(value, where):
     """A text, a number, or a list of parts {"type": "text", "text": …} -> the text; ValueError for anything else."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(as_text(part.get("text"), where) for part in value)
-    elif type(value) in (int, float) and abs(value) < math.inf:
+    elif type(value) in (int, float) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str) or re.search(r"[\0\ud800-\udfff]", value):
         raise ValueError(f"{where} must be a text of whole characters, this is {json.dumps(value)[:60]}")
@@ -499,8 +475,6 @@ def to_message(message, where):
     role = ROLES.get(str(given).lower())
     reasoning = found.pop("reasoning", "") if role == "assistant" else ""
     refuse_unused(found, where)
-    if given is None or content is None:
-        raise ValueError(f"{where} needs a 'role' and a 'content' that is a text")
     if role is None:
         raise ValueError(f"{where} has role {given!r}; there are {', '.join(ROLES)}")
     if weight not in (None, 0, 1):
@@ -517,20 +491,21 @@ def to_message(message, where):
     return result
 
 
-def pair_to_turns(row, found):
-    """A question and its answer, taken out of `found` -> two turns."""
-    pairs = [pair for pair in PAIRS if row.get(pair[0]) is not None and row.get(pair[1]) is not None]
-    if not pairs:
+def pair_to_turns(found):
+    """A question and its answer, taken out of a row's fields -> two turns."""
+    pair = next((pair for pair in PAIRS if pair[0] in found and pair[1] in found), None)
+    if pair is None:
         raise ValueError("no 'messages' with at least one, and no pair of texts such as question/answer, "
-                         f"problem/solution, prompt/completion; its keys are {', '.join(list(row)[:6]) or 'none'}")
-    keys = ("context", pairs[0][0], "input", "reasoning", pairs[0][1])
-    *question, reasoning, answer = [as_text(found.pop(key, ""), repr(key)) for key in keys]
+                         f"problem/solution, prompt/completion; its keys are {', '.join(list(found)[:6]) or 'none'}")
+    asked = []
+    for key in ("context", pair[0], "input"):
+        asked.append(as_text(found.pop(key, ""), repr(key)))
+    answer, reasoning = as_text(found.pop(pair[1]), repr(pair[1])), found.pop("reasoning", "")
     # GSM8K writes the reasoning first and the answer on a last line of its own.
     gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", answer, re.S)
     if gsm8k and not reasoning and "<think>" not in answer and "\n#### " not in gsm8k[1]:
-        answer = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
-    question = "\n\n".join(text for text in question if text.strip())
-    return [{"role": "user", "content": question},
+        reasoning, answer = gsm8k[1].strip(), gsm8k[2].strip()
+    return [{"role": "user", "content": "\n\n".join(filter(str.strip, asked))},
             {"role": "assistant", "content": answer, "reasoning": reasoning}]
 
 
@@ -546,7 +521,7 @@ def to_messages(row):
     """
     found = known_fields(row, "the row")
     system = found.pop("system", None)
-    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(row, found)
+    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(found)
     messages = [to_message(turn, f"message {number}") for number, turn in enumerate(turns)]
     if system is not None:
         system = {"role": "system", "content": as_text(system, "'system'")}
@@ -592,9 +567,10 @@ def read_text(path):
 def read_jsonl(path, skip_bad_lines=False):
     """Yield the messages of each line, or of each row of a .json file's array.  A bad one stops the run, or is skipped
     and counted."""
-    bad, is_json = 0, file_kind(path) == "json"
+    bad, place = 0, path + ":"
     with opened(path) as rows:
-        if is_json:
+        if file_kind(path) == "json":
+            place += "row "
             try:
                 rows = json.loads(rows.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
@@ -602,14 +578,14 @@ def read_jsonl(path, skip_bad_lines=False):
             rows = rows if isinstance(rows, list) else [rows]
         for number, row in enumerate(rows, 1):
             try:
-                if is_json:
-                    yield to_messages(row)
-                elif row.strip():
-                    yield to_messages(json.loads(row.decode("utf-8-sig")))
+                if isinstance(row, bytes):                      # a line
+                    if not row.strip():
+                        continue
+                    row = json.loads(row.decode("utf-8-sig"))
+                yield to_messages(row)
             except (ValueError, RecursionError) as error:       # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad_lines:
-                    place = f"{path}:row {number}" if is_json else f"{path}:{number}"
-                    raise SystemExit(f"{place}: {error}. Mend the line, or pass --skip-bad-lines") from None
+                    raise SystemExit(f"{place}{number}: {error}. Mend the line, or pass --skip-bad-lines") from None
                 bad += 1
     if bad:
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
@@ -621,14 +597,12 @@ def python_text(limit):
     import sysconfig
     topics = pydoc_data.topics.topics
     english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
-    code, size, root = [], 0, sysconfig.get_path("stdlib")
-    for folder in ("", "asyncio", "collections", "email", "html", "http", "importlib", "json", "logging",
-                   "multiprocessing", "unittest", "urllib", "xml/dom", "xml/etree"):
-        for name in sorted(os.listdir(os.path.join(root, folder))):
-            if name.endswith(".py") and size < limit - len(english):
-                with open(os.path.join(root, folder, name), encoding="utf-8", errors="replace") as file:
-                    code.append(file.read())
-                size += len(code[-1])
+    code, size = [], 0
+    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
+        if size < limit - len(english):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                code.append(file.read())
+            size += len(code[-1])
     return {"english": english, "code": "\n\n".join(code)}
 
 
@@ -720,7 +694,7 @@ class TaskSource:
         return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
 
 
-def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
+def tokenise(path, stem, tokenizer, context, skip_bad_lines):
     """Write a file's tokens to stem.tokens, those of a text a megabyte at a time: several GB never sit in memory.
 
     Conversations are trimmed, and get .targets and .offsets as FileSource wants them.  Returns how trimming went.
@@ -729,7 +703,7 @@ def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
     with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets:
         if file_kind(path) == "txt":
             for piece in tqdm(read_text(path), desc=f"tokenising {path}", unit=" MB", disable=None):
-                np.array(tokenizer.encode(piece), dtype).tofile(tokens)
+                np.array(tokenizer.encode(piece), np.uint32).tofile(tokens)
             return {}
         for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", unit=" rows", disable=None):
             messages, verdict = trim(messages, context, tokenizer)
@@ -738,9 +712,9 @@ def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
                 continue
             for message in messages:
                 ids, wanted = tokenizer.render([message])
-                np.array(ids, dtype).tofile(tokens)
+                np.array(ids, np.uint32).tofile(tokens)
                 np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
-            offsets.append(tokens.tell() // dtype.itemsize)
+            offsets.append(targets.tell())                      # a byte a token
     np.array(offsets, np.int64).tofile(stem + ".offsets")
     return counts
 
@@ -748,17 +722,14 @@ def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     """Tokenise a file once into memory-mapped arrays in `folder` -> FileSource's (tokens, offsets, targets).
 
-    The arrays' name depends on all that their content depends on, so a changed file, vocabulary or context makes new
-    ones.
+    A changed file, vocabulary or context (of chats, which are trimmed to it) has another name, so new arrays are made.
     """
     is_chat, about = file_kind(path) != "txt", os.stat(path)
-    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, is_chat and context, skip_bad_lines,
-                sorted(tokenizer.ranks.items())]
-    stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+    identity = repr([about.st_size, about.st_mtime_ns, is_chat and context, sorted(tokenizer.ranks.items())])
+    stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(identity.encode()).hexdigest()[:12]}")
     if is_main() and not os.path.exists(stem + ".json"):
         os.makedirs(folder, exist_ok=True)
-        counts = tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines)
+        counts = tokenise(path, stem, tokenizer, context, skip_bad_lines)
         write_json(stem + ".json", counts)                      # comes last, so it says that the arrays are complete
     barrier()
     if is_chat:
@@ -767,7 +738,7 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     if os.path.getsize(stem + ".tokens") == 0:
         why = f"it has no row that is good and fits {context}" if is_chat else "it is empty"
         raise SystemExit(f"{path} gave no tokens: {why}")
-    tokens = np.memmap(stem + ".tokens", dtype, "r")
+    tokens = np.memmap(stem + ".tokens", np.uint32, "r")
     if not is_chat:
         return tokens, windows(tokens, context), None
     return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.uint8, "r")
@@ -775,10 +746,9 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
 
 def make_sources(config, stage, tokenizer):
     """The stage's sources: --data files or Python's own text, and the generated problems."""
-    sources, folder = [], os.path.join(config.out, "data")
-    names = [os.path.basename(path) for path in config.data]
+    sources, names = [], [os.path.basename(path) for path in config.data]
     for path, name in zip(config.data, names):
-        arrays = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
+        arrays = cached_tokens(path, os.path.join(config.out, "data"), tokenizer, stage.context, config.skip_bad_lines)
         sources.append(FileSource(path if names.count(name) > 1 else name, *arrays))
     if not config.data:
         for name, text in python_text(PRESETS[config.preset]["text_bytes"]).items():
@@ -798,9 +768,8 @@ def task_names(text):
     for name in names:
         if name.startswith("reasoning_gym:"):
             find_task(name)                                     # says what is missing
-        elif name not in TASKS:
-            close, = difflib.get_close_matches(name, TASKS, 1, 0)
-            raise SystemExit(f"--tasks {text}: no task {name!r}; did you mean {close}? There are {', '.join(TASKS)}")
+        else:
+            check_choice("--tasks", name, TASKS)
     return names
 
 
@@ -1164,7 +1133,7 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
-    optimizers = make_optimizers(model, stage.lr, config.weight_decay)
+    optimizers = make_optimizers(model, stage.lr, weight_decay=0.1)
     balancer = PIDBalancer(model, config.balancer_lr)
     checkpointer.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
     compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
@@ -2398,14 +2367,7 @@ def first_characters(path, skip_bad_lines, most=4_000_000):
 
 
 def make_tokenizer(config, vocab_size):
-    """A new run's tokenizer: named, or trained on the data (digits stay single).  Every checkpoint keeps it."""
-    if config.tokenizer and vocab_size:
-        raise SystemExit("--tokenizer brings its own vocabulary: leave out --vocab-size")
-    if config.tokenizer:
-        try:
-            return Tokenizer.named(config.tokenizer)
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"--tokenizer {config.tokenizer}: {str(error).splitlines()[0]}") from None
+    """A new run's tokenizer, trained on the data (digits stay single).  Every checkpoint keeps it."""
     texts = [first_characters(path, config.skip_bad_lines) for path in config.data]
     texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
     try:
@@ -2715,14 +2677,13 @@ class Task:
     """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
 
     A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` -> (reasoning, answer), in
-    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string.
-    To copy one, take Problem, split_answer, draw, is_held_out and this class along, and what its docstring names.
+    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string, unless
+    the teacher's answer is the only right one.
     """
     exact = True                            # the teacher always finds the answer; otherwise it searches and may fail
     levels = (1, 2, 3)                      # the fixed difficulties of evaluation and RL, where SFT leaves room above
     hardest = 30                            # difficulties end here
     reads = False                           # `aggregate` builds on the replies that it is shown
-    labelled = False                        # an answer is a list of labels and values, one character each
 
     def __init__(self, name):
         self.name = name
@@ -2731,6 +2692,9 @@ class Task:
         """The same seed and difficulty (an integer from 1) give the same problem."""
         prompt, data = self.generate(random.Random(f"{self.name} {seed} {d}"), max(1, d))
         return Problem(self.name, d, prompt, data)
+
+    def verify_answer(self, data, answer):
+        return answer == self.solution(data, None, 0.0)[1]
 
     def verify(self, problem, text):
         """(reward, format), 0 or 1 each, for any text."""
@@ -2757,9 +2721,6 @@ class Task:
                 return f"<think>{reasoning}</think>{answer}"
             error_rate = min(1.0, error_rate + 0.1)
         raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
-
-    def self_verified(self, text):
-        """Whether a reply says that its answer was checked and holds; None where replies of the task say nothing."""
 
     def good_rollout(self, problem, seed=0):
         """A reply that helps whoever reads it, for aggregation prompts."""
@@ -2807,10 +2768,6 @@ class Search(Task):
         text, _ = self.trial(problem.data, answer, rng, 0.0)
         return f"<think>{text}#y{answer}</think>{answer}"
 
-    def self_verified(self, text):
-        answer = split_answer(text)
-        return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
-
 
 def with_error(value, rng, error_rate):
     """`value`, or with probability `error_rate` a number with another last digit."""
@@ -2821,19 +2778,18 @@ def with_error(value, rng, error_rate):
 
 def column_labels(rng, count):
     """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    letters = 2 * "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     start = rng.randrange(52)
-    return [letters[(start + i) % 52] for i in range(count)]
+    return letters[start:start + count]
 
 
 class ColumnSums(Task):
     """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
 
     sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
-    A value stands right behind its label only at the end, where a reader of the tail finds it.  Needs with_error and
-    column_labels.
+    A value stands right behind its label only at the end, where a reader of the tail finds it.
     """
-    levels, labelled = (6, 7, 8), True
+    levels = (6, 7, 8)
 
     def generate(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(10), label] for label in column_labels(rng, d)]
@@ -2847,14 +2803,11 @@ class ColumnSums(Task):
             answer += f"{label}{total}"
         return f"{steps}#{answer}", answer
 
-    def verify_answer(self, data, answer):
-        return answer == self.solution(data, None, 0.0)[1]
-
 
 class Add(Task):
     """Addition of two d-digit numbers with carries.  An error spoils only what follows it.
 
-    47+85 -> <think>7+5+0=12,4+8+1=13</think>132          (digit + digit + carry = carry and digit; needs with_error)
+    47+85 -> <think>7+5+0=12,4+8+1=13</think>132                (digit + digit + carry = carry and digit)
     """
     levels = (4, 5, 6)
 
@@ -2874,9 +2827,6 @@ class Add(Task):
             place *= 10
         return ",".join(steps), str(total + carry * place)
 
-    def verify_answer(self, data, answer):
-        return answer == str(data["a"] + data["b"])
-
 
 class Sort(Task):
     """Sort d + 1 digits by selection: the smallest one, then what is left.
@@ -2892,19 +2842,22 @@ class Sort(Task):
         return f"sort {digits}", {"digits": digits}
 
     def solution(self, data, rng, error_rate):
-        left, steps, answer = list(data["digits"]), [], ""
+        left, steps, answer = data["digits"], [], ""
         while left:
-            pick = rng.choice(left) if rng.random() < error_rate else min(left)
-            left.remove(pick)
+            pick = min(left)
+            if error_rate and rng.random() < error_rate:
+                pick = rng.choice(left)
+            left = left.replace(pick, "", 1)
             answer += pick
-            steps.append(f"{pick}:{''.join(left)}")
+            steps.append(f"{pick}:{left}")
         return ",".join(steps), answer
 
-    def verify_answer(self, data, answer):
-        return answer == "".join(sorted(data["digits"]))
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+DIGITS = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "6": 6, "7": 7, "8": 8, "9": 9}
 
 
-def run_expression(text, registers, rng=None, error_rate=0.0):
+def run_expression(text, registers, rng=None, error_rate=0.0, modulus=10):
     """The values an expression goes through, left to right, all mod 10: the language of every program here.
 
         expression := operand (operator operand)*      operand := digit | register      operator := + - *
@@ -2915,27 +2868,19 @@ def run_expression(text, registers, rng=None, error_rate=0.0):
     >>> run_expression("x*2+3", {"x": 4}), run_expression("y+1", {"x": 4}), run_expression("__import__('os')", {})
     ([8, 1], None, None)
     """
+    known = {**DIGITS, **registers}
     if len(text) > 100 or len(text) % 2 == 0:
         return None
-    values = []
-    for i in range(0, len(text), 2):
-        operand = int(text[i]) if text[i] in "0123456789" else registers.get(text[i])
-        if operand is None:
-            return None
-        if i == 0:
-            value = operand
-            continue
-        if text[i - 1] not in "+-*":
-            return None
-        value = with_error(calculate(value, text[i - 1], operand) % 10, rng, error_rate)
+    if not (set(text[::2]) <= known.keys() and set(text[1::2]) <= OPERATORS.keys()):
+        return None
+    value, values = known[text[0]], []
+    for sign, operand in zip(text[1::2], text[2::2]):
+        value = OPERATORS[sign](value, known[operand])
+        if modulus:
+            value %= modulus
+        value = with_error(value, rng, error_rate)
         values.append(value)
     return values or [value]
-
-
-def calculate(a, operator, b):
-    if operator == "*":
-        return a * b
-    return a + b if operator == "+" else a - b
 
 
 def run_program(text, registers, rng=None, error_rate=0.0):
@@ -2952,7 +2897,7 @@ def run_program(text, registers, rng=None, error_rate=0.0):
 
 
 class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.  Needs run_program.
+    """Output prediction: what a program of d + 1 lines leaves in its registers.
 
     run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
     """
@@ -2976,14 +2921,11 @@ class Registers(Task):
             steps.append(f"{line}>{answer}")
         return ";".join(steps), answer
 
-    def verify_answer(self, data, answer):
-        return answer == self.solution(data, None, 0.0)[1]
-
 
 class Program(Task):
     """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
 
-    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3; needs run_program)
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a           (a try: on input 6, a is 0, then 3)
     """
     levels = (4, 5, 6)
 
@@ -3024,10 +2966,10 @@ class Program(Task):
         return all(self.output(answer, x) == self.output(program, x) for x in range(10))
 
 
-def worked(expression, x, rng, error_rate):
+def worked(expression, x, rng, error_rate, modulus=10):
     """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
     value, steps = x, []
-    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate)):
+    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate, modulus)):
         steps.append(f"{value}{expression[2 * i + 1:2 * i + 3]}={result}")
         value = result
     return ",".join(steps), value
@@ -3045,14 +2987,15 @@ class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
     fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
-    A trial stops at the first example that does not hold.  Needs Search, run_expression, worked, random_chain.
+    A trial stops at the first example that does not hold.
     """
     reads, levels = True, (1, 2)
 
     def generate(self, rng, d):
-        count = (d + 1) // 2
+        count, examples = (d + 1) // 2, []
         hidden = self.guess({"count": count}, rng)
-        examples = [[x, run_expression(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
+        for x in rng.sample(range(10), min(d + 1, 8)):
+            examples.append([x, run_expression(hidden, {"x": x})[-1]])
         return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": count}
 
     def guess(self, data, rng):
@@ -3079,7 +3022,7 @@ class Falsify(Search):
     """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
 
     break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
-    A trial asks whether the input takes the branch, and if so works out both programs.  Needs what Synthesize needs.
+    A trial asks whether the input takes the branch, and if so works out both programs.
     """
     hardest = 12
 
@@ -3089,42 +3032,40 @@ class Falsify(Search):
             above, count = rng.random() < 0.5, rng.randrange(1, 5)
             branch = f"x>{9 - count}" if above else f"x<{count}"
             data = {"right": right, "other": other, "branch": branch}
-            if any(self.verify_answer(data, str(x)) for x in range(10)):
+            if any(self.verify_answer(data, x) for x in DIGITS):
                 return f"break {right},{branch}?{other}", data
 
     def guess(self, data, rng):
         return str(rng.randrange(10))
 
     @staticmethod
-    def taken(data, x):
-        """Whether input x takes the branch 'x>6' or 'x<3'."""
-        bound = int(data["branch"][2])
-        return x > bound if data["branch"][1] == ">" else x < bound
+    def taken(data, answer):
+        """Whether an input takes the branch 'x>6' or 'x<3': digits compare as numbers do."""
+        _, sign, bound = data["branch"]
+        return answer > bound if sign == ">" else answer < bound
 
     def trial(self, data, answer, rng, error_rate):
-        x = int(answer)
         misjudged = rng.random() < error_rate
-        if self.taken(data, x) == misjudged:
-            return f"{x}n", False
-        steps, value = worked(data["right"], x, rng, error_rate)
-        more, other = worked(data["other"], x, rng, error_rate)
-        return f"{x}y:{steps}/{more}", value != other
+        if self.taken(data, answer) == misjudged:
+            return f"{answer}n", False
+        steps, value = worked(data["right"], int(answer), rng, error_rate)
+        more, other = worked(data["other"], int(answer), rng, error_rate)
+        return f"{answer}y:{steps}/{more}", value != other
 
     def verify_answer(self, data, answer):
-        if answer not in list("0123456789") or not self.taken(data, int(answer)):
+        if answer not in DIGITS or not self.taken(data, answer):
             return False
-        right, other = (run_expression(data[key], {"x": int(answer)}) for key in ("right", "other"))
-        return right[-1] != other[-1]
+        x = {"x": int(answer)}
+        return run_expression(data["right"], x)[-1] != run_expression(data["other"], x)[-1]
 
 
 class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
 
     find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
-    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.  Needs
-    with_error and column_labels.
+    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.
     """
-    exact, labelled, reads = False, True, True
+    exact, reads = False, True
 
     def generate(self, rng, d):
         columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in column_labels(rng, d)]
@@ -3146,12 +3087,9 @@ class Find(Task):
             return False
         for i, (a, t, label) in enumerate(data["columns"]):
             mark, x = answer[2 * i], answer[2 * i + 1]
-            if mark != label or x not in "0123456789" or (a + int(x)) % 10 >= t:
+            if mark != label or x not in DIGITS or (a + int(x)) % 10 >= t:
                 return False
         return True
-
-    def self_verified(self, text):
-        return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
         """For each column take a valid value that one of the replies has, else guess; check each anew."""
@@ -3167,67 +3105,55 @@ class Countdown(Search):
     """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
 
     make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
-    Needs Search, with_error, calculate.
     """
     levels, hardest = (1, 2), 7
 
     def generate(self, rng, d):
         while True:
             numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            target = self.value(self.guess({"numbers": numbers}, rng))
+            target = run_expression(self.guess({"numbers": numbers}, rng), {}, modulus=None)[-1]
             if target <= 99:
                 return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
-
-    @staticmethod
-    def value(expression):
-        total = int(expression[0])
-        for operator, number in zip(expression[1::2], expression[2::2]):
-            total = calculate(total, operator, int(number))
-        return total
 
     def guess(self, data, rng):
         """A random expression over all numbers that never goes below 0."""
         first, *others = rng.sample(data["numbers"], len(data["numbers"]))
         text = str(first)
         for number in others:
-            operators = "+-*" if self.value(text) >= number else "+*"
-            text += f"{rng.choice(operators)}{number}"
+            value = run_expression(text, {}, modulus=None)[-1]
+            text += f"{rng.choice('+-*' if value >= number else '+*')}{number}"
         return text
 
     def trial(self, data, answer, rng, error_rate):
-        value, steps = int(answer[0]), []
-        for operator, number in zip(answer[1::2], answer[2::2]):
-            result = with_error(calculate(value, operator, int(number)), rng, error_rate)
-            steps.append(f"{value}{operator}{number}={result}")
-            value = result
-        return f"{answer}:{','.join(steps)}", value == data["target"]
+        steps, value = worked(answer, int(answer[0]), rng, error_rate, modulus=None)
+        return f"{answer}:{steps}", value == data["target"]
 
     def verify_answer(self, data, answer):
-        if not re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer):
+        values = run_expression(answer, {}, modulus=None)
+        if values is None or values[-1] != data["target"]:
             return False
-        numbers = sorted(int(number) for number in answer[::2])
-        return numbers == sorted(data["numbers"]) and self.value(answer) == data["target"]
+        return sorted(map(int, answer[::2])) == sorted(data["numbers"])
 
 
 class Sat(Search):
     """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
 
     sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
-    A trial stops at the first clause that does not hold.  Needs Search.
+    A trial stops at the first clause that does not hold.
     """
 
     def generate(self, rng, d):
         variables, clauses = range(1, min(d + 1, 9) + 1), []
-        planted = "".join(f"{v}{self.sign(rng)}" for v in variables)
+        planted = "".join(self.literals(rng, variables))
         while len(clauses) < d + 2:
-            clause = "".join(sorted(f"{v}{self.sign(rng)}" for v in rng.sample(variables, 2)))
+            clause = "".join(sorted(self.literals(rng, rng.sample(variables, 2))))
             if self.holds(clause, planted) and clause not in clauses:
                 clauses.append(clause)
         return "sat " + ",".join(clauses), {"count": len(variables), "clauses": clauses}
 
     @staticmethod
-    def sign(rng):
-        return "+" if rng.random() < 0.5 else "-"
+    def literals(rng, variables):
+        return [f"{v}{'+' if rng.random() < 0.5 else '-'}" for v in variables]
 
     def guess(self, data, rng):
         return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
@@ -3262,7 +3188,7 @@ class Constraints(Task):
 
     write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
     Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
-    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.  Needs WORDS.
+    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
     """
     levels = (2, 3, 4)
 
@@ -3279,22 +3205,22 @@ class Constraints(Task):
         return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
 
     @staticmethod
-    def fitting(rules, first=True):
-        """The words that may stand at a place."""
-        words = [word for word in WORDS if rules.get("no", "#") not in word]
-        return [word for word in words if word.startswith(rules.get("begins", ""))] if first else words
+    def fitting(rules, first=True, but=()):
+        """The words that may stand at a place, without those that stand before it."""
+        words, begins = [], rules.get("begins", "") if first else ""
+        for word in WORDS:
+            if word.startswith(begins) and rules.get("no", "#") not in word and word not in but:
+                words.append(word)
+        return words
 
     def solution(self, data, rng, error_rate):
         rules = data["rules"]
-        count = rules["count"]
+        count, words = rules["count"], []
         if rng.random() < error_rate:
             count += rng.choice((-1, 1))
-        words = []
         for i in range(count):
-            choice = WORDS
-            if rng.random() >= error_rate:
-                choice = [word for word in self.fitting(rules, i == 0) if word not in words]
-            words.append(rng.choice(choice))
+            forgets = rng.random() < error_rate
+            words.append(rng.choice(WORDS if forgets else self.fitting(rules, i == 0, words)))
         has, begins = rules.get("has"), rules.get("begins", "#")
         if has and has not in words and rng.random() >= error_rate:
             place = 0 if has.startswith(begins) or count == 1 else rng.randrange(1, count)
@@ -3335,9 +3261,7 @@ class ReasoningGym(Task):
         except ImportError:
             raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
         self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
-        if self.dataset not in factory.DATASETS:
-            close, = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
-            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close}?")
+        check_choice("--tasks reasoning_gym:", self.dataset, factory.DATASETS)
 
     def entry(self, seed, level):
         settings = {}
