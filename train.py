@@ -9,11 +9,8 @@
 TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
 long chains of thought, each trimmed so that the answer survives, then SFT on chats.  TR section IV: four stages of
 reinforcement learning on one spine, in which Actor samples groups of rollouts and rl_step learns from them.  A run is a
-pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
-
-Read from top to bottom: settings, data (trim, pack, sources), Muon, supervised_stage, the RL formulas, Actor, rl_step,
-rl_stage, evaluation, main; many processes when you need them; the tasks are an appendix.  Does NOT include: tensor or
-context parallelism.
+pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.  The tasks are an
+appendix.  Does NOT include: tensor or context parallelism.
 """
 import argparse
 import codecs
@@ -122,13 +119,12 @@ REASONING = MATH + PUZZLES + CODE
 
 def rl_stages(steps, lr, reward_model_steps, **shared):
     """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest of RLStage shared."""
-    each = [dict(shared, steps=steps[i], lr=lr[i], lr_end=lr[i] / 5) for i in range(4)]
-    return {
-        "warmup": RLStage(tasks=MATH + PUZZLES, **each[0]),
-        "rlve": RLStage(tasks=REASONING, adaptive=True, aggregation=0.25, **each[1]),
-        "mathcode": RLStage(tasks=MATH + CODE, aggregation=0.4, **each[2]),
-        "behavior": RLStage(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps,
-                            **each[3])}
+    own = dict(warmup=dict(tasks=MATH + PUZZLES),
+               rlve=dict(tasks=REASONING, adaptive=True, aggregation=0.25),
+               mathcode=dict(tasks=MATH + CODE, aggregation=0.4),
+               behavior=dict(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
+    return {name: RLStage(steps=steps[i], lr=lr[i], lr_end=lr[i] / 5, **shared, **own[name])
+            for i, name in enumerate(own)}
 
 
 # One learning rate serves Muon and AdamW, whose update sizes are matched.  The balancer's rate is AMD Primus' 1e-3 at
@@ -181,7 +177,6 @@ CHANGEABLE = ("stages", "out", "device", "shard", "no_compile", "skip_bad_lines"
 
 
 def option(default, help, least=None, most=2**31 - 1):
-    """A field of TrainConfig, with its help and its bounds if it is a number."""
     return field(default=default, metadata=dict(help=help, least=least, most=most))
 
 
@@ -231,14 +226,13 @@ class TrainConfig:
         usual = {**vars(preset["stages"]["warmup"]), **preset, "data": [], "out": os.path.join("out", self.preset),
                  "micro_batch": max(16384, *self.context.values())}
         for setting in dataclasses.fields(self):
-            if getattr(self, setting.name) is None:
-                setattr(self, setting.name, usual[setting.name])
-
-        for setting in dataclasses.fields(self):
-            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
+            name, least, most = setting.name, setting.metadata["least"], setting.metadata["most"]
+            if getattr(self, name) is None:
+                setattr(self, name, usual[name])
+            value = getattr(self, name)
             for number in value.values() if isinstance(value, dict) else [value]:
                 if least is not None and not least <= number <= most:       # nan lies between none
-                    raise SystemExit(f"{flag(setting.name)} {number} must be at least {least} and at most {most}")
+                    raise SystemExit(f"{flag(name)} {number} must be at least {least} and at most {most}")
         # A supervised stage packs the tokens of a step into rows as long as its context.
         for name in STAGES[:3]:
             context = self.context[name]
@@ -261,9 +255,8 @@ def check_choice(option, given, choices):
 def stage_values(option, text, values):
     """What `text` says of a setting that has one value a stage; where it says nothing, `values`.
 
-    >>> usual = {"pretrain": 30, "midtrain": 15, "sft": 250}
-    >>> stage_values("--steps", "pretrain=5,sft=3", usual), stage_values("--steps", "5", {"pretrain": 30})
-    ({'pretrain': 5, 'midtrain': 15, 'sft': 3}, {'pretrain': 5})
+    >>> stage_values("--steps", "pretrain=5", {"pretrain": 30, "sft": 250})
+    {'pretrain': 5, 'sft': 250}
     """
     number = type(values["pretrain"])
     values = dict(values)
@@ -376,9 +369,7 @@ def trim(messages, context, tokenizer):
 
     >>> byte = Tokenizer({bytes([i]): i for i in range(256)})             # one token per character
     >>> talk = [dict(role="user", content="7+5?"), dict(role="assistant", content="<think>seven, five</think>12")]
-    >>> len(byte.render(talk)[0])                                           # 4 + 11 + 2 characters, 6 special tokens
-    23
-    >>> trim(talk, 23, byte)[1], trim(talk, 9, byte)
+    >>> trim(talk, 23, byte)[1], trim(talk, 9, byte)                        # 4 + 11 + 2 characters, 6 special tokens
     ('kept', (None, 'dropped'))
     >>> trim(talk, 17, byte)[0][1]["content"], trim(talk, 17, byte)[1]
     ('<think>seven</think>12', 'cut')
@@ -485,10 +476,7 @@ def to_message(message, where):
     tags = re.findall("</?think>", content)
     if role == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
         raise ValueError(f"{where} opens or closes <think> without the other")
-    result = {"role": role, "content": content}
-    if weight == 0:
-        result["weight"] = 0
-    return result
+    return {"role": role, "content": content, **({"weight": 0} if weight == 0 else {})}
 
 
 def pair_to_turns(found):
@@ -567,10 +555,9 @@ def read_text(path):
 def read_jsonl(path, skip_bad_lines=False):
     """Yield the messages of each line, or of each row of a .json file's array.  A bad one stops the run, or is skipped
     and counted."""
-    bad, place = 0, path + ":"
+    bad, is_json = 0, file_kind(path) == "json"
     with opened(path) as rows:
-        if file_kind(path) == "json":
-            place += "row "
+        if is_json:
             try:
                 rows = json.loads(rows.read().decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
@@ -578,14 +565,14 @@ def read_jsonl(path, skip_bad_lines=False):
             rows = rows if isinstance(rows, list) else [rows]
         for number, row in enumerate(rows, 1):
             try:
-                if isinstance(row, bytes):                      # a line
-                    if not row.strip():
-                        continue
-                    row = json.loads(row.decode("utf-8-sig"))
-                yield to_messages(row)
+                if is_json:
+                    yield to_messages(row)
+                elif row.strip():
+                    yield to_messages(json.loads(row.decode("utf-8-sig")))
             except (ValueError, RecursionError) as error:       # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad_lines:
-                    raise SystemExit(f"{place}{number}: {error}. Mend the line, or pass --skip-bad-lines") from None
+                    place = f"row {number}" if is_json else number
+                    raise SystemExit(f"{path}:{place}: {error}. Mend it, or pass --skip-bad-lines") from None
                 bad += 1
     if bad:
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
@@ -595,34 +582,32 @@ def python_text(limit):
     """Text that every Python brings: English (the language reference in pydoc) and code (the standard library)."""
     import pydoc_data.topics
     import sysconfig
-    topics = pydoc_data.topics.topics
-    english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
-    code, size = [], 0
+    english = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:limit // 2]
+    code = []
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
-        if size < limit - len(english):
+        if sum(map(len, code)) < limit - len(english):
             with open(path, encoding="utf-8", errors="replace") as file:
                 code.append(file.read())
-            size += len(code[-1])
     return {"english": english, "code": "\n\n".join(code)}
 
 
 # A source numbers its samples.  size(held_out) says how many there are, None: without end.  get(index, held_out) gives
-# a sample's ids, and for each whether the assistant wrote it (None: never to be learned).  Samples with held_out=True
-# are never trained on.
+# a sample's ids, and for each 1 if the assistant wrote it, 0 if not, -1 if it must never be learned.  What is held out
+# is never trained on.
 
 class FileSource:
     """Samples that lie one after another in an array of tokens; every twentieth is held out.
 
-    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: 1 for tokens
-    that the assistant wrote, 0 for others, 2 if nobody shall learn it; None for a text, of which every token counts.
+    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: what `get`
+    gives beside each token; None for a text, of which every token counts.
     """
 
     def __init__(self, name, tokens, offsets, targets=None):
         self.name, self.tokens, self.offsets, self.targets = name, tokens, offsets, targets
         self.is_traces, self.count = targets is not None, len(offsets) - 1
         # What tells changed data from the old: the length, and a hash of up to a million tokens.
-        some = np.ascontiguousarray(tokens[::max(1, len(tokens) // 1_000_000)])
-        self.fingerprint = f"{len(tokens)} {hashlib.md5(some.tobytes()).hexdigest()}"
+        some = tokens[::max(1, len(tokens) // 1_000_000)].tobytes()
+        self.fingerprint = f"{len(tokens)} {hashlib.md5(some).hexdigest()}"
 
     def size(self, held_out):
         held = self.count // 20
@@ -636,9 +621,7 @@ class FileSource:
             i = min(20 * index + 19, self.count - 1)
         part = slice(self.offsets[i], self.offsets[i + 1])
         ids = self.tokens[part].tolist()
-        if self.targets is None:
-            return ids, [True] * len(ids)
-        return ids, [None if code == 2 else bool(code) for code in self.targets[part]]
+        return ids, [1] * len(ids) if self.targets is None else self.targets[part].tolist()
 
 
 def windows(tokens, context):
@@ -697,26 +680,27 @@ class TaskSource:
 def tokenise(path, stem, tokenizer, context, skip_bad_lines):
     """Write a file's tokens to stem.tokens, those of a text a megabyte at a time: several GB never sit in memory.
 
-    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.  Returns how trimming went.
+    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.
     """
     counts, offsets = collections.Counter(kept=0, cut=0, stripped=0, dropped=0), [0]
     with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets:
         if file_kind(path) == "txt":
             for piece in tqdm(read_text(path), desc=f"tokenising {path}", unit=" MB", disable=None):
                 np.array(tokenizer.encode(piece), np.uint32).tofile(tokens)
-            return {}
-        for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", unit=" rows", disable=None):
-            messages, verdict = trim(messages, context, tokenizer)
-            counts[verdict] += 1
-            if not messages:
-                continue
-            for message in messages:
-                ids, wanted = tokenizer.render([message])
-                np.array(ids, np.uint32).tofile(tokens)
-                np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
-            offsets.append(targets.tell())                      # a byte a token
-    np.array(offsets, np.int64).tofile(stem + ".offsets")
-    return counts
+        else:
+            for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", disable=None):
+                messages, verdict = trim(messages, context, tokenizer)
+                counts[verdict] += 1
+                for message in messages or []:
+                    ids, wanted = tokenizer.render([message])
+                    np.array(ids, np.uint32).tofile(tokens)
+                    np.array([-1] * len(ids) if "weight" in message else wanted, np.int8).tofile(targets)
+                if messages:
+                    offsets.append(targets.tell())              # a byte a token
+            print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {how}" for how, n in counts.items()))
+        if tokens.tell() == 0:
+            raise SystemExit(f"{path} gave no tokens: it is empty, or has no good row that fits {context} tokens")
+    np.array(offsets, np.int64).tofile(stem + ".offsets")       # comes last, so it says that the arrays are complete
 
 
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
@@ -727,21 +711,14 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     is_chat, about = file_kind(path) != "txt", os.stat(path)
     identity = repr([about.st_size, about.st_mtime_ns, is_chat and context, sorted(tokenizer.ranks.items())])
     stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(identity.encode()).hexdigest()[:12]}")
-    if is_main() and not os.path.exists(stem + ".json"):
+    if is_main() and not os.path.exists(stem + ".offsets"):
         os.makedirs(folder, exist_ok=True)
-        counts = tokenise(path, stem, tokenizer, context, skip_bad_lines)
-        write_json(stem + ".json", counts)                      # comes last, so it says that the arrays are complete
+        tokenise(path, stem, tokenizer, context, skip_bad_lines)
     barrier()
-    if is_chat:
-        counts = ", ".join(f"{n} {verdict}" for verdict, n in read_json(stem + ".json").items())
-        print(f"{path}, trimmed to {context} tokens: {counts}")
-    if os.path.getsize(stem + ".tokens") == 0:
-        why = f"it has no row that is good and fits {context}" if is_chat else "it is empty"
-        raise SystemExit(f"{path} gave no tokens: {why}")
     tokens = np.memmap(stem + ".tokens", np.uint32, "r")
     if not is_chat:
         return tokens, windows(tokens, context), None
-    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.uint8, "r")
+    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.int8, "r")
 
 
 def make_sources(config, stage, tokenizer):
@@ -789,11 +766,15 @@ class Loader:
         self.sources = {source.name: source for source in sources}
         self.stage, self.seed, self.pad, self.held_out = stage, seed, pad, held_out
         self.context, self.rows = stage.context, tokens_per_step // stage.context
-        traces = [source.name for source in sources if source.is_traces]
-        texts = {source.name: source.size(held_out) for source in sources if not source.is_traces}
+        traces, texts = [], {}
+        for source in sources:
+            if source.is_traces:
+                traces.append(source.name)
+            else:
+                texts[source.name] = source.size(held_out)
         share = stage.traces if traces and texts else float(bool(traces))
         # Sources of traces count alike.  Texts count by their size, so that none is read more often than another.
-        self.weight = {name: share / len(traces) for name in traces}
+        self.weight = dict.fromkeys(traces, share / max(1, len(traces)))
         for name, size in texts.items():
             self.weight[name] = (1 - share) * size / sum(texts.values())
         self.given = dict.fromkeys(self.sources, 0)             # tokens
@@ -809,43 +790,38 @@ class Loader:
         epoch, place = divmod(number, size)
         return source.get(int(epoch_order(self.seed, epoch, size)[place]), self.held_out)
 
-    def draw_samples(self):
-        """Fill `waiting` with 1.05 times the tokens of a batch: with some choice, packing leaves hardly a gap."""
-        tokens = sum(len(ids) for _, ids, _ in self.waiting)
-        while tokens < self.rows * self.context * 1.05:
-            # The source that is furthest behind its share of all tokens comes next.
-            total = sum(self.given.values()) + 1
-            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
-            ids, by_assistant = self.sample(name, self.drawn[name])
-            self.waiting.append(((name, self.drawn[name]), ids, by_assistant))
-            self.drawn[name] += 1
-            self.given[name] += len(ids)
-            tokens += len(ids)
-
     def next(self):
         """-> input_ids, targets, position_ids (rows, context) int64, and where the samples came from.
 
         targets: the next token, -100 where there is none in this sample or it does not count.
         position_ids restart with each sample and are -1 on padding, so nothing leaks from one into the next.
         """
-        self.draw_samples()
-        rows = pack([len(ids) for _, ids, _ in self.waiting], self.context, self.rows)
+        # With 1.05 times the tokens of a batch to choose from, packing leaves hardly a gap.
+        lengths = [len(ids) for _, ids, _ in self.waiting]
+        while sum(lengths) < self.rows * self.context * 1.05:
+            # The source that is furthest behind its share of all tokens comes next.
+            total = sum(self.given.values()) + 1
+            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
+            origin = (name, self.drawn[name])
+            self.waiting.append((origin, *self.sample(*origin)))
+            lengths.append(len(self.waiting[-1][1]))
+            self.drawn[name] += 1
+            self.given[name] += lengths[-1]
+
         inputs = np.full((self.rows, self.context), self.pad, np.int64)
-        targets, positions = np.full_like(inputs, -100), np.full_like(inputs, -1)
-        for row, members in enumerate(rows):
+        targets, positions, origins = np.full_like(inputs, -100), np.full_like(inputs, -1), []
+        for row, members in enumerate(pack(lengths, self.context, self.rows)):
             start = 0
             for index in members:
-                _, ids, counts = self.waiting[index]
-                if not self.stage.mask_prompts:                 # then the prompt's tokens count too
-                    counts = [by_assistant is not None for by_assistant in counts]
+                origin, ids, by_assistant = self.waiting[index]
+                counts = np.array(by_assistant) > (0 if self.stage.mask_prompts else -1)
                 end = start + len(ids)
                 inputs[row, start:end] = ids
-                targets[row, start:end - 1] = np.where(np.array(counts[1:], bool), ids[1:], -100)
+                targets[row, start:end - 1] = np.where(counts[1:], ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
-                start = end
-        used = {index for row in rows for index in row}
-        origins = [self.waiting[index][0] for index in sorted(used)]
-        self.waiting = [item for index, item in enumerate(self.waiting) if index not in used]
+                start, self.waiting[index] = end, None
+                origins.append(origin)
+        self.waiting = [sample for sample in self.waiting if sample]
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions), origins
 
     def state_dict(self):
@@ -2654,7 +2630,7 @@ def main(arguments=None):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
+    """What the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
     task: str
     difficulty: int
     prompt: str
@@ -2683,7 +2659,7 @@ class Task:
     exact = True                            # the teacher always finds the answer; otherwise it searches and may fail
     levels = (1, 2, 3)                      # the fixed difficulties of evaluation and RL, where SFT leaves room above
     hardest = 30                            # difficulties end here
-    reads = False                           # `aggregate` builds on the replies that it is shown
+    reads = False                           # aggregate(problem, replies, seed) builds on the replies that it is shown
 
     def __init__(self, name):
         self.name = name
@@ -2723,11 +2699,7 @@ class Task:
         raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
 
     def good_rollout(self, problem, seed=0):
-        """A reply that helps whoever reads it, for aggregation prompts."""
-        return self.solve(problem, seed)
-
-    def aggregate(self, problem, replies, seed=0):
-        """The teacher's reply after reading other replies; a task that does not read solves the problem by itself."""
+        """A reply that helps whoever reads it in an aggregation prompt."""
         return self.solve(problem, seed)
 
 
@@ -2736,10 +2708,14 @@ class Search(Task):
     (its text, whether the answer seems to work).  "#y" or "#n" before the answer says how the last trial went.
 
     After a failed trial the teacher gives up with probability `gives_up`.  So imitating it is capped, and only reward
-    can teach a model to guess better and to go on.
+    can teach a model to guess better and to go on.  An answer is right if it is one, is_valid(data, answer) -> bool,
+    and a trial without errors works.
     """
     exact = False
     gives_up, most = 0.6, 8
+
+    def verify_answer(self, data, answer):
+        return self.is_valid(data, answer) and self.trial(data, answer, random.Random(0), 0.0)[1]
 
     def solution(self, data, rng, error_rate):
         trials = []
@@ -2760,11 +2736,11 @@ class Search(Task):
 
     def aggregate(self, problem, replies, seed=0):
         """Take over one of the right answers and check it anew; if there is none, search honestly."""
-        right = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
+        right = [reply for reply in replies if self.verify(problem, reply)[0]]
         if not right:
             return self.solve(problem, seed)
         rng = random.Random(f"aggregate {seed}")
-        answer = rng.choice(right)
+        answer = split_answer(rng.choice(right))
         text, _ = self.trial(problem.data, answer, rng, 0.0)
         return f"<think>{text}#y{answer}</think>{answer}"
 
@@ -2776,11 +2752,14 @@ def with_error(value, rng, error_rate):
     return value - value % 10 + (value + rng.randrange(1, 10)) % 10
 
 
-def column_labels(rng, count):
-    """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
+def draw_columns(rng, count, least, most):
+    """Columns of a digit, a number from `least` to `most` and a letter; letters follow each other in the alphabet."""
     letters = 2 * "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    start = rng.randrange(52)
-    return letters[start:start + count]
+    start, columns, said = rng.randrange(52), [], []
+    for label in letters[start:start + count]:
+        columns.append([rng.randrange(10), rng.randint(least, most), label])
+        said.append("{}{}{}".format(*columns[-1]))
+    return ",".join(said), {"columns": columns}
 
 
 class ColumnSums(Task):
@@ -2792,8 +2771,8 @@ class ColumnSums(Task):
     levels = (6, 7, 8)
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(10), label] for label in column_labels(rng, d)]
-        return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
+        said, data = draw_columns(rng, d, 0, 9)
+        return f"sum {said}", data
 
     def solution(self, data, rng, error_rate):
         steps, answer = "", ""
@@ -2817,15 +2796,14 @@ class Add(Task):
         return f"{a}+{b}", {"a": a, "b": b}
 
     def solution(self, data, rng, error_rate):
-        a, b, steps, carry, total, place = data["a"], data["b"], [], 0, 0, 1
-        while place == 1 or place <= max(a, b):
-            x, y = a // place % 10, b // place % 10
+        a, b, steps, carry, answer = data["a"], data["b"], [], 0, ""
+        for place in range(len(str(max(a, b)))):
+            x, y = a // 10**place % 10, b // 10**place % 10
             value = with_error(x + y + carry, rng, error_rate)
-            steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
+            steps.append(f"{x}+{y}+{carry}={value:02}")
             carry = value // 10
-            total += value % 10 * place
-            place *= 10
-        return ",".join(steps), str(total + carry * place)
+            answer = f"{value % 10}{answer}"
+        return ",".join(steps), str(int(f"{carry}{answer}"))
 
 
 class Sort(Task):
@@ -2936,11 +2914,10 @@ class Program(Task):
             for _ in range(d + 1):
                 other, operator = rng.choice("x123456789"), rng.choice("+-*")
                 if rng.random() < 0.5:
-                    formula = f"({other}{operator}{formula})"
-                    lines.append(f"a={other}{operator}{inner}")
+                    formula, line = f"({other}{operator}{formula})", f"a={other}{operator}{inner}"
                 else:
-                    formula = f"({formula}{operator}{other})"
-                    lines.append(f"a={inner}{operator}{other}")
+                    formula, line = f"({formula}{operator}{other})", f"a={inner}{operator}{other}"
+                lines.append(line)
                 inner = "a"
             outputs = {self.output(";".join(lines), x) for x in range(10)}
         return f"code {formula}", {"lines": lines}
@@ -3010,12 +2987,8 @@ class Synthesize(Search):
                 break
         return f"{answer}:" + "/".join(parts), value == y
 
-    def verify_answer(self, data, answer):
-        for x, y in data["examples"]:
-            values = run_expression(answer, {"x": x})
-            if values is None or values[-1] != y:
-                return False
-        return True
+    def is_valid(self, data, answer):
+        return run_expression(answer, {"x": 0}) is not None
 
 
 class Falsify(Search):
@@ -3038,25 +3011,18 @@ class Falsify(Search):
     def guess(self, data, rng):
         return str(rng.randrange(10))
 
-    @staticmethod
-    def taken(data, answer):
-        """Whether an input takes the branch 'x>6' or 'x<3': digits compare as numbers do."""
-        _, sign, bound = data["branch"]
-        return answer > bound if sign == ">" else answer < bound
-
     def trial(self, data, answer, rng, error_rate):
+        _, sign, bound = data["branch"]                         # digits compare as their numbers do
+        taken = answer > bound if sign == ">" else answer < bound
         misjudged = rng.random() < error_rate
-        if self.taken(data, answer) == misjudged:
+        if taken == misjudged:
             return f"{answer}n", False
         steps, value = worked(data["right"], int(answer), rng, error_rate)
         more, other = worked(data["other"], int(answer), rng, error_rate)
         return f"{answer}y:{steps}/{more}", value != other
 
-    def verify_answer(self, data, answer):
-        if answer not in DIGITS or not self.taken(data, answer):
-            return False
-        x = {"x": int(answer)}
-        return run_expression(data["right"], x)[-1] != run_expression(data["other"], x)[-1]
+    def is_valid(self, data, answer):
+        return answer in DIGITS
 
 
 class Find(Task):
@@ -3068,8 +3034,8 @@ class Find(Task):
     exact, reads = False, True
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in column_labels(rng, d)]
-        return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
+        said, data = draw_columns(rng, d, 4, 8)
+        return f"find {said}", data
 
     def solution(self, data, rng, error_rate, candidates=None):
         """`candidates` {label: digits}: guess among these where there are any."""
@@ -3096,7 +3062,8 @@ class Find(Task):
         answers = "|".join(split_answer(text) or "" for text in replies)
         valid = {}
         for a, t, label in problem.data["columns"]:
-            valid[label] = [int(x) for x in re.findall(f"{label}([0-9])", answers) if (int(x) + a) % 10 < t]
+            found = map(int, re.findall(f"{label}([0-9])", answers))
+            valid[label] = [x for x in found if (x + a) % 10 < t]
         reasoning, answer = self.solution(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
         return f"<think>{reasoning}</think>{answer}"
 
@@ -3128,11 +3095,8 @@ class Countdown(Search):
         steps, value = worked(answer, int(answer[0]), rng, error_rate, modulus=None)
         return f"{answer}:{steps}", value == data["target"]
 
-    def verify_answer(self, data, answer):
-        values = run_expression(answer, {}, modulus=None)
-        if values is None or values[-1] != data["target"]:
-            return False
-        return sorted(map(int, answer[::2])) == sorted(data["numbers"])
+    def is_valid(self, data, answer):
+        return run_expression(answer, {}) is not None and sorted(map(int, answer[::2])) == sorted(data["numbers"])
 
 
 class Sat(Search):
@@ -3143,7 +3107,7 @@ class Sat(Search):
     """
 
     def generate(self, rng, d):
-        variables, clauses = range(1, min(d + 1, 9) + 1), []
+        variables, clauses = "123456789"[:d + 1], []
         planted = "".join(self.literals(rng, variables))
         while len(clauses) < d + 2:
             clause = "".join(sorted(self.literals(rng, rng.sample(variables, 2))))
@@ -3153,10 +3117,10 @@ class Sat(Search):
 
     @staticmethod
     def literals(rng, variables):
-        return [f"{v}{'+' if rng.random() < 0.5 else '-'}" for v in variables]
+        return [variable + ("+" if rng.random() < 0.5 else "-") for variable in variables]
 
     def guess(self, data, rng):
-        return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
+        return "".join(variable + rng.choice("+-") for variable in "123456789"[:data["count"]])
 
     @staticmethod
     def holds(clause, answer):
@@ -3173,9 +3137,9 @@ class Sat(Search):
                 break
         return f"{answer}:" + ",".join(parts), works
 
-    def verify_answer(self, data, answer):
-        form = "".join(f"{v}[+-]" for v in range(1, data["count"] + 1))
-        return re.fullmatch(form, answer) is not None and all(self.holds(c, answer) for c in data["clauses"])
+    def is_valid(self, data, answer):
+        variables = "123456789"[:data["count"]]
+        return re.fullmatch("([0-9][+-])+", answer) is not None and answer[::2] == variables
 
 
 WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
@@ -3250,18 +3214,18 @@ def warmth(answer):
 class ReasoningGym(Task):
     """Any dataset of reasoning-gym (pip install reasoning-gym) as a task: --tasks reasoning_gym:chain_sum
 
-    The difficulty is the level of the dataset's curriculum, where it has one.  Its teacher knows the answer and no
-    trace.  A score of 0.99 or more is right; the verifiers are reasoning-gym's, so neither ours nor bounded in time.
+    The difficulty is the level of the dataset's curriculum, where it has one; a score of 0.99 or more is right.  The
+    teacher knows no reasoning, and nothing bounds the time of these verifiers.
     """
 
     def __init__(self, name):
         super().__init__(name)
         try:
-            import reasoning_gym.factory as factory
+            import reasoning_gym.factory
         except ImportError:
             raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
-        self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
-        check_choice("--tasks reasoning_gym:", self.dataset, factory.DATASETS)
+        self.factory, self.dataset = reasoning_gym.factory, name.removeprefix("reasoning_gym:")
+        check_choice("--tasks reasoning_gym:", self.dataset, self.factory.DATASETS)
 
     def entry(self, seed, level):
         settings = {}
@@ -3274,19 +3238,17 @@ class ReasoningGym(Task):
 
     def generate(self, rng, d):
         data = {"seed": rng.getrandbits(31), "level": d}
-        _, entry = self.entry(**data)
-        return entry["question"].strip(), data
+        return self.entry(**data)[1]["question"].strip(), data
 
     def solution(self, data, rng, error_rate):
         seed = rng.getrandbits(31) if rng.random() < error_rate else data["seed"]
-        _, entry = self.entry(seed, data["level"])
-        return "", entry["answer"]
+        return "", self.entry(seed, data["level"])[1]["answer"]
 
     def verify_answer(self, data, answer):
         dataset, entry = self.entry(**data)
         try:
             return dataset.score_answer(answer, entry) >= 0.99
-        except Exception:                                       # a verifier of theirs that did not expect this text
+        except Exception:                                       # it did not expect this text
             return False
 
 
