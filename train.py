@@ -655,11 +655,8 @@ class TaskSource:
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
 
     def exchange(self, rng, held_out):
-        """One problem and the teacher's reply to it.
-
-        A share `aggregation` of them prepares the model for Markovian RSA: the prompt shows the tails of right and of
-        wrong replies, and the answer is as right as a reader of those replies can be.
-        """
+        """A problem and the teacher's reply.  A share `aggregation` of the prompts show, as Markovian RSA does, tails
+        of right and of wrong replies, and the answer is as right as a reader of those can be."""
         readers = [name for name in self.tasks if find_task(name).reads]
         aggregates = bool(readers) and rng.random() < self.stage.aggregation
         task = find_task(rng.choice(readers if aggregates else self.tasks))
@@ -1980,12 +1977,6 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
     scores["pass@equal_tokens"] = rewards.max(1)
     greedy = Checkpoint(model, tokenizer, 0.0)(prompts, budget.budget, seed)
     scores["greedy"] = verify_replies(problems, zip(greedy))[:, 0]
-    if task.self_verified("") is not None:                      # the first reply that says it holds, else the first
-        chosen = [max(texts, key=task.self_verified) for texts in plain]
-        scores["certified@equal_tokens"] = verify_replies(problems, zip(chosen))[:, 0]
-    if task.labelled:
-        labels = [[label for *_, label in problem.data["columns"]] for problem in problems]
-        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, plain))
 
     row = {"task": name, "difficulty": difficulty, "problems": len(problems), "population": N,
            "subset": budget.subset, "T": T, "tail": budget.tail, "longest_prompt": longest["markovian_rsa"],
@@ -2688,15 +2679,13 @@ class Task:
         """A plausible reply with a wrong answer: the teacher makes more and more errors until one spoils it.  If none
         does, we take the teacher's reply to another problem."""
         rng = random.Random(f"corrupt {seed}")
-        error_rate, data = 0.1, problem.data
-        for attempt in range(10_000):
-            if attempt > 30:
+        error_rate, answer, data = 0.0, None, problem.data
+        while answer is None or self.verify_answer(problem.data, answer):
+            if error_rate > 3.05:                               # after 31 attempts
                 data = draw(self, rng.getrandbits(48), problem.difficulty, held_out=False).data
+            error_rate += 0.1
             reasoning, answer = self.solution(data, rng, error_rate)
-            if not self.verify_answer(problem.data, answer):
-                return f"<think>{reasoning}</think>{answer}"
-            error_rate = min(1.0, error_rate + 0.1)
-        raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
+        return f"<think>{reasoning}</think>{answer}"
 
     def good_rollout(self, problem, seed=0):
         """A reply that helps whoever reads it in an aggregation prompt."""
@@ -2707,9 +2696,8 @@ class Search(Task):
     """A task whose teacher guesses and checks: guess(data, rng) -> answer, and trial(data, answer, rng, error_rate) ->
     (its text, whether the answer seems to work).  "#y" or "#n" before the answer says how the last trial went.
 
-    After a failed trial the teacher gives up with probability `gives_up`.  So imitating it is capped, and only reward
-    can teach a model to guess better and to go on.  An answer is right if it is one, is_valid(data, answer) -> bool,
-    and a trial without errors works.
+    The teacher often gives up after a failed trial.  So imitating it is capped, and only reward can teach a model to
+    guess better and to go on.  An answer that is_valid(data, answer) is right if a trial without errors works.
     """
     exact = False
     gives_up, most = 0.6, 8
@@ -2840,8 +2828,8 @@ def run_expression(text, registers, rng=None, error_rate=0.0, modulus=10):
 
         expression := operand (operator operand)*      operand := digit | register      operator := + - *
 
-    `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
-    100 characters.  Nothing else can happen: the work is linear in the text and numbers stay below 10.
+    `registers` {letter: 0 … 9}.  None for any other text, or more than 100 characters.  Nothing else can happen: the
+    work is linear in the text and numbers stay below 10.
 
     >>> run_expression("x*2+3", {"x": 4}), run_expression("y+1", {"x": 4}), run_expression("__import__('os')", {})
     ([8, 1], None, None)
@@ -3150,8 +3138,7 @@ WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "st
 class Constraints(Task):
     """Follow instructions: a reply of different words that obeys up to d + 1 rules (from d = 4 on, longer ones).
 
-    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
-    Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
+    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!        (or has WORD)
     The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
     """
     levels = (2, 3, 4)
