@@ -452,7 +452,7 @@ def as_text(value, where):
     """A text, a number, or a list of parts {"type": "text", "text": …} -> the text; ValueError for anything else."""
     if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
         value = "".join(as_text(part.get("text"), where) for part in value)
-    elif type(value) in (int, float) and math.isfinite(value):
+    elif type(value) in (int, float) and abs(value) < math.inf:
         value = str(value)
     if not isinstance(value, str) or re.search(r"[\0\ud800-\udfff]", value):
         raise ValueError(f"{where} must be a text of whole characters, this is {json.dumps(value)[:60]}")

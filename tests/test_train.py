@@ -177,6 +177,7 @@ Q, A, QA = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a
     ({"messages": [{**Q, "id": "1"}, {**A, "timestamp": "8 am"}], "prompt": "q"}, ["user: q", "assistant: a"]),
     ({"messages": [{"role": "user", "content": "what does <think> mean?"}]}, ["user: what does <think> mean?"]),
     ({"problem": "6*7", "solution": "It is 42.", "answer": "42"}, ["user: 6*7", "assistant: It is 42."]),
+    ({"question": "q", "answer": 10**400}, ["user: q", f"assistant: 1{'0' * 400}"]),
     *[({pair[0]: "q", pair[1]: "a", "extra": 1}, ["user: q", "assistant: a"]) for pair in train.PAIRS],
     *[({"prompt": "q", "completion": text}, ["user: q", f"assistant: {text}"]) for text in      # headings, not answers
       ("Intro.\n#### Step 1\nDo it.\n#### Step 2\nDone.", "a #### b", "<think>a\n#### b</think>4", "#### 5")],
