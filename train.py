@@ -9,11 +9,8 @@
 TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
 long chains of thought, each trimmed so that the answer survives, then SFT on chats.  TR section IV: four stages of
 reinforcement learning on one spine, in which Actor samples groups of rollouts and rl_step learns from them.  A run is a
-pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
-
-Read from top to bottom: settings, data (trim, pack, sources), Muon, supervised_stage, the RL formulas, Actor, rl_step,
-rl_stage, evaluation, main; many processes when you need them; the tasks are an appendix.  Does NOT include: tensor or
-context parallelism.
+pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.  The tasks are an
+appendix.  Does NOT include: tensor or context parallelism.
 """
 import argparse
 import codecs
@@ -25,12 +22,14 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import glob
 import gzip
 import hashlib
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -122,13 +121,12 @@ REASONING = MATH + PUZZLES + CODE
 
 def rl_stages(steps, lr, reward_model_steps, **shared):
     """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest of RLStage shared."""
-    each = [dict(shared, steps=steps[i], lr=lr[i], lr_end=lr[i] / 5) for i in range(4)]
-    return {
-        "warmup": RLStage(tasks=MATH + PUZZLES, **each[0]),
-        "rlve": RLStage(tasks=REASONING, adaptive=True, aggregation=0.25, **each[1]),
-        "mathcode": RLStage(tasks=MATH + CODE, aggregation=0.4, **each[2]),
-        "behavior": RLStage(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps,
-                            **each[3])}
+    own = dict(warmup=dict(tasks=MATH + PUZZLES),
+               rlve=dict(tasks=REASONING, adaptive=True, aggregation=0.25),
+               mathcode=dict(tasks=MATH + CODE, aggregation=0.4),
+               behavior=dict(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
+    return {name: RLStage(steps=steps[i], lr=lr[i], lr_end=lr[i] / 5, **shared, **own[name])
+            for i, name in enumerate(own)}
 
 
 # One learning rate serves Muon and AdamW, whose update sizes are matched.  The balancer's rate is AMD Primus' 1e-3 at
@@ -175,80 +173,78 @@ PRESETS = {
 }
 
 
-def option(default, help, group, least=None, most=2**31 - 1, number=None):
-    """A field of TrainConfig with its help and bounds; number: the type of a setting that has one value a stage."""
-    default = dict(default_factory=list) if default == [] else dict(default=default)
-    return field(**default, metadata=dict(help=help, group=group, least=least, most=most, number=number))
+# A run that goes on may change these; it must keep all other settings.
+CHANGEABLE = ("stages", "out", "device", "shard", "no_compile", "skip_bad_lines", "log_every", "save_every",
+              "eval_problems", "eval_samples")
 
 
-RUN = "run (a run that goes on may change these, and must keep all others)"
+def option(default, help, least=None, most=2**31 - 1):
+    return field(default=default, metadata=dict(help=help, least=least, most=most))
 
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run, checked and complete once it is made: a None becomes what the preset says.
+    """Every setting of a run: the command line is built from these fields.  Raises SystemExit for what cannot be.
 
-    The command line is built from these fields.  Raises SystemExit.
+    A None becomes what the preset says.  steps, context and lr are given as texts and become {stage: number}.
     """
-    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths", "recipe")
-    seed: int = option(0, "of the weights, the data order and the sampled answers", "recipe", 0, 2**63 - 1)
-    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "recipe")
-    data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
-    tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
-    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", 1, number=int)
-    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", 2, number=int)
-    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", "training", 0, 10, float)
-    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", 1)
-    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", 1)
-    groups: int = option(None, "prompts in one step of reinforcement learning", "training", 1)
-    group_size: int = option(None, "rollouts of one prompt", "training", 2)
-    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training", 0, 10)
-    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", "training", 0, 1e9)
-    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", 0, 1)
-    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute", RUN)
-    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", RUN)
-    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", RUN)
-    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", RUN, 0)
-    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay", RUN)
-    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", RUN)
-    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", RUN, 1)
-    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", RUN, 1)
-    eval_problems: int = option(None, "held-out problems per task", RUN, 0)
-    eval_samples: int = option(None, "sampled answers per held-out problem", RUN, 0)
+    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths")
+    seed: int = option(0, "of the weights, the data order and the sampled answers", 0, 2**63 - 1)
+    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)")
+    data: list = option(None, "your own .txt, .jsonl and .json files, instead of the text that Python brings")
+    tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort")
+    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", 1)
+    context: dict = option(None, "tokens a sample may have, likewise per stage", 2)
+    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", 0, 10)
+    tokens_per_step: int = option(None, "tokens in one optimizer step", 1)
+    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", 1)
+    groups: int = option(None, "prompts in one step of reinforcement learning", 1)
+    group_size: int = option(None, "rollouts of one prompt", 2)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", 0, 1e9)
+    balancer_lr: float = option(None, "learning rate of the router's balancing biases", 0, 1)
+    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute")
+    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on")
+    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps")
+    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", 0)
+    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay")
+    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping")
+    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", 1)
+    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", 1)
+    eval_problems: int = option(None, "held-out problems per task", 0)
+    eval_samples: int = option(None, "sampled answers per held-out problem", 0)
 
     def __post_init__(self):
-        check_choice("--preset", self.preset, list(PRESETS))
-        for name in self.stages.split(","):
-            check_choice("--stages", name, [*STAGES, "evaluate"])
+        check_choice("--preset", self.preset, PRESETS)
         check_choice("--device", self.device, ["auto", "cpu", "cuda", "mps"])
-        self.fill_in(PRESETS[self.preset])
+        stages = self.stages.split(",")
+        for name in stages:
+            check_choice("--stages", name, [*STAGES, "evaluate"])
+
+        # What was not given is the preset's, and groups and group_size are an RL stage's.
+        preset = PRESETS[self.preset]
+        for name in ("steps", "context", "lr"):
+            usual = {stage: getattr(preset["stages"][stage], name) for stage in STAGES}
+            setattr(self, name, stage_values(flag(name), getattr(self, name), usual))
+        usual = {**vars(preset["stages"]["warmup"]), **preset, "data": [], "out": os.path.join("out", self.preset),
+                 "micro_batch": max(16384, *self.context.values())}
         for setting in dataclasses.fields(self):
-            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
-            numbers = value.values() if isinstance(value, dict) else [value]
-            for number in numbers if least is not None else []:
-                if not least <= number <= most:                 # nan lies between none
-                    raise SystemExit(f"{flag(setting.name)} {number} must be at least {least} and at most {most}")
+            name, least, most = setting.name, setting.metadata["least"], setting.metadata["most"]
+            if getattr(self, name) is None:
+                setattr(self, name, usual[name])
+            value = getattr(self, name)
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if least is not None and not least <= number <= most:       # nan lies between none
+                    raise SystemExit(f"{flag(name)} {number} must be at least {least} and at most {most}")
         # A supervised stage packs the tokens of a step into rows as long as its context.
         for name in STAGES[:3]:
             context = self.context[name]
-            if name in self.stages.split(",") and (self.tokens_per_step % context or self.micro_batch < context):
+            if name in stages and (self.tokens_per_step % context or self.micro_batch < context):
                 raise SystemExit(f"--tokens-per-step {self.tokens_per_step} must be a multiple of {name}'s context "
                                  f"({context}), and --micro-batch {self.micro_batch} at least as long")
 
-    def fill_in(self, preset):
-        """Give what is None the preset's value, and steps, context and lr one value a stage."""
-        self.out = self.out or os.path.join("out", self.preset)
-        usual = {**vars(preset["stages"]["warmup"]), **preset}          # groups and group_size are an RL stage's
-        for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples", "groups", "group_size"):
-            if getattr(self, name) is None:
-                setattr(self, name, usual[name])
-        for name in ("steps", "context", "lr"):
-            given, values = getattr(self, name) or {}, {}
-            for stage in STAGES:
-                values[stage] = given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
-            setattr(self, name, values)
-        if self.micro_batch is None:
-            self.micro_batch = max(16384, *self.context.values())
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_choice(option, given, choices):
@@ -258,10 +254,29 @@ def check_choice(option, given, choices):
         raise SystemExit(f"{option} {given}: did you mean {closest}? There are {', '.join(choices)}")
 
 
+def stage_values(option, text, values):
+    """What `text` says of a setting that has one value a stage; where it says nothing, `values`.
+
+    >>> stage_values("--steps", "pretrain=5", {"pretrain": 30, "sft": 250})
+    {'pretrain': 5, 'sft': 250}
+    """
+    number = type(values["pretrain"])
+    values = dict(values)
+    for part in text.split(",") if text else []:
+        stage, _, value = part.rpartition("=")
+        if stage:
+            check_choice(option, stage, values)
+        try:
+            values.update(dict.fromkeys([stage] if stage else values, number(value)))
+        except ValueError:
+            raise SystemExit(f"{option} {text}: {value!r} is not {'a whole' if number is int else 'a'} number; write "
+                             "one for all stages, or pretrain=…,midtrain=…") from None
+    return values
+
+
 def settings(config):
     """What a run must keep to go on: {setting: value}."""
-    return {setting.name: getattr(config, setting.name) for setting in dataclasses.fields(config)
-            if setting.metadata["group"] != RUN}
+    return {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
 
 
 def stage_settings(config, name):
@@ -277,64 +292,29 @@ def stage_settings(config, name):
     return stage
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_stage_values(text, kind):
-    """'5' -> {None: 5} for every stage;  'pretrain=5,midtrain=3' -> one each.
-
-    >>> parse_stage_values("5", int), parse_stage_values("pretrain=5,midtrain=3", int)
-    ({None: 5}, {'pretrain': 5, 'midtrain': 3})
-    """
-    values = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        if name and name not in STAGES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no stage; there are {', '.join(STAGES)}")
-        try:
-            values[name or None] = kind(value)
-        except ValueError:
-            wanted = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{value!r} is not a {wanted}; write one for all stages, or "
-                                             "pretrain=…,midtrain=…") from None
-    return values
-
-
-def add_option(group, setting):
-    """A field of TrainConfig as an option of argparse."""
-    text = setting.metadata["help"]
-    if setting.default not in (None, False, dataclasses.MISSING):
-        text += f" (default {setting.default})"
-    form = {bool: dict(action="store_true"), list: dict(nargs="+", metavar="FILE"),
-            dict: dict(type=lambda text: parse_stage_values(text, setting.metadata["number"]), metavar="N")}
-    usual = dict(type=setting.type, metavar="NAME" if setting.type is str else "N")
-    group.add_argument(flag(setting.name), help=text, default=argparse.SUPPRESS, **form.get(setting.type, usual))
-
-
 def parse_arguments(arguments):
     """Command line -> (TrainConfig, {ZayaConfig field: value}).  An unknown option is an error with the closest one."""
     parser = argparse.ArgumentParser(prog="python train.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda setting: setting.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for setting in fields:
-            add_option(group, setting)
-    group = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
+    kinds = {bool: dict(action="store_true"), int: dict(type=int, metavar="N"), float: dict(type=float, metavar="N"),
+             str: dict(metavar="NAME"), list: dict(nargs="+", metavar="FILE"), dict: dict(metavar="N")}
+    for setting in dataclasses.fields(TrainConfig):
+        text = setting.metadata["help"] + (f" (default {setting.default})" if setting.default else "")
+        parser.add_argument(flag(setting.name), help=text, default=setting.default, **kinds[setting.type])
+    # The model's shape: every integer of ZayaConfig but the token ids, which are the tokenizer's.
     for setting in dataclasses.fields(ZayaConfig):
-        if setting.type is int and not setting.name.endswith("token_id"):       # those are the tokenizer's
+        if setting.type is int and not setting.name.endswith("token_id"):
             usual = setting.name in ("hidden_size", "num_hidden_layers", "num_experts", "vocab_size")
-            group.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
-                               help="" if usual else argparse.SUPPRESS)
+            parser.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
+                                help="of the model, like every integer of ZayaConfig" if usual else argparse.SUPPRESS)
+
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        advice = f"did you mean {close[0]}?" if close else "see -h"
-        parser.error(f"unknown option {unknown[0]}; {advice}")
-    ours, shape = {}, {}
-    for name, value in vars(given).items():
-        (ours if name in TrainConfig.__dataclass_fields__ else shape)[name] = value
-    return TrainConfig(**ours), shape
+        parser.error(f"unknown option {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see -h"))
+    shape = vars(given)
+    config = TrainConfig(**{setting.name: shape.pop(setting.name) for setting in dataclasses.fields(TrainConfig)})
+    return config, shape
 
 
 # ---- data: trimming, packing, sources -------------------------------------------------------------------------------
@@ -352,9 +332,7 @@ def split_think(content):
 def cut_reasoning(messages, context, tokenizer):
     """Cut the last turn's reasoning from its end until the conversation just fits -> messages, or None if it cannot."""
     *earlier, last = messages
-    if last["role"] != "assistant":
-        return None
-    pieces = THINK.split(last["content"])
+    pieces = THINK.split(last["content"]) if last["role"] == "assistant" else [last["content"]]
     blocks = [tokenizer.encode(reasoning) for reasoning in pieces[1::2]]
 
     def keep(count):
@@ -393,28 +371,24 @@ def trim(messages, context, tokenizer):
 
     >>> byte = Tokenizer()                                                # one token per character
     >>> talk = [dict(role="user", content="7+5?"), dict(role="assistant", content="<think>seven, five</think>12")]
-    >>> len(byte.render(talk)[0])                                           # 4 + 11 + 2 characters, 6 special tokens
-    23
-    >>> trim(talk, 23, byte)[1], trim(talk, 9, byte)
+    >>> trim(talk, 23, byte)[1], trim(talk, 9, byte)                        # 4 + 11 + 2 characters, 6 special tokens
     ('kept', (None, 'dropped'))
     >>> trim(talk, 17, byte)[0][1]["content"], trim(talk, 17, byte)[1]
     ('<think>seven</think>12', 'cut')
     """
     if len(tokenizer.render(messages)[0]) <= context:
         return messages, "kept"
-    short = cut_reasoning(messages, context, tokenizer)
-    if short:
-        return short, "cut"
     stripped = []
     for message in messages[:-1]:
         if message["role"] == "assistant":
             message = {**message, "content": split_think(message["content"])[1]}
         stripped.append(message)
     stripped.append(messages[-1])
-    if len(tokenizer.render(stripped)[0]) <= context:
-        return stripped, "stripped"
-    short = cut_reasoning(stripped, context, tokenizer)
-    return (short, "stripped") if short else (None, "dropped")
+    for candidate, verdict in ((messages, "cut"), (stripped, "stripped")):
+        short = cut_reasoning(candidate, context, tokenizer)
+        if short:
+            return short, verdict
+    return None, "dropped"
 
 
 def pack(lengths, capacity, bins):
@@ -425,23 +399,18 @@ def pack(lengths, capacity, bins):
     >>> pack([5, 3, 6, 2, 4], capacity=8, bins=2)
     [[2, 3], [0, 1]]
     """
-    rows, room = [], []
+    rows, room = [[] for _ in range(bins)], [capacity] * bins
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
+        fitting = [row for row in range(bins) if room[row] >= lengths[index]]
         if fitting:
             row = min(fitting, key=lambda r: room[r])
-        elif len(rows) < bins and lengths[index] <= capacity:
-            row = len(rows)
-            rows.append([])
-            room.append(capacity)
-        else:
-            continue
-        rows[row].append(index)
-        room[row] -= lengths[index]
+            rows[row].append(index)
+            room[row] -= lengths[index]
     return rows
 
 
-# The names that other people's data sets use: for a question and its answer, for other fields, and for the roles.
+# The names that other people's data sets use: for a question and its answer, for other fields, for the roles, and, as
+# the last word of a name, for what is about a row and not in it.
 PAIRS = [("question", "answer"), ("problem", "solution"), ("prompt", "completion"), ("problem", "answer"),
          ("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("query", "response")]
 ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "context",
@@ -449,9 +418,9 @@ ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "c
            "train": "weight", "loss": "weight"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "user", "function": "user",
          "observation": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-METADATA = re.compile(r"(?!image|audio|video)(.+_)?(ids?|idx|index|uuid|source|dataset|split|type|topic|subject|tags?|"
-                      r"category|domain|level|difficulty|score|rating|lang|language|license|version|date|time|timestamp)|"
-                      r"urls?|links?|author|model|meta.*", re.I)
+METADATA = set("""id ids idx index uuid source dataset split type topic subject tag tags category domain level score
+    difficulty rating lang language license version date time timestamp url urls link author model meta metadata
+    """.split())
 
 
 def known_fields(values, where):
@@ -461,7 +430,7 @@ def known_fields(values, where):
     found = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
-        if name != "content" and value in (None, "", [], {}):
+        if value in (None, "", [], {}) and name != "content":
             continue
         if name in found and found[name] != value:
             raise ValueError(f"{where} has two fields for its {name} that differ: keep one")
@@ -470,13 +439,13 @@ def known_fields(values, where):
 
 
 def refuse_unused(unused, where, texts=()):
-    """ValueError for a field that no message was made of, unless it is a number, METADATA, or in `texts` already."""
+    """ValueError for a field that is in no message, unless it is a number, METADATA, or what one of `texts` says."""
     for key, value in unused.items():
         is_number = isinstance(value, (int, float)) and key != "weight"
-        repeated = value in texts
-        if key in itertools.chain(*PAIRS):                      # such as a short answer beside its worked solution
-            repeated = any(str(value) in text for text in texts)
-        if not (is_number or repeated or METADATA.fullmatch(key)):
+        is_metadata = key.lower().split("_")[-1] in METADATA and not re.match("image|audio|video", key, re.I)
+        # Such as a prompt beside the messages, or a short answer beside its worked solution.
+        repeated = any(str(value) in text for text in texts)
+        if not (is_number or is_metadata or repeated):
             raise ValueError(f"{where} has a field {key!r} that would be lost: move what it says into a message, or "
                              "delete it")
 
@@ -499,8 +468,6 @@ def to_message(message, where):
     role = ROLES.get(str(given).lower())
     reasoning = found.pop("reasoning", "") if role == "assistant" else ""
     refuse_unused(found, where)
-    if given is None or content is None:
-        raise ValueError(f"{where} needs a 'role' and a 'content' that is a text")
     if role is None:
         raise ValueError(f"{where} has role {given!r}; there are {', '.join(ROLES)}")
     if weight not in (None, 0, 1):
@@ -511,26 +478,24 @@ def to_message(message, where):
     tags = re.findall("</?think>", content)
     if role == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
         raise ValueError(f"{where} opens or closes <think> without the other")
-    result = {"role": role, "content": content}
-    if weight == 0:
-        result["weight"] = 0
-    return result
+    return {"role": role, "content": content, **({"weight": 0} if weight == 0 else {})}
 
 
-def pair_to_turns(row, found):
-    """A question and its answer, taken out of `found` -> two turns."""
-    pairs = [pair for pair in PAIRS if row.get(pair[0]) is not None and row.get(pair[1]) is not None]
-    if not pairs:
+def pair_to_turns(found):
+    """A question and its answer, taken out of a row's fields -> two turns."""
+    pair = next((pair for pair in PAIRS if pair[0] in found and pair[1] in found), None)
+    if pair is None:
         raise ValueError("no 'messages' with at least one, and no pair of texts such as question/answer, "
-                         f"problem/solution, prompt/completion; its keys are {', '.join(list(row)[:6]) or 'none'}")
-    keys = ("context", pairs[0][0], "input", "reasoning", pairs[0][1])
-    *question, reasoning, answer = [as_text(found.pop(key, ""), repr(key)) for key in keys]
+                         f"problem/solution, prompt/completion; its keys are {', '.join(list(found)[:6]) or 'none'}")
+    asked = []
+    for key in ("context", pair[0], "input"):
+        asked.append(as_text(found.pop(key, ""), repr(key)))
+    answer, reasoning = as_text(found.pop(pair[1]), repr(pair[1])), found.pop("reasoning", "")
     # GSM8K writes the reasoning first and the answer on a last line of its own.
     gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", answer, re.S)
     if gsm8k and not reasoning and "<think>" not in answer and "\n#### " not in gsm8k[1]:
-        answer = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
-    question = "\n\n".join(text for text in question if text.strip())
-    return [{"role": "user", "content": question},
+        reasoning, answer = gsm8k[1].strip(), gsm8k[2].strip()
+    return [{"role": "user", "content": "\n\n".join(filter(str.strip, asked))},
             {"role": "assistant", "content": answer, "reasoning": reasoning}]
 
 
@@ -546,7 +511,7 @@ def to_messages(row):
     """
     found = known_fields(row, "the row")
     system = found.pop("system", None)
-    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(row, found)
+    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(found)
     messages = [to_message(turn, f"message {number}") for number, turn in enumerate(turns)]
     if system is not None:
         system = {"role": "system", "content": as_text(system, "'system'")}
@@ -608,8 +573,8 @@ def read_jsonl(path, skip_bad_lines=False):
                     yield to_messages(json.loads(row.decode("utf-8-sig")))
             except (ValueError, RecursionError) as error:       # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad_lines:
-                    place = f"{path}:row {number}" if is_json else f"{path}:{number}"
-                    raise SystemExit(f"{place}: {error}. Mend the line, or pass --skip-bad-lines") from None
+                    place = f"row {number}" if is_json else number
+                    raise SystemExit(f"{path}:{place}: {error}. Mend it, or pass --skip-bad-lines") from None
                 bad += 1
     if bad:
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
@@ -619,36 +584,32 @@ def python_text(limit):
     """Text that every Python brings: English (the language reference in pydoc) and code (the standard library)."""
     import pydoc_data.topics
     import sysconfig
-    topics = pydoc_data.topics.topics
-    english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
-    code, size, root = [], 0, sysconfig.get_path("stdlib")
-    for folder in ("", "asyncio", "collections", "email", "html", "http", "importlib", "json", "logging",
-                   "multiprocessing", "unittest", "urllib", "xml/dom", "xml/etree"):
-        for name in sorted(os.listdir(os.path.join(root, folder))):
-            if name.endswith(".py") and size < limit - len(english):
-                with open(os.path.join(root, folder, name), encoding="utf-8", errors="replace") as file:
-                    code.append(file.read())
-                size += len(code[-1])
+    english = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:limit // 2]
+    code = []
+    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
+        if sum(map(len, code)) < limit - len(english):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                code.append(file.read())
     return {"english": english, "code": "\n\n".join(code)}
 
 
 # A source numbers its samples.  size(held_out) says how many there are, None: without end.  get(index, held_out) gives
-# a sample's ids, and for each whether the assistant wrote it (None: never to be learned).  Samples with held_out=True
-# are never trained on.
+# a sample's ids, and for each 1 if the assistant wrote it, 0 if not, -1 if it must never be learned.  What is held out
+# is never trained on.
 
 class FileSource:
     """Samples that lie one after another in an array of tokens; every twentieth is held out.
 
-    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: 1 for tokens
-    that the assistant wrote, 0 for others, 2 if nobody shall learn it; None for a text, of which every token counts.
+    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: what `get`
+    gives beside each token; None for a text, of which every token counts.
     """
 
     def __init__(self, name, tokens, offsets, targets=None):
         self.name, self.tokens, self.offsets, self.targets = name, tokens, offsets, targets
         self.is_traces, self.count = targets is not None, len(offsets) - 1
         # What tells changed data from the old: the length, and a hash of up to a million tokens.
-        some = np.ascontiguousarray(tokens[::max(1, len(tokens) // 1_000_000)])
-        self.fingerprint = f"{len(tokens)} {hashlib.md5(some.tobytes()).hexdigest()}"
+        some = tokens[::max(1, len(tokens) // 1_000_000)].tobytes()
+        self.fingerprint = f"{len(tokens)} {hashlib.md5(some).hexdigest()}"
 
     def size(self, held_out):
         held = self.count // 20
@@ -662,9 +623,7 @@ class FileSource:
             i = min(20 * index + 19, self.count - 1)
         part = slice(self.offsets[i], self.offsets[i + 1])
         ids = self.tokens[part].tolist()
-        if self.targets is None:
-            return ids, [True] * len(ids)
-        return ids, [None if code == 2 else bool(code) for code in self.targets[part]]
+        return ids, [1] * len(ids) if self.targets is None else self.targets[part].tolist()
 
 
 def windows(tokens, context):
@@ -698,11 +657,8 @@ class TaskSource:
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
 
     def exchange(self, rng, held_out):
-        """One problem and the teacher's reply to it.
-
-        A share `aggregation` of them prepares the model for Markovian RSA: the prompt shows the tails of right and of
-        wrong replies, and the answer is as right as a reader of those replies can be.
-        """
+        """A problem and the teacher's reply.  A share `aggregation` of the prompts show, as Markovian RSA does, tails
+        of right and of wrong replies, and the answer is as right as a reader of those can be."""
         readers = [name for name in self.tasks if find_task(name).reads]
         aggregates = bool(readers) and rng.random() < self.stage.aggregation
         task = find_task(rng.choice(readers if aggregates else self.tasks))
@@ -720,66 +676,55 @@ class TaskSource:
         return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
 
 
-def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
+def tokenise(path, stem, tokenizer, context, skip_bad_lines):
     """Write a file's tokens to stem.tokens, those of a text a megabyte at a time: several GB never sit in memory.
 
-    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.  Returns how trimming went.
+    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.
     """
     counts, offsets = collections.Counter(kept=0, cut=0, stripped=0, dropped=0), [0]
     with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets:
         if file_kind(path) == "txt":
             for piece in tqdm(read_text(path), desc=f"tokenising {path}", unit=" MB", disable=None):
-                np.array(tokenizer.encode(piece), dtype).tofile(tokens)
-            return {}
-        for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", unit=" rows", disable=None):
-            messages, verdict = trim(messages, context, tokenizer)
-            counts[verdict] += 1
-            if not messages:
-                continue
-            for message in messages:
-                ids, wanted = tokenizer.render([message])
-                np.array(ids, dtype).tofile(tokens)
-                np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
-            offsets.append(tokens.tell() // dtype.itemsize)
-    np.array(offsets, np.int64).tofile(stem + ".offsets")
-    return counts
+                np.array(tokenizer.encode(piece), np.uint32).tofile(tokens)
+        else:
+            for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", disable=None):
+                messages, verdict = trim(messages, context, tokenizer)
+                counts[verdict] += 1
+                for message in messages or []:
+                    ids, wanted = tokenizer.render([message])
+                    np.array(ids, np.uint32).tofile(tokens)
+                    np.array([-1] * len(ids) if "weight" in message else wanted, np.int8).tofile(targets)
+                if messages:
+                    offsets.append(targets.tell())              # a byte a token
+            print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {how}" for how, n in counts.items()))
+        if tokens.tell() == 0:
+            raise SystemExit(f"{path} gave no tokens: it is empty, or has no good row that fits {context} tokens")
+    np.array(offsets, np.int64).tofile(stem + ".offsets")       # comes last, so it says that the arrays are complete
 
 
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     """Tokenise a file once into memory-mapped arrays in `folder` -> FileSource's (tokens, offsets, targets).
 
-    The arrays' name depends on all that their content depends on, so a changed file, vocabulary or context makes new
-    ones.
+    A changed file, vocabulary or context (of chats, which are trimmed to it) has another name, so new arrays are made.
     """
     is_chat, about = file_kind(path) != "txt", os.stat(path)
-    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, is_chat and context, skip_bad_lines,
-                sorted(tokenizer.ranks.items())]
-    stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-    if is_main() and not os.path.exists(stem + ".json"):
+    identity = repr([about.st_size, about.st_mtime_ns, is_chat and context, sorted(tokenizer.ranks.items())])
+    stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(identity.encode()).hexdigest()[:12]}")
+    if is_main() and not os.path.exists(stem + ".offsets"):
         os.makedirs(folder, exist_ok=True)
-        counts = tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines)
-        write_json(stem + ".json", counts)                      # comes last, so it says that the arrays are complete
+        tokenise(path, stem, tokenizer, context, skip_bad_lines)
     barrier()
-    if is_chat:
-        with explained("stopped", ValueError):
-            counts = ", ".join(f"{n} {verdict}" for verdict, n in read_json(stem + ".json").items())
-        print(f"{path}, trimmed to {context} tokens: {counts}")
-    if os.path.getsize(stem + ".tokens") == 0:
-        why = f"it has no row that is good and fits {context}" if is_chat else "it is empty"
-        raise SystemExit(f"{path} gave no tokens: {why}")
-    tokens = np.memmap(stem + ".tokens", dtype, "r")
+    tokens = np.memmap(stem + ".tokens", np.uint32, "r")
     if not is_chat:
         return tokens, windows(tokens, context), None
-    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.uint8, "r")
+    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.int8, "r")
 
 
 def make_sources(config, stage, tokenizer):
     """The stage's sources: --data files or Python's own text, and the generated problems."""
-    sources, folder = [], os.path.join(config.out, "data")
-    names = [os.path.basename(path) for path in config.data]
+    sources, names = [], [os.path.basename(path) for path in config.data]
     for path, name in zip(config.data, names):
-        arrays = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
+        arrays = cached_tokens(path, os.path.join(config.out, "data"), tokenizer, stage.context, config.skip_bad_lines)
         sources.append(FileSource(path if names.count(name) > 1 else name, *arrays))
     if not config.data:
         for name, text in python_text(PRESETS[config.preset]["text_bytes"]).items():
@@ -799,9 +744,8 @@ def task_names(text):
     for name in names:
         if name.startswith("reasoning_gym:"):
             find_task(name)                                     # says what is missing
-        elif name not in TASKS:
-            close, = difflib.get_close_matches(name, TASKS, 1, 0)
-            raise SystemExit(f"--tasks {text}: no task {name!r}; did you mean {close}? There are {', '.join(TASKS)}")
+        else:
+            check_choice("--tasks", name, TASKS)
     return names
 
 
@@ -821,11 +765,15 @@ class Loader:
         self.sources = {source.name: source for source in sources}
         self.stage, self.seed, self.pad, self.held_out = stage, seed, pad, held_out
         self.context, self.rows = stage.context, tokens_per_step // stage.context
-        traces = [source.name for source in sources if source.is_traces]
-        texts = {source.name: source.size(held_out) for source in sources if not source.is_traces}
+        traces, texts = [], {}
+        for source in sources:
+            if source.is_traces:
+                traces.append(source.name)
+            else:
+                texts[source.name] = source.size(held_out)
         share = stage.traces if traces and texts else float(bool(traces))
         # Sources of traces count alike.  Texts count by their size, so that none is read more often than another.
-        self.weight = {name: share / len(traces) for name in traces}
+        self.weight = dict.fromkeys(traces, share / max(1, len(traces)))
         for name, size in texts.items():
             self.weight[name] = (1 - share) * size / sum(texts.values())
         self.given = dict.fromkeys(self.sources, 0)             # tokens
@@ -841,43 +789,38 @@ class Loader:
         epoch, place = divmod(number, size)
         return source.get(int(epoch_order(self.seed, epoch, size)[place]), self.held_out)
 
-    def draw_samples(self):
-        """Fill `waiting` with 1.05 times the tokens of a batch: with some choice, packing leaves hardly a gap."""
-        tokens = sum(len(ids) for _, ids, _ in self.waiting)
-        while tokens < self.rows * self.context * 1.05:
-            # The source that is furthest behind its share of all tokens comes next.
-            total = sum(self.given.values()) + 1
-            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
-            ids, by_assistant = self.sample(name, self.drawn[name])
-            self.waiting.append(((name, self.drawn[name]), ids, by_assistant))
-            self.drawn[name] += 1
-            self.given[name] += len(ids)
-            tokens += len(ids)
-
     def next(self):
         """-> input_ids, targets, position_ids (rows, context) int64, and where the samples came from.
 
         targets: the next token, -100 where there is none in this sample or it does not count.
         position_ids restart with each sample and are -1 on padding, so nothing leaks from one into the next.
         """
-        self.draw_samples()
-        rows = pack([len(ids) for _, ids, _ in self.waiting], self.context, self.rows)
+        # With 1.05 times the tokens of a batch to choose from, packing leaves hardly a gap.
+        lengths = [len(ids) for _, ids, _ in self.waiting]
+        while sum(lengths) < self.rows * self.context * 1.05:
+            # The source that is furthest behind its share of all tokens comes next.
+            total = sum(self.given.values()) + 1
+            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
+            origin = (name, self.drawn[name])
+            self.waiting.append((origin, *self.sample(*origin)))
+            lengths.append(len(self.waiting[-1][1]))
+            self.drawn[name] += 1
+            self.given[name] += lengths[-1]
+
         inputs = np.full((self.rows, self.context), self.pad, np.int64)
-        targets, positions = np.full_like(inputs, -100), np.full_like(inputs, -1)
-        for row, members in enumerate(rows):
+        targets, positions, origins = np.full_like(inputs, -100), np.full_like(inputs, -1), []
+        for row, members in enumerate(pack(lengths, self.context, self.rows)):
             start = 0
             for index in members:
-                _, ids, counts = self.waiting[index]
-                if not self.stage.mask_prompts:                 # then the prompt's tokens count too
-                    counts = [by_assistant is not None for by_assistant in counts]
+                origin, ids, by_assistant = self.waiting[index]
+                counts = np.array(by_assistant) > (0 if self.stage.mask_prompts else -1)
                 end = start + len(ids)
                 inputs[row, start:end] = ids
-                targets[row, start:end - 1] = np.where(np.array(counts[1:], bool), ids[1:], -100)
+                targets[row, start:end - 1] = np.where(counts[1:], ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
-                start = end
-        used = {index for row in rows for index in row}
-        origins = [self.waiting[index][0] for index in sorted(used)]
-        self.waiting = [item for index, item in enumerate(self.waiting) if index not in used]
+                start, self.waiting[index] = end, None
+                origins.append(origin)
+        self.waiting = [sample for sample in self.waiting if sample]
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions), origins
 
     def state_dict(self):
@@ -1130,7 +1073,7 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
-    optimizers = make_optimizers(model, stage.lr, config.weight_decay)
+    optimizers = make_optimizers(model, stage.lr, weight_decay=0.1)
     balancer = PIDBalancer(model, config.balancer_lr)
     checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
     loss_of = summed_loss
@@ -2349,7 +2292,7 @@ def main(arguments=None):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
+    """What the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
     task: str
     difficulty: int
     prompt: str
@@ -2372,14 +2315,13 @@ class Task:
     """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
 
     A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` -> (reasoning, answer), in
-    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string.
-    To copy one, take Problem, split_answer, draw, is_held_out and this class along, and what its docstring names.
+    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string, unless
+    the teacher's answer is the only right one.
     """
     exact = True                            # the teacher always finds the answer; otherwise it searches and may fail
     levels = (1, 2, 3)                      # the fixed difficulties of evaluation and RL, where SFT leaves room above
     hardest = 30                            # difficulties end here
-    reads = False                           # `aggregate` builds on the replies that it is shown
-    labelled = False                        # an answer is a list of labels and values, one character each
+    reads = False                           # aggregate(problem, replies, seed) builds on the replies that it is shown
 
     def __init__(self, name):
         self.name = name
@@ -2388,6 +2330,9 @@ class Task:
         """The same seed and difficulty (an integer from 1) give the same problem."""
         prompt, data = self.generate(random.Random(f"{self.name} {seed} {d}"), max(1, d))
         return Problem(self.name, d, prompt, data)
+
+    def verify_answer(self, data, answer):
+        return answer == self.solution(data, None, 0.0)[1]
 
     def verify(self, problem, text):
         """(reward, format), 0 or 1 each, for any text."""
@@ -2405,25 +2350,16 @@ class Task:
         """A plausible reply with a wrong answer: the teacher makes more and more errors until one spoils it.  If none
         does, we take the teacher's reply to another problem."""
         rng = random.Random(f"corrupt {seed}")
-        error_rate, data = 0.1, problem.data
-        for attempt in range(10_000):
-            if attempt > 30:
+        error_rate, answer, data = 0.0, None, problem.data
+        while answer is None or self.verify_answer(problem.data, answer):
+            if error_rate > 3.05:                               # after 31 attempts
                 data = draw(self, rng.getrandbits(48), problem.difficulty, held_out=False).data
+            error_rate += 0.1
             reasoning, answer = self.solution(data, rng, error_rate)
-            if not self.verify_answer(problem.data, answer):
-                return f"<think>{reasoning}</think>{answer}"
-            error_rate = min(1.0, error_rate + 0.1)
-        raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
-
-    def self_verified(self, text):
-        """Whether a reply says that its answer was checked and holds; None where replies of the task say nothing."""
+        return f"<think>{reasoning}</think>{answer}"
 
     def good_rollout(self, problem, seed=0):
-        """A reply that helps whoever reads it, for aggregation prompts."""
-        return self.solve(problem, seed)
-
-    def aggregate(self, problem, replies, seed=0):
-        """The teacher's reply after reading other replies; a task that does not read solves the problem by itself."""
+        """A reply that helps whoever reads it in an aggregation prompt."""
         return self.solve(problem, seed)
 
 
@@ -2431,11 +2367,14 @@ class Search(Task):
     """A task whose teacher guesses and checks: guess(data, rng) -> answer, and trial(data, answer, rng, error_rate) ->
     (its text, whether the answer seems to work).  "#y" or "#n" before the answer says how the last trial went.
 
-    After a failed trial the teacher gives up with probability `gives_up`.  So imitating it is capped, and only reward
-    can teach a model to guess better and to go on.
+    The teacher often gives up after a failed trial.  So imitating it is capped, and only reward can teach a model to
+    guess better and to go on.  An answer that is_valid(data, answer) is right if a trial without errors works.
     """
     exact = False
     gives_up, most = 0.6, 8
+
+    def verify_answer(self, data, answer):
+        return self.is_valid(data, answer) and self.trial(data, answer, random.Random(0), 0.0)[1]
 
     def solution(self, data, rng, error_rate):
         trials = []
@@ -2456,17 +2395,13 @@ class Search(Task):
 
     def aggregate(self, problem, replies, seed=0):
         """Take over one of the right answers and check it anew; if there is none, search honestly."""
-        right = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
+        right = [reply for reply in replies if self.verify(problem, reply)[0]]
         if not right:
             return self.solve(problem, seed)
         rng = random.Random(f"aggregate {seed}")
-        answer = rng.choice(right)
+        answer = split_answer(rng.choice(right))
         text, _ = self.trial(problem.data, answer, rng, 0.0)
         return f"<think>{text}#y{answer}</think>{answer}"
-
-    def self_verified(self, text):
-        answer = split_answer(text)
-        return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
 
 
 def with_error(value, rng, error_rate):
@@ -2476,25 +2411,27 @@ def with_error(value, rng, error_rate):
     return value - value % 10 + (value + rng.randrange(1, 10)) % 10
 
 
-def column_labels(rng, count):
-    """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    start = rng.randrange(52)
-    return [letters[(start + i) % 52] for i in range(count)]
+def draw_columns(rng, count, least, most):
+    """Columns of a digit, a number from `least` to `most` and a letter; letters follow each other in the alphabet."""
+    letters = 2 * "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    start, columns, said = rng.randrange(52), [], []
+    for label in letters[start:start + count]:
+        columns.append([rng.randrange(10), rng.randint(least, most), label])
+        said.append("{}{}{}".format(*columns[-1]))
+    return ",".join(said), {"columns": columns}
 
 
 class ColumnSums(Task):
     """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
 
     sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
-    A value stands right behind its label only at the end, where a reader of the tail finds it.  Needs with_error and
-    column_labels.
+    A value stands right behind its label only at the end, where a reader of the tail finds it.
     """
-    levels, labelled = (6, 7, 8), True
+    levels = (6, 7, 8)
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(10), label] for label in column_labels(rng, d)]
-        return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
+        said, data = draw_columns(rng, d, 0, 9)
+        return f"sum {said}", data
 
     def solution(self, data, rng, error_rate):
         steps, answer = "", ""
@@ -2504,14 +2441,11 @@ class ColumnSums(Task):
             answer += f"{label}{total}"
         return f"{steps}#{answer}", answer
 
-    def verify_answer(self, data, answer):
-        return answer == self.solution(data, None, 0.0)[1]
-
 
 class Add(Task):
     """Addition of two d-digit numbers with carries.  An error spoils only what follows it.
 
-    47+85 -> <think>7+5+0=12,4+8+1=13</think>132          (digit + digit + carry = carry and digit; needs with_error)
+    47+85 -> <think>7+5+0=12,4+8+1=13</think>132                (digit + digit + carry = carry and digit)
     """
     levels = (4, 5, 6)
 
@@ -2521,18 +2455,14 @@ class Add(Task):
         return f"{a}+{b}", {"a": a, "b": b}
 
     def solution(self, data, rng, error_rate):
-        a, b, steps, carry, total, place = data["a"], data["b"], [], 0, 0, 1
-        while place == 1 or place <= max(a, b):
-            x, y = a // place % 10, b // place % 10
+        a, b, steps, carry, answer = data["a"], data["b"], [], 0, ""
+        for place in range(len(str(max(a, b)))):
+            x, y = a // 10**place % 10, b // 10**place % 10
             value = with_error(x + y + carry, rng, error_rate)
-            steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
+            steps.append(f"{x}+{y}+{carry}={value:02}")
             carry = value // 10
-            total += value % 10 * place
-            place *= 10
-        return ",".join(steps), str(total + carry * place)
-
-    def verify_answer(self, data, answer):
-        return answer == str(data["a"] + data["b"])
+            answer = f"{value % 10}{answer}"
+        return ",".join(steps), str(int(f"{carry}{answer}"))
 
 
 class Sort(Task):
@@ -2549,50 +2479,45 @@ class Sort(Task):
         return f"sort {digits}", {"digits": digits}
 
     def solution(self, data, rng, error_rate):
-        left, steps, answer = list(data["digits"]), [], ""
+        left, steps, answer = data["digits"], [], ""
         while left:
-            pick = rng.choice(left) if rng.random() < error_rate else min(left)
-            left.remove(pick)
+            pick = min(left)
+            if error_rate and rng.random() < error_rate:
+                pick = rng.choice(left)
+            left = left.replace(pick, "", 1)
             answer += pick
-            steps.append(f"{pick}:{''.join(left)}")
+            steps.append(f"{pick}:{left}")
         return ",".join(steps), answer
 
-    def verify_answer(self, data, answer):
-        return answer == "".join(sorted(data["digits"]))
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+DIGITS = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "6": 6, "7": 7, "8": 8, "9": 9}
 
 
-def run_expression(text, registers, rng=None, error_rate=0.0):
+def run_expression(text, registers, rng=None, error_rate=0.0, modulus=10):
     """The values an expression goes through, left to right, all mod 10: the language of every program here.
 
         expression := operand (operator operand)*      operand := digit | register      operator := + - *
 
-    `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
-    100 characters.  Nothing else can happen: the work is linear in the text and numbers stay below 10.
+    `registers` {letter: 0 … 9}.  None for any other text, or more than 100 characters.  Nothing else can happen: the
+    work is linear in the text and numbers stay below 10.
 
     >>> run_expression("x*2+3", {"x": 4}), run_expression("y+1", {"x": 4}), run_expression("__import__('os')", {})
     ([8, 1], None, None)
     """
+    known = {**DIGITS, **registers}
     if len(text) > 100 or len(text) % 2 == 0:
         return None
-    values = []
-    for i in range(0, len(text), 2):
-        operand = int(text[i]) if text[i] in "0123456789" else registers.get(text[i])
-        if operand is None:
-            return None
-        if i == 0:
-            value = operand
-            continue
-        if text[i - 1] not in "+-*":
-            return None
-        value = with_error(calculate(value, text[i - 1], operand) % 10, rng, error_rate)
+    if not (set(text[::2]) <= known.keys() and set(text[1::2]) <= OPERATORS.keys()):
+        return None
+    value, values = known[text[0]], []
+    for sign, operand in zip(text[1::2], text[2::2]):
+        value = OPERATORS[sign](value, known[operand])
+        if modulus:
+            value %= modulus
+        value = with_error(value, rng, error_rate)
         values.append(value)
     return values or [value]
-
-
-def calculate(a, operator, b):
-    if operator == "*":
-        return a * b
-    return a + b if operator == "+" else a - b
 
 
 def run_program(text, registers, rng=None, error_rate=0.0):
@@ -2609,7 +2534,7 @@ def run_program(text, registers, rng=None, error_rate=0.0):
 
 
 class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.  Needs run_program.
+    """Output prediction: what a program of d + 1 lines leaves in its registers.
 
     run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
     """
@@ -2633,14 +2558,11 @@ class Registers(Task):
             steps.append(f"{line}>{answer}")
         return ";".join(steps), answer
 
-    def verify_answer(self, data, answer):
-        return answer == self.solution(data, None, 0.0)[1]
-
 
 class Program(Task):
     """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
 
-    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3; needs run_program)
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a           (a try: on input 6, a is 0, then 3)
     """
     levels = (4, 5, 6)
 
@@ -2651,11 +2573,10 @@ class Program(Task):
             for _ in range(d + 1):
                 other, operator = rng.choice("x123456789"), rng.choice("+-*")
                 if rng.random() < 0.5:
-                    formula = f"({other}{operator}{formula})"
-                    lines.append(f"a={other}{operator}{inner}")
+                    formula, line = f"({other}{operator}{formula})", f"a={other}{operator}{inner}"
                 else:
-                    formula = f"({formula}{operator}{other})"
-                    lines.append(f"a={inner}{operator}{other}")
+                    formula, line = f"({formula}{operator}{other})", f"a={inner}{operator}{other}"
+                lines.append(line)
                 inner = "a"
             outputs = {self.output(";".join(lines), x) for x in range(10)}
         return f"code {formula}", {"lines": lines}
@@ -2681,10 +2602,10 @@ class Program(Task):
         return all(self.output(answer, x) == self.output(program, x) for x in range(10))
 
 
-def worked(expression, x, rng, error_rate):
+def worked(expression, x, rng, error_rate, modulus=10):
     """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
     value, steps = x, []
-    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate)):
+    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate, modulus)):
         steps.append(f"{value}{expression[2 * i + 1:2 * i + 3]}={result}")
         value = result
     return ",".join(steps), value
@@ -2702,14 +2623,15 @@ class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
     fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
-    A trial stops at the first example that does not hold.  Needs Search, run_expression, worked, random_chain.
+    A trial stops at the first example that does not hold.
     """
     reads, levels = True, (1, 2)
 
     def generate(self, rng, d):
-        count = (d + 1) // 2
+        count, examples = (d + 1) // 2, []
         hidden = self.guess({"count": count}, rng)
-        examples = [[x, run_expression(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
+        for x in rng.sample(range(10), min(d + 1, 8)):
+            examples.append([x, run_expression(hidden, {"x": x})[-1]])
         return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": count}
 
     def guess(self, data, rng):
@@ -2724,19 +2646,15 @@ class Synthesize(Search):
                 break
         return f"{answer}:" + "/".join(parts), value == y
 
-    def verify_answer(self, data, answer):
-        for x, y in data["examples"]:
-            values = run_expression(answer, {"x": x})
-            if values is None or values[-1] != y:
-                return False
-        return True
+    def is_valid(self, data, answer):
+        return run_expression(answer, {"x": 0}) is not None
 
 
 class Falsify(Search):
     """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
 
     break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
-    A trial asks whether the input takes the branch, and if so works out both programs.  Needs what Synthesize needs.
+    A trial asks whether the input takes the branch, and if so works out both programs.
     """
     hardest = 12
 
@@ -2746,46 +2664,37 @@ class Falsify(Search):
             above, count = rng.random() < 0.5, rng.randrange(1, 5)
             branch = f"x>{9 - count}" if above else f"x<{count}"
             data = {"right": right, "other": other, "branch": branch}
-            if any(self.verify_answer(data, str(x)) for x in range(10)):
+            if any(self.verify_answer(data, x) for x in DIGITS):
                 return f"break {right},{branch}?{other}", data
 
     def guess(self, data, rng):
         return str(rng.randrange(10))
 
-    @staticmethod
-    def taken(data, x):
-        """Whether input x takes the branch 'x>6' or 'x<3'."""
-        bound = int(data["branch"][2])
-        return x > bound if data["branch"][1] == ">" else x < bound
-
     def trial(self, data, answer, rng, error_rate):
-        x = int(answer)
+        _, sign, bound = data["branch"]                         # digits compare as their numbers do
+        taken = answer > bound if sign == ">" else answer < bound
         misjudged = rng.random() < error_rate
-        if self.taken(data, x) == misjudged:
-            return f"{x}n", False
-        steps, value = worked(data["right"], x, rng, error_rate)
-        more, other = worked(data["other"], x, rng, error_rate)
-        return f"{x}y:{steps}/{more}", value != other
+        if taken == misjudged:
+            return f"{answer}n", False
+        steps, value = worked(data["right"], int(answer), rng, error_rate)
+        more, other = worked(data["other"], int(answer), rng, error_rate)
+        return f"{answer}y:{steps}/{more}", value != other
 
-    def verify_answer(self, data, answer):
-        if answer not in list("0123456789") or not self.taken(data, int(answer)):
-            return False
-        right, other = (run_expression(data[key], {"x": int(answer)}) for key in ("right", "other"))
-        return right[-1] != other[-1]
+    def is_valid(self, data, answer):
+        return answer in DIGITS
 
 
 class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
 
     find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
-    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.  Needs
-    with_error and column_labels.
+    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.
     """
-    exact, labelled, reads = False, True, True
+    exact, reads = False, True
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in column_labels(rng, d)]
-        return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
+        said, data = draw_columns(rng, d, 4, 8)
+        return f"find {said}", data
 
     def solution(self, data, rng, error_rate, candidates=None):
         """`candidates` {label: digits}: guess among these where there are any."""
@@ -2803,19 +2712,17 @@ class Find(Task):
             return False
         for i, (a, t, label) in enumerate(data["columns"]):
             mark, x = answer[2 * i], answer[2 * i + 1]
-            if mark != label or x not in "0123456789" or (a + int(x)) % 10 >= t:
+            if mark != label or x not in DIGITS or (a + int(x)) % 10 >= t:
                 return False
         return True
-
-    def self_verified(self, text):
-        return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
         """For each column take a valid value that one of the replies has, else guess; check each anew."""
         answers = "|".join(split_answer(text) or "" for text in replies)
         valid = {}
         for a, t, label in problem.data["columns"]:
-            valid[label] = [int(x) for x in re.findall(f"{label}([0-9])", answers) if (int(x) + a) % 10 < t]
+            found = map(int, re.findall(f"{label}([0-9])", answers))
+            valid[label] = [x for x in found if (x + a) % 10 < t]
         reasoning, answer = self.solution(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
         return f"<think>{reasoning}</think>{answer}"
 
@@ -2824,70 +2731,55 @@ class Countdown(Search):
     """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
 
     make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
-    Needs Search, with_error, calculate.
     """
     levels, hardest = (1, 2), 7
 
     def generate(self, rng, d):
         while True:
             numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            target = self.value(self.guess({"numbers": numbers}, rng))
+            target = run_expression(self.guess({"numbers": numbers}, rng), {}, modulus=None)[-1]
             if target <= 99:
                 return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
-
-    @staticmethod
-    def value(expression):
-        total = int(expression[0])
-        for operator, number in zip(expression[1::2], expression[2::2]):
-            total = calculate(total, operator, int(number))
-        return total
 
     def guess(self, data, rng):
         """A random expression over all numbers that never goes below 0."""
         first, *others = rng.sample(data["numbers"], len(data["numbers"]))
         text = str(first)
         for number in others:
-            operators = "+-*" if self.value(text) >= number else "+*"
-            text += f"{rng.choice(operators)}{number}"
+            value = run_expression(text, {}, modulus=None)[-1]
+            text += f"{rng.choice('+-*' if value >= number else '+*')}{number}"
         return text
 
     def trial(self, data, answer, rng, error_rate):
-        value, steps = int(answer[0]), []
-        for operator, number in zip(answer[1::2], answer[2::2]):
-            result = with_error(calculate(value, operator, int(number)), rng, error_rate)
-            steps.append(f"{value}{operator}{number}={result}")
-            value = result
-        return f"{answer}:{','.join(steps)}", value == data["target"]
+        steps, value = worked(answer, int(answer[0]), rng, error_rate, modulus=None)
+        return f"{answer}:{steps}", value == data["target"]
 
-    def verify_answer(self, data, answer):
-        if not re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer):
-            return False
-        numbers = sorted(int(number) for number in answer[::2])
-        return numbers == sorted(data["numbers"]) and self.value(answer) == data["target"]
+    def is_valid(self, data, answer):
+        return run_expression(answer, {}) is not None and sorted(map(int, answer[::2])) == sorted(data["numbers"])
 
 
 class Sat(Search):
     """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
 
     sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
-    A trial stops at the first clause that does not hold.  Needs Search.
+    A trial stops at the first clause that does not hold.
     """
 
     def generate(self, rng, d):
-        variables, clauses = range(1, min(d + 1, 9) + 1), []
-        planted = "".join(f"{v}{self.sign(rng)}" for v in variables)
+        variables, clauses = "123456789"[:d + 1], []
+        planted = "".join(self.literals(rng, variables))
         while len(clauses) < d + 2:
-            clause = "".join(sorted(f"{v}{self.sign(rng)}" for v in rng.sample(variables, 2)))
+            clause = "".join(sorted(self.literals(rng, rng.sample(variables, 2))))
             if self.holds(clause, planted) and clause not in clauses:
                 clauses.append(clause)
         return "sat " + ",".join(clauses), {"count": len(variables), "clauses": clauses}
 
     @staticmethod
-    def sign(rng):
-        return "+" if rng.random() < 0.5 else "-"
+    def literals(rng, variables):
+        return [variable + ("+" if rng.random() < 0.5 else "-") for variable in variables]
 
     def guess(self, data, rng):
-        return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
+        return "".join(variable + rng.choice("+-") for variable in "123456789"[:data["count"]])
 
     @staticmethod
     def holds(clause, answer):
@@ -2904,9 +2796,9 @@ class Sat(Search):
                 break
         return f"{answer}:" + ",".join(parts), works
 
-    def verify_answer(self, data, answer):
-        form = "".join(f"{v}[+-]" for v in range(1, data["count"] + 1))
-        return re.fullmatch(form, answer) is not None and all(self.holds(c, answer) for c in data["clauses"])
+    def is_valid(self, data, answer):
+        variables = "123456789"[:data["count"]]
+        return re.fullmatch("([0-9][+-])+", answer) is not None and answer[::2] == variables
 
 
 WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
@@ -2917,9 +2809,8 @@ WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "st
 class Constraints(Task):
     """Follow instructions: a reply of different words that obeys up to d + 1 rules (from d = 4 on, longer ones).
 
-    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
-    Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
-    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.  Needs WORDS.
+    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!        (or has WORD)
+    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
     """
     levels = (2, 3, 4)
 
@@ -2936,22 +2827,22 @@ class Constraints(Task):
         return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
 
     @staticmethod
-    def fitting(rules, first=True):
-        """The words that may stand at a place."""
-        words = [word for word in WORDS if rules.get("no", "#") not in word]
-        return [word for word in words if word.startswith(rules.get("begins", ""))] if first else words
+    def fitting(rules, first=True, but=()):
+        """The words that may stand at a place, without those that stand before it."""
+        words, begins = [], rules.get("begins", "") if first else ""
+        for word in WORDS:
+            if word.startswith(begins) and rules.get("no", "#") not in word and word not in but:
+                words.append(word)
+        return words
 
     def solution(self, data, rng, error_rate):
         rules = data["rules"]
-        count = rules["count"]
+        count, words = rules["count"], []
         if rng.random() < error_rate:
             count += rng.choice((-1, 1))
-        words = []
         for i in range(count):
-            choice = WORDS
-            if rng.random() >= error_rate:
-                choice = [word for word in self.fitting(rules, i == 0) if word not in words]
-            words.append(rng.choice(choice))
+            forgets = rng.random() < error_rate
+            words.append(rng.choice(WORDS if forgets else self.fitting(rules, i == 0, words)))
         has, begins = rules.get("has"), rules.get("begins", "#")
         if has and has not in words and rng.random() >= error_rate:
             place = 0 if has.startswith(begins) or count == 1 else rng.randrange(1, count)
@@ -2981,20 +2872,18 @@ def warmth(answer):
 class ReasoningGym(Task):
     """Any dataset of reasoning-gym (pip install reasoning-gym) as a task: --tasks reasoning_gym:chain_sum
 
-    The difficulty is the level of the dataset's curriculum, where it has one.  Its teacher knows the answer and no
-    trace.  A score of 0.99 or more is right; the verifiers are reasoning-gym's, so neither ours nor bounded in time.
+    The difficulty is the level of the dataset's curriculum, where it has one; a score of 0.99 or more is right.  The
+    teacher knows no reasoning, and nothing bounds the time of these verifiers.
     """
 
     def __init__(self, name):
         super().__init__(name)
         try:
-            import reasoning_gym.factory as factory
+            import reasoning_gym.factory
         except ImportError:
             raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
-        self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
-        if self.dataset not in factory.DATASETS:
-            close, = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
-            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close}?")
+        self.factory, self.dataset = reasoning_gym.factory, name.removeprefix("reasoning_gym:")
+        check_choice("--tasks reasoning_gym:", self.dataset, self.factory.DATASETS)
 
     def entry(self, seed, level):
         settings = {}
@@ -3007,19 +2896,17 @@ class ReasoningGym(Task):
 
     def generate(self, rng, d):
         data = {"seed": rng.getrandbits(31), "level": d}
-        _, entry = self.entry(**data)
-        return entry["question"].strip(), data
+        return self.entry(**data)[1]["question"].strip(), data
 
     def solution(self, data, rng, error_rate):
         seed = rng.getrandbits(31) if rng.random() < error_rate else data["seed"]
-        _, entry = self.entry(seed, data["level"])
-        return "", entry["answer"]
+        return "", self.entry(seed, data["level"])[1]["answer"]
 
     def verify_answer(self, data, answer):
         dataset, entry = self.entry(**data)
         try:
             return dataset.score_answer(answer, entry) >= 0.99
-        except Exception:                                       # a verifier of theirs that did not expect this text
+        except Exception:                                       # it did not expect this text
             return False
 
 

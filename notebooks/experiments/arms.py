@@ -101,7 +101,7 @@ def prepare(preset, seed, steps, **shape):
 
 def practise(model, config, stage, loader, balancer=None, name="training", **more):
     """One supervised stage without files -> for each step its batch (rows, context) and its row of the log."""
-    optimizers = train.make_optimizers(model, stage.lr, config.weight_decay)
+    optimizers = train.make_optimizers(model, stage.lr, weight_decay=0.1)
     balancer = balancer or PIDBalancer(model, config.balancer_lr)
     for step in tqdm(range(stage.steps), desc=name, unit=" steps", leave=False, disable=None):
         batch, lr = loader.next(), train.learning_rate(step, stage.steps, stage.lr, stage.lr_end)
