@@ -1252,31 +1252,40 @@ class Group:
     ended: list = field(default_factory=list)               # whether the end token came in time
     rewards: list = field(default_factory=list)
 
+    def add(self, tokenizer, tokens, logps, choices):
+        """One rollout of `roll_out`."""
+        ended = tokens[-1] == tokenizer.end
+        self.tokens.append(tokens)
+        self.logps.append(logps)
+        self.choices.append(choices)
+        self.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
+        self.ended.append(ended)
+
     def lengths(self):
         return list(map(len, self.tokens))
 
 
-def roll_out(model, groups, group_size, context, tokenizer, uniform):
-    """Sample `group_size` replies of up to `context` tokens to each group's prompt, at temperature 1, into the groups.
+def roll_out(model, prompts, group_size, context, end, generator=None, uniform=None):
+    """Sample `group_size` replies of up to `context` tokens to each prompt (a list of ids) at temperature 1 -> for each
+    prompt a list of rollouts: (tokens up to the end token, log probabilities (n,) fp32, experts (L, prompt + n - 1)).
 
-    uniform (context, len(groups) * group_size): the random numbers, as in zaya.Zaya.generate.
+    generator, or uniform (context, len(prompts) * group_size): where the random numbers are from, as in
+    zaya.Zaya.generate.
     """
-    owners = [group for group in groups for _ in range(group_size)]
-    prompts, mask = left_padded([group.prompt for group in owners], tokenizer.pad, model.norm.weight.device)
-    S, end = prompts.shape[1], tokenizer.end
-    sampled, logps, choices = model.generate(prompts, context, attention_mask=mask, eos_token_id=end, uniform=uniform,
-                                             record=True)
-    logps, choices = logps.cpu(), choices.cpu()
-    for row, (group, tokens) in enumerate(zip(owners, sampled[:, S:].tolist())):
-        ended = end in tokens
-        if ended:
+    owners = [prompt for prompt in prompts for _ in range(group_size)]
+    inputs, mask = left_padded(owners, model.config.pad_token_id or 0, model.norm.weight.device)
+    S = inputs.shape[1]
+    sampled, logps, choices = model.generate(inputs, context, attention_mask=mask, generator=generator,
+                                             eos_token_id=end, uniform=uniform, record=True)
+    logps, choices, rolled = logps.cpu(), choices.cpu(), [[] for _ in prompts]
+    for row, tokens in enumerate(sampled[:, S:].tolist()):
+        if end in tokens:
             tokens = tokens[:tokens.index(end) + 1]
-        group.tokens.append(tokens)
-        group.ended.append(ended)
-        group.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
-        group.logps.append(logps[row, :len(tokens)].clone())
         # Left of the prompt is padding; the last token was sampled but not read, so no expert saw it.
-        group.choices.append(choices[:, row, S - len(group.prompt):S + len(tokens) - 1].clone())
+        seen = slice(S - len(owners[row]), S + len(tokens) - 1)
+        rollout = tokens, logps[row, :len(tokens)].clone(), choices[:, row, seen].clone()
+        rolled[row // group_size].append(rollout)
+    return rolled
 
 
 def verifier_rewards(group):
@@ -1367,7 +1376,11 @@ class Actor:
         mine = shard(groups)
         if mine:
             with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
-                roll_out(self.sampler, mine, group_size, self.stage.context, self.tokenizer, uniform)
+                rolled = roll_out(self.sampler, [group.prompt for group in mine], group_size, self.stage.context,
+                                  self.tokenizer.end, uniform=uniform)
+            for group, rollouts in zip(mine, rolled):
+                for rollout in rollouts:
+                    group.add(self.tokenizer, *rollout)
         # Rambling earns nothing: neither a reply without an end nor one that repeats itself.
         for group in mine:
             group.version = self.version
@@ -1779,8 +1792,16 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
     row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
     bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
-    generate = functools.partial(Checkpoint(model, tokenizer), progress=bar)
+    source, known = Checkpoint(model, tokenizer), {}
     longest, rates = {}, {}                                     # rates: (problems,) arrays
+
+    def generate(prompts, max_new_tokens, seed):
+        """A call that another method made before, as the first rounds are, is not sampled again."""
+        call = (tuple(prompts), max_new_tokens, seed)
+        if call not in known:
+            known[call] = source(prompts, max_new_tokens, seed, progress=bar)
+        return known[call]
+
     # Population, subset, rounds, tail of Markovian RSA, two special cases, and as many plain samples as T rounds cost.
     runs = {"markovian_rsa": (N, budget.subset, eval_spec.most_rounds, tail), "delethink": (N, 1, T, tail),
             "full_rsa": (N, budget.subset, T, budget.budget), "vote": (N * (T + 1), 1, 0, 0)}
@@ -2160,7 +2181,11 @@ def finish_stage(name, before, config, shape, report, device, dtype):
     report["seconds"][name] = state["seconds"]
     write_report(config.out, report)
     solved = "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
-    print(f"{name}: {state['seconds']:.0f} s | {state['measured']} | {solved}")
+    print(f"{name}: {state['seconds']:.0f} s | {solved}")
+    for what, numbers in state["measured"].items():             # losses by source, difficulties by task
+        if isinstance(numbers, dict):
+            numbers = ", ".join(f"{key} {number:.4g}" for key, number in numbers.items())
+            print(f"    {what}: {numbers}")
 
 
 def run_evaluation(config, report, tasks, device):

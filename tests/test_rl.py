@@ -47,10 +47,11 @@ def perturb_routers(model, size=0.5):
 
 
 def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
-    groups = [Group(ADD, prompt) for prompt in prompts]
     uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
-    speaks = SimpleNamespace(end=end, pad=BYTES.pad, decode=BYTES.decode)
-    train.roll_out(model, groups, group_size, context, speaks, uniform)
+    groups, speaks = [Group(ADD, prompt) for prompt in prompts], SimpleNamespace(end=end, decode=BYTES.decode)
+    for group, rolled in zip(groups, train.roll_out(model, prompts, group_size, context, end, uniform=uniform)):
+        for rollout in rolled:
+            group.add(speaks, *rollout)
     return groups
 
 
@@ -339,14 +340,15 @@ def tiny_stage(**changes):
     return RLStage(**{**usual, **changes})
 
 
-def say(group, text, end=True):
-    """Add a rollout to a group, as a model would that said this."""
+def said(text, end=True):
+    """The rollout of a model that says this."""
     tokens = BYTES.render([{"role": "assistant", "content": text}])[0][1:]
-    group.tokens.append(tokens if end else tokens[:-1])
-    group.texts.append(text)
-    group.ended.append(end)
-    group.logps.append(torch.zeros(group.lengths()[-1]))
-    group.choices.append(torch.zeros(2, group.lengths()[-1], dtype=torch.int16))
+    tokens = tokens if end else tokens[:-1]
+    return tokens, torch.zeros(len(tokens)), torch.zeros(2, len(tokens), dtype=torch.int16)
+
+
+def say(group, text, end=True):
+    group.add(BYTES, *said(text, end))
 
 
 @pytest.fixture
@@ -354,10 +356,8 @@ def talk(monkeypatch):
     """Rollouts from a list of texts instead of a model."""
     texts = ["<think>one</think>1", "<think>two</think>2", "<think>three</think>3", "no form"]
 
-    def roll_out(model, groups, group_size, *_):
-        for group in groups:
-            for i in range(group_size):
-                say(group, texts[i % len(texts)])
+    def roll_out(model, prompts, group_size, *_, **__):
+        return [[said(texts[i % len(texts)]) for i in range(group_size)] for _ in prompts]
     monkeypatch.setattr(train, "roll_out", roll_out)
 
 
@@ -373,8 +373,8 @@ def make_actor(score=first_half, seed="s", **changes):
 def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
     texts = ["<think>x</think>132", "<think>x</think>132", "<think>x</think>131", "132",
              "<think>" + "7+5=12," * 400 + "</think>132", "<think></think>132"]
-    monkeypatch.setattr(train, "roll_out", lambda model, groups, *_: [say(groups[0], text, end=i != 1)
-                                                                      for i, text in enumerate(texts)])
+    rolled = [said(text, end=i != 1) for i, text in enumerate(texts)]
+    monkeypatch.setattr(train, "roll_out", lambda *_, **__: [rolled])
     group, = make_actor(score=train.verifier_rewards).sample([Group(ADD, [65])], 6)
     assert group.rewards == [1, 0, 0, 0, 0, 1]
 
