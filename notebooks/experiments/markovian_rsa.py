@@ -12,7 +12,6 @@ import sys
 from dataclasses import replace
 
 import arms
-import numpy as np
 import torch
 from arms import train
 
@@ -46,17 +45,15 @@ def control(run, report, name):
 
 def by_round(model, tokenizer, name, d, seed, subset):
     """Mean correctness of the population after each round, 0 … ROUNDS."""
-    problems, right = train.held_out_problems([name], PROBLEMS, (d,)), np.zeros(ROUNDS + 1)
+    problems = train.held_out_problems([name], PROBLEMS, (d,))
     prompts, source = [problem.prompt for problem in problems], rsa.Checkpoint(model, tokenizer)
     N, beta, tau = BUDGET.population, BUDGET.budget, BUDGET.tail
     results = rsa.markovian_rsa(prompts, source, N, subset, ROUNDS, beta, tau, seed, tokenizer)
-    verify = train.find_task(name).verify
-    for problem, result in zip(problems, results):
-        for t, candidates in enumerate(result.rounds):
-            for candidate in candidates:
-                right[t] += verify(problem, candidate.text)[0]
-    accuracy = right / (N * PROBLEMS)
-    return {"task": name, "difficulty": d, "subset": subset, "accuracy": accuracy.tolist()}
+    accuracy = []
+    for t in range(ROUNDS + 1):
+        replies = [[candidate.text for candidate in result.rounds[t]] for result in results]
+        accuracy.append(float(train.verify_replies(problems, replies).mean()))
+    return {"task": name, "difficulty": d, "subset": subset, "accuracy": accuracy}
 
 
 def measure(run):
