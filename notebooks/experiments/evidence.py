@@ -30,31 +30,31 @@ MEASURES = {"loss": (arms.loss, -1), "steps": (steps_to_even, -1), "entropy": (o
             "log of the last layer's norm": (lambda kind: np.log(last_norm(kind)), -1), "pass@1": (of("pass@1"), 1),
             "right after short": (of("after short", "longer", "right"), 1),
             "right after long": (of("after long", "longer", "right"), 1), "gain of two rounds": (gain, 1)}
-CLAIMS = [                      # (claim, published, notebook, experiment, where a result keeps its arms, effects)
-    ("CCGQA: a lower loss than MHA with an eighth of the cache", "2.286 and 2.297", "02_cca", "cca", of("arms"),
+CLAIMS = [                      # (claim, published, notebook, experiment, the key of a result's arms, effects)
+    ("CCGQA: a lower loss than MHA with an eighth of the cache", "2.286 and 2.297", "02_cca", "cca", "arms",
      [("loss", "+ q-k-mean", "MHA")]),
-    ("Each part of CCA lowers the loss", "-0.016, -0.012, -0.004, -0.007", "02_cca", "cca", of("arms"),
+    ("Each part of CCA lowers the loss", "-0.016, -0.012, -0.004, -0.007", "02_cca", "cca", "arms",
      [("loss", "one conv", "nothing"), ("loss", "two convs", "one conv"), ("loss", "+ value shift", "two convs"),
       ("loss", "+ q-k-mean", "+ value shift")]),
     ("An MLP router with EDA reaches a load entropy of 0.99 several times sooner than a linear one", "several times",
-     "03_router_and_balancing", "router", of("arms"), [("steps", "MLP + EDA", "linear")]),
+     "03_router_and_balancing", "router", "arms", [("steps", "MLP + EDA", "linear")]),
     ("The PID-like bias update balances without an auxiliary loss", "no auxiliary loss", "03_router_and_balancing",
-     "router", of("arms"), [("entropy", "MLP + EDA", "no balancing"), ("entropy", "MLP + EDA", "auxiliary loss")]),
+     "router", "arms", [("entropy", "MLP + EDA", "no balancing"), ("entropy", "MLP + EDA", "auxiliary loss")]),
     ("Top-1 without a residual expert is best at equal FLOPs", "no numbers", "03_router_and_balancing", "router",
-     of("arms"), [("loss", "MLP + EDA", "top-2"), ("loss", "MLP + EDA", "residual expert")]),
+     "arms", [("loss", "MLP + EDA", "top-2"), ("loss", "MLP + EDA", "residual expert")]),
     ("Residual scaling controls the norm of the stream, at next to no cost", "4·L·D parameters, L = 80 joins",
-     "04_residual_scaling", "residual_scaling", of("kinds"),
+     "04_residual_scaling", "residual_scaling", "kinds",
      [("log of the last layer's norm", "residual scaling", "plain residual")]),
     ("Answer-preserving trimming learns from traces that do not fit", "no numbers", "05_answer_preserving_trimming",
-     "trimming", of("arms"),
+     "trimming", "arms",
      [("right after short", "AP trimming", "cut the end"), ("right after short", "AP trimming", "cut the middle"),
       ("right after short", "AP trimming", "drop long"), ("right after long", "AP trimming", "cut the end"),
       ("right after long", "AP trimming", "cut the middle"), ("right after long", "AP trimming", "drop long")]),
-    ("DPPO's mask learns more than PPO's clip", "no numbers", "06_sft_and_rl", "rl_parts", of("arms"),
+    ("DPPO's mask learns more than PPO's clip", "no numbers", "06_sft_and_rl", "rl_parts", "arms",
      [("pass@1", "recipe", "PPO clip"), ("pass@1", "stale", "stale, PPO clip")]),
-    ("MaxRL's advantage learns more than GRPO's", "no numbers", "06_sft_and_rl", "rl_parts", of("arms"),
+    ("MaxRL's advantage learns more than GRPO's", "no numbers", "06_sft_and_rl", "rl_parts", "arms",
      [("pass@1", "recipe", "GRPO")]),
-    ("… and only with a model trained for it", "Qwen3-4B gains much less", "07_markovian_rsa", "markovian_rsa", of(),
+    ("… and only with a model trained for it", "Qwen3-4B gains much less", "07_markovian_rsa", "markovian_rsa", None,
      [("gain of two rounds", "own rows", "no rows"), ("gain of two rounds", "own rows", "one candidate")]),
 ]
 
@@ -67,8 +67,10 @@ def line(claim, published, measured, seeds, held, notebook, opposite=False):
             f"[{notebook}.ipynb](notebooks/{notebook}.ipynb)"]
 
 
-def row(claim, published, notebook, experiment, arms_of, effects):
-    seeds = list(map(arms_of, arms.read_results(experiment)))
+def row(claim, published, notebook, experiment, group, effects):
+    seeds = arms.read_results(experiment)
+    if group:
+        seeds = list(map(of(group), seeds))
     measured, held, opposite = [], 0, False
     for what, name, other in effects:
         measure, claimed = MEASURES[what]
