@@ -1743,9 +1743,9 @@ def verify_replies(problems, replies):
     return np.array(rewards, float)
 
 
-def solve_rates(model, tokenizer, problems, samples):
+def solve_rates(model, tokenizer, problems, samples, temperature=1.0):
     """The share of `samples` replies to each problem that are right: (problems,) array."""
-    source, rates = Checkpoint(model, tokenizer), np.zeros(len(problems))
+    source, rates = Checkpoint(model, tokenizer, temperature), np.zeros(len(problems))
     names = sorted({problem.task for problem in problems})
     # The processes share out the tasks: replies to one are about equally long, and a batch waits for its longest.
     for name in tqdm(shard(names), desc="held-out problems", leave=False, disable=None):
