@@ -464,7 +464,8 @@ def as_text(value, where):
 def to_message(message, where):
     """One message in any spelling -> {"role", "content"}, and "weight": 0 if it must not be learned."""
     found = known_fields(message, where)
-    given, content, weight = found.pop("role", None), found.pop("content", None), found.pop("weight", None)
+    given, content = found.pop("role", None), found.pop("content", None)
+    weight = found.pop("weight", None)
     role = ROLES.get(str(given).lower())
     reasoning = found.pop("reasoning", "") if role == "assistant" else ""
     refuse_unused(found, where)
@@ -478,7 +479,10 @@ def to_message(message, where):
     tags = re.findall("</?think>", content)
     if role == "assistant" and tags != ["<think>", "</think>"] * (len(tags) // 2):
         raise ValueError(f"{where} opens or closes <think> without the other")
-    return {"role": role, "content": content, **({"weight": 0} if weight == 0 else {})}
+    result = {"role": role, "content": content}
+    if weight == 0:
+        result["weight"] = 0
+    return result
 
 
 def pair_to_turns(found):
@@ -584,7 +588,8 @@ def python_text(limit):
     """Text that every Python brings: English (the language reference in pydoc) and code (the standard library)."""
     import pydoc_data.topics
     import sysconfig
-    english = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:limit // 2]
+    topics = pydoc_data.topics.topics
+    english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
     code = []
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
         if sum(map(len, code)) < limit - len(english):
@@ -623,7 +628,9 @@ class FileSource:
             i = min(20 * index + 19, self.count - 1)
         part = slice(self.offsets[i], self.offsets[i + 1])
         ids = self.tokens[part].tolist()
-        return ids, [1] * len(ids) if self.targets is None else self.targets[part].tolist()
+        if self.targets is None:
+            return ids, [1] * len(ids)
+        return ids, self.targets[part].tolist()
 
 
 def windows(tokens, context):
@@ -692,11 +699,14 @@ def tokenise(path, stem, tokenizer, context, skip_bad_lines):
                 counts[verdict] += 1
                 for message in messages or []:
                     ids, wanted = tokenizer.render([message])
+                    if "weight" in message:
+                        wanted = [-1] * len(ids)
                     np.array(ids, np.uint32).tofile(tokens)
-                    np.array([-1] * len(ids) if "weight" in message else wanted, np.int8).tofile(targets)
+                    np.array(wanted, np.int8).tofile(targets)
                 if messages:
                     offsets.append(targets.tell())              # a byte a token
-            print(f"{path}, trimmed to {context} tokens: " + ", ".join(f"{n} {how}" for how, n in counts.items()))
+            said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+            print(f"{path}, trimmed to {context} tokens: {said}")
         if tokens.tell() == 0:
             raise SystemExit(f"{path} gave no tokens: it is empty, or has no good row that fits {context} tokens")
     np.array(offsets, np.int64).tofile(stem + ".offsets")       # comes last, so it says that the arrays are complete
@@ -709,7 +719,8 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     """
     is_chat, about = file_kind(path) != "txt", os.stat(path)
     identity = repr([about.st_size, about.st_mtime_ns, is_chat and context, sorted(tokenizer.ranks.items())])
-    stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(identity.encode()).hexdigest()[:12]}")
+    digest = hashlib.md5(identity.encode()).hexdigest()
+    stem = os.path.join(folder, f"{os.path.basename(path)}-{digest[:12]}")
     if is_main() and not os.path.exists(stem + ".offsets"):
         os.makedirs(folder, exist_ok=True)
         tokenise(path, stem, tokenizer, context, skip_bad_lines)
@@ -808,7 +819,8 @@ class Loader:
             self.given[name] += lengths[-1]
 
         inputs = np.full((self.rows, self.context), self.pad, np.int64)
-        targets, positions, origins = np.full_like(inputs, -100), np.full_like(inputs, -1), []
+        targets, positions = np.full_like(inputs, -100), np.full_like(inputs, -1)
+        origins = []
         for row, members in enumerate(pack(lengths, self.context, self.rows)):
             start = 0
             for index in members:
@@ -818,8 +830,9 @@ class Loader:
                 inputs[row, start:end] = ids
                 targets[row, start:end - 1] = np.where(counts[1:], ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
-                start, self.waiting[index] = end, None
+                start = end
                 origins.append(origin)
+                self.waiting[index] = None
         self.waiting = [sample for sample in self.waiting if sample]
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions), origins
 
@@ -2480,7 +2493,8 @@ class Add(Task):
         return f"{a}+{b}", {"a": a, "b": b}
 
     def solution(self, data, rng, error_rate):
-        a, b, steps, carry, answer = data["a"], data["b"], [], 0, ""
+        a, b = data["a"], data["b"]
+        steps, carry, answer = [], 0, ""
         for place in range(len(str(max(a, b)))):
             x, y = a // 10**place % 10, b // 10**place % 10
             value = with_error(x + y + carry, rng, error_rate)

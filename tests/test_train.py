@@ -117,8 +117,11 @@ def test_packing_keeps_samples_whole(lengths, capacity, bins):
 
 
 def test_packing_is_tight_on_real_lengths():
-    loader = make_loader(traces=1.0)
-    assert np.mean([(loader.next()[2] >= 0).float().mean() for _ in range(9)]) > 0.97
+    rng = random.Random(0)
+    problems = [rng.choice(list(TASKS.values())).make(rng.random(), rng.randint(1, 4)) for _ in range(600)]
+    lengths = [len(BYTES.encode(problem.prompt + TASKS[problem.task].solve(problem))) for problem in problems]
+    rows = train.pack(lengths, 256, 30)
+    assert sum(lengths) > 1.05 * 30 * 256 and sum(lengths[i] for row in rows for i in row) > 0.97 * 30 * 256
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
