@@ -443,8 +443,9 @@ def refuse_unused(unused, where, texts=()):
     for key, value in unused.items():
         is_number = isinstance(value, (int, float)) and key != "weight"
         is_metadata = key.lower().split("_")[-1] in METADATA and not re.match("image|audio|video", key, re.I)
-        # Such as a prompt beside the messages, or a short answer beside its worked solution.
-        repeated = any(str(value) in text for text in texts)
+        repeated = value in texts
+        if any(key in pair for pair in PAIRS):                  # such as a short answer beside its worked solution
+            repeated = any(str(value) in text for text in texts)
         if not (is_number or is_metadata or repeated):
             raise ValueError(f"{where} has a field {key!r} that would be lost: move what it says into a message, or "
                              "delete it")
