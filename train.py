@@ -2105,10 +2105,13 @@ def make_tokenizer(config, vocab_size):
     texts = []
     for path in config.data:                                    # a beginning is enough: 4 MB, or a thousand rows
         if file_kind(path) == "txt":
-            texts += itertools.islice(read_text(path), 4)
+            begun = list(itertools.islice(read_text(path), 4))
         else:
-            for messages in itertools.islice(read_jsonl(path, config.skip_bad_lines), 1000):
-                texts += [message["content"] for message in messages]
+            talks = itertools.islice(read_jsonl(path, config.skip_bad_lines), 1000)
+            begun = [message["content"] for messages in talks for message in messages]
+        if not "".join(begun).strip():
+            raise SystemExit(f"{path} has no text")
+        texts += begun
     texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
     bar = functools.partial(tqdm, desc="learning tokens", leave=False, disable=None)
     try:

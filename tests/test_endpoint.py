@@ -89,6 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def send(self, status, content, kind="application/json", cut=0, **headers):
+        self.leave()                                            # first: the client's next request may be here at once
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": len(data), **headers}.items():
@@ -110,7 +111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.keys.append(self.headers["Authorization"])
             server.times.append(time.monotonic())
             n = list(server.rollouts).index(rollout)
-            server.running, generation = server.running + 1, server.generation
+            server.running, self.generation = server.running + 1, server.generation
             server.most = max(server.most, server.running)
             server.lock.notify_all()
             if server.crowd:                                    # answer when that many are here, or nobody else comes
@@ -118,8 +119,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.answer(server.fault(n, attempt, body), body)
         finally:
-            with server.lock:
-                server.running -= generation is server.generation
+            self.leave()
+
+    def leave(self):
+        with self.server.lock:
+            self.server.running -= self.generation is self.server.generation
+            self.generation = None
 
     def answer(self, fault, body):
         answer = self.server.reply(body)

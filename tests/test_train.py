@@ -663,5 +663,5 @@ def test_test_time_compute_by_hand(monkeypatch):
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
     for key in ("single", "maj@equal_tokens", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    # Markovian RSA's three rounds, two of Delethink and of full RSA, and as many plain samples as two rounds.
-    assert [size for size, _ in parrot.calls] == [5 * 8] * 7 + [5 * 16]
+    # Three rounds of Markovian RSA, whose first serves Delethink and full RSA too, and two rounds' worth of samples.
+    assert [size for size, _ in parrot.calls] == [5 * 8] * 5 + [5 * 16]
