@@ -1178,8 +1178,9 @@ def policy_loss(logp, sampled_logp, advantage, rollouts, divisor=64, delta=0.1):
 
         sum over tokens of  -A stopgrad(min(pi / mu, 20)) log pi [dppo mask]  / rollouts / divisor
 
-    logp, sampled_logp, advantage (N,): all tokens of `rollouts` rollouts, the trainer's and the sampler's log
-    probability, and the advantage of the token's rollout.
+    `divisor`, a typical length, only sets the scale of the printed loss and of what grad_clip compares: Muon and AdamW
+    move as far whatever a gradient's size.  logp, sampled_logp, advantage (N,): all tokens of `rollouts` rollouts, the
+    trainer's and the sampler's log probability, and the advantage of the token's rollout.
 
     >>> logp = torch.tensor([0.5, 0.25]).log().requires_grad_()
     >>> policy_loss(logp, logp.detach(), torch.tensor([3., -1.]), rollouts=2, divisor=1).backward(); logp.grad
@@ -1197,7 +1198,7 @@ def has_signal(rewards):
 
 
 def repetitive(text, chunk=2048, ratio=0.05):
-    """The canary's gate: some piece of the text repeats itself so much that zlib makes it 20 times smaller.
+    """Rambling: some piece of the text repeats itself so much that zlib makes it 20 times smaller.
 
     >>> repetitive("7+5=12," * 80), repetitive("7+5=12,")
     (True, False)
@@ -1415,7 +1416,8 @@ class Actor:
             self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
 
     def best(self, group):
-        """The highest solve rate so far of this group's environment at its difficulty."""
+        """The highest solve rate so far of this group's environment at its difficulty; 0 for an aggregation prompt,
+        so that its short right replies are always paid."""
         return self.best_rates.get((group.problem.task, group.level), 0.0)
 
     def init_difficulty(self, rounds=6, group_size=8):
@@ -1524,10 +1526,14 @@ def replay_gap(model, batch):
 
 
 def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr, measure=True):
-    """One optimizer step -> its row of the log: {"loss", "norm", "masked", and as in train_step}; `measure` adds what
-    router replay is good for: {"flips", "kl", "kl_live"}.
+    """One optimizer step on `policy_loss` -> its row of the log: {"loss", "norm", "masked", and as in train_step}.
 
-    batches: micro-batches of `collate`; rollouts, tokens: how many they hold, which loss and masked are divided by.
+    The loss has one term for each token that the policy wrote: its rollout's advantage over the group (rl_stage makes
+    it) times the clipped ratio of trainer and sampler times log pi, unless DPPO's mask leaves the token out.  Experts
+    are replayed: each token takes those that the sampler took, and only their weights are computed anew.  There is no
+    KL, entropy or auxiliary term; `measure` only logs what the replay is good for: {"flips", "kl", "kl_live"}.
+    batches: micro-batches of `collate`; rollouts, tokens: how many they hold, which loss and masked are divided by (under
+    several processes the mean a process, as FSDP2 averages gradients).
     """
     row = {"loss": 0.0, "masked": 0.0}
     if measure:

@@ -196,7 +196,12 @@ class CCA(nn.Module):
     begins and -1 for padding; None where each row is one sample; or the `Positions` that `CCA.positions` makes of
     either, once for all layers.  cache: a LayerCache, read and advanced.  Equals HF ZayaAttention.  We differ: packed
     rows, which HF lacks, padded and cached ones take one path; convolutions of two taps only; fp32 from q-k-mean to
-    RoPE in any dtype; a temperature of 1 at first (HF's 0 would make every key zero).
+    RoPE in any dtype; a temperature of 1 at first (HF's 0 would make every key zero).  Alone it starts with PyTorch's
+    own random weights; Zaya draws them again, and sets the convolutions' biases to 0.
+
+    >>> attention = CCA(hidden_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=16)
+    >>> attention(torch.randn(2, 5, 64), positions=torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, -1]])).shape
+    torch.Size([2, 5, 64])
     """
 
     class Positions:
@@ -332,7 +337,7 @@ class CCA(nn.Module):
 class Router(nn.Module):
     """Top-1 router: a small MLP over a depth-averaged state, with a balancing bias that only affects the choice.
 
-        r_l = W_down x + gamma * r_(l-1)      (EDA: over depth, not time; no gamma in the first layer)
+        r_l = W_down x + gamma * r_(l-1)      (EDA, exponential depth averaging; no gamma in the first layer)
         s   = softmax(W3 gelu(W2 gelu(W1 RMSNorm(r_l))))                 over X experts and the skip expert, in fp32
         e   = argmax(s + b),  weight = s_e                               b: see PIDBalancer
 
@@ -379,9 +384,11 @@ class PIDBalancer:
         error_e = p_e - 1 / classes          p_e: share of the global batch's tokens that chose e
         b      <- AdamW(b, gradient = error)
 
-    TR section II.  As a controller: the bias integrates the error, momentum is a smoothed proportional term, and the
-    second moment sets the gain.  lr and betas are AMD Primus'.  A skip expert's bias stays as it is: ZAYA1-8B ships
-    with -1, never chosen.  HF only runs the trained biases.
+    TR section II calls it PID-like.  Read as a controller, the bias integrates the error, momentum smooths it, and the
+    second moment sets the gain.  The law is this optimizer: for another one put anything with step(), state_dict() and
+    load_state_dict() over the gradient `biases.grad` = error into `optimizer`, right after making the balancer
+    (notebooks/experiments/router.py does so with DeepSeek-V3's sign update).  lr and betas are those of Primus, AMD's
+    trainer.  A skip expert's bias stays as it is: ZAYA1-8B ships with -1, never chosen.  HF only runs trained biases.
 
     `model` is any module.  A router in it has the buffers `balancing_biases` (classes,), which it adds to its scores
     before the choice, and `load` (classes,) int64, to which it adds one per real token of training that chose the
@@ -394,9 +401,6 @@ class PIDBalancer:
         self.biases = nn.Parameter(torch.stack([router.balancing_biases.float() for router in self.routers]))
         self.classes = self.biases.shape[1] - self.routers[0].skip_expert
         self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
-        # All of its state but the biases, which are among the model's weights.
-        self.state_dict = self.optimizer.state_dict
-        self.load_state_dict = self.optimizer.load_state_dict
 
     @torch.no_grad()
     def step(self):
@@ -420,6 +424,13 @@ class PIDBalancer:
                 "entropy": entropy.mean().item(),
                 "bias": self.biases[:, :self.classes].abs().max().item(),
                 "skip": (1 - balanced.sum() / load.sum()).item()}
+
+    def state_dict(self):
+        """All of its state but the biases, which are among the model's weights."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state)
 
 
 class Experts(nn.Module):
