@@ -170,14 +170,14 @@ def markovian_rsa(problem, generate, population=16, subset=4, rounds=2, budget=4
             raise ValueError(f"generate returned {len(texts)} texts for {len(prompts)} prompts")
         if prompts and texts.count(None) == len(texts):
             raise RuntimeError(f"all {len(prompts)} candidates of a round failed: nothing to aggregate")
-        for result in results:
-            result.rounds.append([])
-        for i, (prompt, text) in enumerate(zip(prompts, texts)):
-            result = results[i // population]
-            kept = None if text is None else cut_tail(text, tail, tokenizer)
-            result.candidates.append(Candidate(prompt, text, kept))
-            result.generated_tokens += count_tokens(text or "", tokenizer)
-            result.longest_prompt = max(result.longest_prompt, count_tokens(prompt, tokenizer))
+        for q, result in enumerate(results):
+            candidates = []
+            for i in range(q * population, (q + 1) * population):
+                kept = None if texts[i] is None else cut_tail(texts[i], tail, tokenizer)
+                candidates.append(Candidate(prompts[i], texts[i], kept))
+                result.generated_tokens += count_tokens(texts[i] or "", tokenizer)
+                result.longest_prompt = max(result.longest_prompt, count_tokens(prompts[i], tokenizer))
+            result.rounds.append(candidates)
     return results[0] if isinstance(problem, str) else results
 
 

@@ -59,7 +59,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from kernels import compile_loss, fuse, should_compile, summed_loss
+from kernels import compile_decoding, compile_loss, fuse, should_compile, summed_loss
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, explained, interval, left_padded, majority,
                  markovian_rsa, prompt_ids, terse_prompt)
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json, write_json
@@ -825,8 +825,8 @@ class Loader:
         for row, members in enumerate(pack(lengths, self.context, self.rows)):
             start = 0
             for index in members:
-                origin, ids, by_assistant = self.waiting[index]
-                counts = np.array(by_assistant) > (0 if self.stage.mask_prompts else -1)
+                origin, ids, marks = self.waiting[index]        # 1: the assistant's, 0: another's, -1: never learned
+                counts = np.array(marks) > (0 if self.stage.mask_prompts else -1)
                 end = start + len(ids)
                 inputs[row, start:end] = ids
                 targets[row, start:end - 1] = np.where(counts[1:], ids[1:], -100)
@@ -1024,7 +1024,7 @@ class Checkpointer:
             self.save_every = max(1, config.save_every // 5)
 
     def resume(self, model, optimizers, **parts):
-        """Say what is trained; if the stage was begun, all goes on from its checkpoint -> whether it was."""
+        """Say what `save` writes; if the stage was begun, all of it goes on from its checkpoint -> whether it was."""
         self.model, self.parts = model, parts
         # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
         self.optimizers = [optimizer for optimizer in optimizers if optimizer.defaults.get("momentum") != 0]
@@ -1532,8 +1532,8 @@ def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtyp
     it) times the clipped ratio of trainer and sampler times log pi, unless DPPO's mask leaves the token out.  Experts
     are replayed: each token takes those that the sampler took, and only their weights are computed anew.  There is no
     KL, entropy or auxiliary term; `measure` only logs what the replay is good for: {"flips", "kl", "kl_live"}.
-    batches: micro-batches of `collate`; rollouts, tokens: how many they hold, which loss and masked are divided by (under
-    several processes the mean a process, as FSDP2 averages gradients).
+    batches: micro-batches of `collate`; rollouts, tokens: how many they hold, which loss and masked are divided by (of
+    several processes the mean, as FSDP2 averages gradients).
     """
     row = {"loss": 0.0, "masked": 0.0}
     if measure:
@@ -1566,11 +1566,14 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     state, measured = checkpointer.state, checkpointer.state["measured"]
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
-    score, advantage, parts = verifier_rewards, maxrl_advantage, {}
+    score, advantage_of, parts = verifier_rewards, maxrl_advantage, {}
     if stage.reward_model_steps:
         reward_model = RewardModel(model).to(device).eval()
-        score, advantage, parts = GatedReward(reward_model, tokenizer), grpo_advantage, {"reward_model": reward_model}
+        parts = {"reward_model": reward_model}
+        score, advantage_of = GatedReward(reward_model, tokenizer), grpo_advantage
     actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, dtype)
+    if device != "cpu" and not config.no_compile:
+        compile_decoding(actor.sampler)
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the
@@ -1601,7 +1604,7 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
             bonus = torch.zeros_like(rewards)
             for i, group in enumerate(groups):
                 bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
-            batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
+            batches = rl_batches(groups, advantage_of(rewards, bonus), config.micro_batch, tokenizer.pad, device)
             # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
             rollouts = rewards.numel() / world_size()
             tokens = lengths.sum().item() / world_size()
@@ -1808,12 +1811,11 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
     after each round, or a vote's; tokens: what was generated until then, a problem.
     """
     budget, difficulty = eval_spec.budget, eval_spec.tasks[name]
-    N, T, tail = budget.population, budget.rounds, budget.tail
+    N, C, T = budget.population, budget.subset, budget.rounds
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
-    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
+    prompts = [problem.prompt for problem in problems]
     bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
-    source, known = Checkpoint(model, tokenizer), {}
-    longest, rates = {}, {}                                     # rates: (problems,) arrays
+    source, known, longest = Checkpoint(model, tokenizer), {}, {}
 
     def generate(prompts, max_new_tokens, seed):
         """A call that another method made before, as the first rounds are, is not sampled again."""
@@ -1822,26 +1824,34 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
             known[call] = source(prompts, max_new_tokens, seed, progress=bar)
         return known[call]
 
-    # Population, subset, rounds, tail of Markovian RSA, two special cases, and as many plain samples as T rounds cost.
-    runs = {"markovian_rsa": (N, budget.subset, eval_spec.most_rounds, tail), "delethink": (N, 1, T, tail),
-            "full_rsa": (N, budget.subset, T, budget.budget), "vote": (N * (T + 1), 1, 0, 0)}
-    for method, (population, subset, rounds, tail) in runs.items():
-        results = markovian_rsa([problem.prompt for problem in problems], generate, population, subset, rounds,
-                                budget.budget, tail, seed, tokenizer)
+    def sample(method, population, subset, rounds, tail):
+        """-> the texts of all rounds, an array (rounds + 1, problems, population)."""
+        results = markovian_rsa(prompts, generate, population, subset, rounds, budget.budget, tail, seed, tokenizer)
         longest[method] = max(result.longest_prompt for result in results)
-        texts = [[[candidate.text for candidate in some] for some in result.rounds] for result in results]
-        texts = np.array(texts, object).swapaxes(0, 1)          # (rounds + 1, problems, population)
-        curve = [verify_replies(problems, replies).mean(1) for replies in texts]
-        if method == "markovian_rsa":
-            rates["markovian_rsa_majority"] = majority_rates(problems, texts[T])
-        if method == "vote":                                    # it looks at N samples, then at N more, …
-            rates["single"] = curve[0]
-            curve = [majority_rates(problems, texts[0][:, :N * (t + 1)]) for t in range(T + 1)]
-            texts = texts.reshape(-1, T + 1, N).swapaxes(0, 1)
-        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in texts]
+        texts = [[[candidate.text for candidate in found] for found in result.rounds] for result in results]
+        return np.array(texts, object).swapaxes(0, 1)
+
+    # Markovian RSA, and two special cases of it.
+    texts = {"markovian_rsa": sample("markovian_rsa", N, C, eval_spec.most_rounds, budget.tail),
+             "delethink": sample("delethink", N, 1, T, budget.tail),
+             "full_rsa": sample("full_rsa", N, C, T, budget.budget)}
+    curves, rates = {}, {}                                      # of (problems,) arrays
+    for method, rounds in texts.items():
+        curves[method] = [verify_replies(problems, replies).mean(1) for replies in rounds]
+        rates[method] = curves[method][T]
+    rates["markovian_rsa_majority"] = majority_rates(problems, texts["markovian_rsa"][T])
+    # The vote spends on plain samples what T rounds cost: it looks at N of them, then at N more, …
+    plain = sample("vote", N * (T + 1), 1, 0, 0)[0]             # (problems, N (T + 1))
+    texts["vote"] = plain.reshape(-1, T + 1, N).swapaxes(0, 1)
+    curves["vote"] = [majority_rates(problems, plain[:, :N * (t + 1)]) for t in range(T + 1)]
+    rates["single"] = verify_replies(problems, plain).mean(1)
+    rates["maj@equal_tokens"] = curves["vote"][T]
+
+    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
+    for method, rounds in texts.items():
+        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in rounds]
         row["tokens"][method] = (np.cumsum(spent) / len(problems)).tolist()
-        row["rounds"][method] = np.mean(curve, 1).tolist()
-        rates["maj@equal_tokens" if method == "vote" else method] = curve[T]
+        row["rounds"][method] = np.mean(curves[method], 1).tolist()
     for key, each in rates.items():
         row[key] = float(each.mean())
         row[key + "_ci95"] = interval(each)

@@ -381,7 +381,7 @@ class Router(nn.Module):
 class PIDBalancer:
     """Keeps the experts evenly loaded by training the routers' biases, without an auxiliary loss.
 
-        error_e = p_e - 1 / classes          p_e: share of the global batch's tokens that chose e
+        error_e = p_e - 1 / X                p_e: share of expert e in the global batch, skipped tokens aside
         b      <- AdamW(b, gradient = error)
 
     TR section II calls it PID-like.  Read as a controller, the bias integrates the error, momentum smooths it, and the
@@ -399,7 +399,7 @@ class PIDBalancer:
     def __init__(self, model, lr=1e-3, betas=(0.9, 0.999)):
         self.routers = [module for module in model.modules() if hasattr(module, "balancing_biases")]
         self.biases = nn.Parameter(torch.stack([router.balancing_biases.float() for router in self.routers]))
-        self.classes = self.biases.shape[1] - self.routers[0].skip_expert
+        self.experts = self.biases.shape[1] - int(self.routers[0].skip_expert)      # X
         self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
 
     @torch.no_grad()
@@ -412,17 +412,17 @@ class PIDBalancer:
             torch.distributed.all_reduce(load)
         if load.sum() == 0:
             raise RuntimeError("PIDBalancer.step: no router counted anything: model.train() and gradients let it")
-        balanced = load[:, :self.classes]
+        balanced = load[:, :self.experts]
         share = balanced / balanced.sum(1, keepdim=True).clamp_min(1)
-        self.biases.grad = F.pad(share - 1 / self.classes, (0, load.shape[1] - self.classes))
+        self.biases.grad = F.pad(share - 1 / self.experts, (0, load.shape[1] - self.experts))
         self.optimizer.step()
         for router, bias in zip(self.routers, self.biases):
             router.balancing_biases.copy_(bias)
             router.load.zero_()
-        entropy = -torch.special.xlogy(share, share).sum(1) / math.log(max(self.classes, 2))
-        return {"load": (share.max() * self.classes).item(),
+        entropy = -torch.special.xlogy(share, share).sum(1) / math.log(max(self.experts, 2))
+        return {"load": (share.max() * self.experts).item(),
                 "entropy": entropy.mean().item(),
-                "bias": self.biases[:, :self.classes].abs().max().item(),
+                "bias": self.biases[:, :self.experts].abs().max().item(),
                 "skip": (1 - balanced.sum() / load.sum()).item()}
 
     def state_dict(self):
