@@ -338,7 +338,7 @@ class FusedZaya(zaya.Zaya):
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         if isinstance(cache, Slots):
-            return cache.next(input_ids, routing)
+            return cache.step(input_ids, routing)
         one_token = cache is not None and cache.columns and input_ids.shape[1] == 1
         plain = attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()
         if not (self.decoding_backend and one_token and plain):
@@ -368,7 +368,7 @@ class FusedZaya(zaya.Zaya):
         library, _ = decoding_in_c(self)
         if library is None:
             return super().prefill(input_ids, attention_mask, chunk)
-        return Slots.prefill(self, library, input_ids, attention_mask)
+        return Slots(self, library, *input_ids.shape).prefill(input_ids, attention_mask)
 
     @staticmethod
     def make_room(slot, block=64):
@@ -556,83 +556,73 @@ def load(folder, int8=False, device="cpu"):
 
 
 # ---- decoding on a CPU: one C function ------------------------------------------------------------------------------
-# A decoding step in PyTorch is hundreds of small operations; in C it is one call.  Its tokens need not come one a row:
-# a prompt is read by giving it all of its tokens, so rows of any lengths share a call without padding.  For small fp32
-# models; `decoding_in_c` says when.
+# A decoding step in PyTorch is hundreds of small operations, in C one call.  A call may hold several tokens of a row:
+# so prompts are read, of any lengths and without padding.  For small models in fp32; `decoding_in_c` says when.
 
 STEP = r"""
 #include <math.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-// SIZES: E, H, K, D, X, F and R as in zaya.py, ROUTES of the router, HALF of the channels that RoPE turns.
+// SIZES: E, H, K, D, X, F, R as in zaya.py; ROUTES of a router; RoPE turns 2 HALF channels.  V: half of the values.
 enum { SIZES, G = H + K, Q = H / K, C = G * D, V = K * D / 2, SCORES = (ROUTES + 15) / 16 * 16 };
-
-// A vector is as wide as the CPU's registers; a block of a product is as many rows as these can hold.
+// A vector is as wide as a register: GCC 12 takes apart a wider one badly, which makes all of this five times slower.
 #if defined __AVX512F__
-enum { WIDTH = 16, ROWS = 8 };
+enum { WIDTH = 16 };
 #elif defined __AVX__
-enum { WIDTH = 8, ROWS = 6 };
+enum { WIDTH = 8 };
 #else
-enum { WIDTH = 4, ROWS = 6 };
+enum { WIDTH = 4 };
 #endif
+enum { ROWS = 6, PARTS = 16 / WIDTH };      // a product keeps 6 rows of 16 outputs in registers, in parts
 typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-typedef struct {                            // a layer's weights, as `fold` lays them out; a matrix in panels of 16 outputs
-    float project[(C + 2 * V) / 16][E][16]; // x -> q~, k~, v_current, v_delayed
-    float taps[G][D / 16][3 * D][16];       // both convolutions as one: two tokens ago, the last one, this one -> a head
-    float attended[E / 16][H * D][16];      // Wo
-    float down[R / 16][E][16], fc1[R / 16][R][16], fc2[R / 16][R][16], route[SCORES / 16][R][16];
-    float gate_up[X][2 * F / 16][E][16], expert[X][E / 16][F][16];
-    float after_attention[2][E], after_experts[2][E];           // scale and bias of the residual stream
+typedef struct {                            // a layer's weights, as `folded` lays them out: matrices by 16 outputs
+    float project[(C + 2 * V) / 16][E][16]; // q~, k~, the current half of v, the delayed one
+    float taps[G][D / 16][3 * D][16];       // both convolutions as one, of the last two tokens and this one
+    float out[E / 16][H * D][16];
+    float down[R / 16][E][16], fc1[R / 16][R][16], fc2[R / 16][R][16], routes[SCORES / 16][R][16];
+    float gate_up[X][2 * F / 16][E][16], experts[X][E / 16][F][16];
+    float after_attention[2][E], after_experts[2][E];           // the residual stream's scale and bias
     float tap_bias[G][D], length[G], down_bias[R], gamma[R], fc1_bias[R], fc2_bias[R], balance[ROUTES];
 } Layer;
 
-typedef struct {                            // what is known of a token on its way through a layer
-    float x[E], cos[HALF], sin[HALF];       // x is read and written by Python, cos and sin are read
-    float h[E], packed[C], v[2 * V], seen[G][3][D], qk[G][D], attended[H][D];
-    float r[R], a[R], b[R], score[SCORES], gate_up[2 * F], weight;
+typedef struct {                            // a token on its way: Python writes the first row, and reads x
+    float x[E], cos[HALF], sin[HALF];
+    float r[R], weight;
+    float h[E], latent[G][D], v[2 * V], seen[G][3][D], qk[G][D], mixed[H][D], mlp[4][R], score[SCORES], gate_up[2 * F];
 } Token;
 enum { STRIDE = sizeof(Token) / sizeof(float) };
 const int token_floats = STRIDE;
 
-// y (m, 16) += x (m, in) w (in, 16), with y in registers; the vectors of w are `next` floats apart.
-static inline __attribute__((always_inline)) void block(const int m, const float **x, int in, const float *w, long next,
-                                                        float **y) {
-    enum { PARTS = 16 / WIDTH };
-    vector sum[ROWS][PARTS];
-    for (int j = 0; j < m; j++)
-        for (int p = 0; p < PARTS; p++) sum[j][p] = ((vector *)y[j])[p];
-    for (int i = 0; i < in; i++, w += next)
-        #pragma GCC unroll 8
-        for (int j = 0; j < m; j++)
-            #pragma GCC unroll 4
-            for (int p = 0; p < PARTS; p++) sum[j][p] += x[j][i] * ((const vector *)w)[p];
-    for (int j = 0; j < m; j++)
-        for (int p = 0; p < PARTS; p++) ((vector *)y[j])[p] = sum[j][p];
-}
-
-// y (n, out) += x (n, in) w (in, out) for n of the rows, the first ones or those in `rows`, `ldx` and `ldy` floats apart.
-static void product(int n, const int *rows, int in, int out, const float *x, long ldx, const float *w, long panel,
-                    long next, float *y, long ldy) {
+// y (n, out) += x (n, in) w (in, out), for the rows named, or the first n; they are ldx and ldy floats apart.  w lies
+// in panels of 16 columns, `panel` floats apart, whose rows are `next` floats apart.
+static void product(int n, const int *rows, int in, int out, const float *x, long ldx,
+                    const float *w, long panel, long next, float *y, long ldy) {
     for (int o = 0; o < out; o += 16, w += panel)
         for (int begin = 0; begin < n; begin += ROWS) {
             int m = n - begin < ROWS ? n - begin : ROWS;
             const float *from[ROWS];
             float *to[ROWS];
-            for (int j = 0; j < m; j++) {
-                long row = rows ? rows[begin + j] : begin + j;
+            vector sum[ROWS][PARTS];
+            for (int j = 0; j < ROWS; j++) {                    // where rows are missing, the last one again
+                long row = begin + (j < m ? j : m - 1);
+                row = rows ? rows[row] : row;
                 from[j] = x + row * ldx;
                 to[j] = y + row * ldy + o;
+                for (int p = 0; p < PARTS; p++) sum[j][p] = ((vector *)to[j])[p];
             }
-            switch (m) {
-                #define CASE(M) case M: block(M < ROWS ? M : ROWS, from, in, w, next, to); break;
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
-            }
+            for (int i = 0; i < in; i++)
+                for (int j = 0; j < ROWS; j++)
+                    for (int p = 0; p < PARTS; p++)
+                        sum[j][p] += from[j][i] * ((const vector *)(w + i * next))[p];
+            for (int j = 0; j < ROWS; j++)
+                for (int p = 0; p < PARTS; p++) ((vector *)to[j])[p] = sum[j][p];
         }
 }
 
-// The same between two fields of the tokens, for a matrix in panels.
+// The same for a matrix in panels, between two fields of the tokens.
 static void dense(int n, const int *rows, int in, int out, const float *x, const void *w, float *y) {
     product(n, rows, in, out, x, STRIDE, w, 16 * in, 16, y, STRIDE);
 }
@@ -641,14 +631,15 @@ static void dense(int n, const int *rows, int in, int out, const float *x, const
 static inline float exponential(float x) {
     x = x < -87 ? -87 : x > 88 ? 88 : x;
     float n = rintf(x * 1.44269504f), f = x - n * 0.693147181f;
-    union { int bits; float value; } power = {((int)n + 127) << 23};
+    union { int bits; float value; } power = {((int)n + 127) * (1 << 23)};
     return power.value * (1 + f * (1 + f * (1 / 2.f + f * (1 / 6.f + f * (1 / 24.f + f * (1 / 120.f + f / 720))))));
 }
 
-// x Phi(x), by the formula for erf that PyTorch's AVX-512 code has (Abramowitz and Stegun 7.1.26, error 1.5e-7).
+// x Phi(x), with erf by Abramowitz and Stegun 7.1.26: wrong by 1.5e-7 at most.
 static inline float gelu(float x) {
     float z = fabsf(x) * 0.707106781f, t = 1 / (1 + 0.3275911f * z);
-    float series = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    float series = 1.421413741f + t * (-1.453152027f + t * 1.061405429f);
+    series = t * (0.254829592f + t * (-0.284496736f + t * series));
     return x / 2 * (1 + copysignf(1 - series * exponential(-z * z), x));
 }
 
@@ -674,65 +665,55 @@ static inline void softmax(float *x, int n) {
     for (int i = 0; i < n; i++) x[i] /= sum;
 }
 
-// N tokens through L layers.  Token n goes to slot[n], where position[n] tokens stand before it; several tokens of a slot
-// come in order.  kv[l]: (slots, keys and values, K, T, D); recent[l]: (slots, 2 C + V), the last two packed latents and
-// the last delayed value.  choices (N, L).
+// N tokens through L layers.  tokens[n] goes to slot[n], where position[n] tokens are before it; the tokens of one slot
+// come in order.  kv[l]: (slots, keys and values, K, T, D), keys in blocks of 16 columns; recent[l]: (slots, 2 C + V),
+// the last two tokens' latents by head and the last delayed value.  choices (N, L).
 void step(int N, int L, int T, float eps, const Layer *layers, float **kv, float **recent, const int *slot,
           const int *position, Token *tokens, short *choices) {
-    Token *t, *first = tokens, *end = tokens + N;
-    #define EACH_TOKEN(n) for (int n = 0; n < N && (t = tokens + n); n++)
+    Token *t = tokens;
+    #define EACH_TOKEN for (int n = 0; t = tokens + n, n < N; n++)
+    int order[N];
     float *scores = malloc(sizeof(float) * Q * T);
-    int *order = malloc(sizeof(int) * N);
-    for (t = tokens; t < end; t++) memset(t->r, 0, sizeof t->r);
+    EACH_TOKEN memset(t->r, 0, sizeof t->r);
     for (int l = 0; l < L; l++) {
         const Layer *w = layers + l;
-
-        // q~, k~, both halves of v = W norm(x)
-        for (t = tokens; t < end; t++) {
+        // q~, k~, v = W norm(x); everything that is not carried on begins with 0
+        EACH_TOKEN {
+            memset(t->h, 0, sizeof(Token) - offsetof(Token, h));
             rms_norm(t->h, t->x, E, eps);
-            memset(t->packed, 0, sizeof t->packed + sizeof t->v);
         }
-        dense(N, NULL, E, C + 2 * V, first->h, w->project, first->packed);
+        dense(N, NULL, E, C + 2 * V, tokens->h, w->project, tokens->latent[0]);
 
-        EACH_TOKEN(n) {
+        // The value shift: v = [Wv1 x_t; Wv2 x_(t-1)];  what the convolutions see: this token's latents and two before
+        EACH_TOKEN {
             float *past = recent[l] + (long)slot[n] * (2 * C + V), *delayed = past + 2 * C;
-            // The value shift: v = [Wv1 x_t; Wv2 x_(t-1)]
             for (int i = 0; i < V; i++) {
-                float before = delayed[i];
-                delayed[i] = t->v[V + i];
-                t->v[V + i] = before;
+                float current = t->v[V + i];
+                t->v[V + i] = delayed[i];
+                delayed[i] = current;
             }
-            // What the convolutions see: two tokens before this one, (G, 2, D)
-            for (int g = 0; g < G; g++) {
-                memcpy(t->seen[g][0], past + g * 2 * D, 2 * D * sizeof(float));
-                memcpy(t->seen[g][2], t->packed + g * D, D * sizeof(float));
-                memcpy(past + g * 2 * D, t->seen[g][1], 2 * D * sizeof(float));
+            for (int g = 0; g < G; g++, past += 2 * D) {
+                memcpy(t->seen[g][0], past, 2 * D * sizeof(float));
+                memcpy(t->seen[g][2], t->latent[g], D * sizeof(float));
+                memcpy(past, t->seen[g][1], 2 * D * sizeof(float));
             }
-            // q-k-mean: m_q = (q~ + k~ of its group) / 2, m_k = mean of m_q
-            for (int g = 0; g < K; g++)
-                for (int i = 0; i < D; i++) {
-                    float k = t->packed[(H + g) * D + i], sum = 0;
-                    for (int j = g * Q; j < (g + 1) * Q; j++) {
-                        float mean = (t->packed[j * D + i] + k) / 2;
-                        t->qk[j][i] = w->tap_bias[j][i] + mean;
-                        sum += mean;
-                    }
-                    t->qk[H + g][i] = w->tap_bias[H + g][i] + sum / Q;
-                }
         }
-        // [q; k] = conv_in_head(conv_per_channel([q~; k~])) + [m_q; m_k]
-        for (int g = 0; g < G; g++) dense(N, NULL, 3 * D, D, first->seen[g][0], w->taps[g], first->qk[g]);
+        // conv_in_head(conv_per_channel([q~; k~]))
+        for (int g = 0; g < G; g++) dense(N, NULL, 3 * D, D, tokens->seen[g][0], w->taps[g], tokens->qk[g]);
 
-        EACH_TOKEN(n) {
-            float *keys = kv[l] + (long)slot[n] * 2 * K * T * D, *values = keys + (long)K * T * D;
-            int p = position[n];
-            // While this token is computed, the keys and values of the next one come from memory
-            const float *next = kv[l] + (long)slot[n + 1 < N ? n + 1 : n] * 2 * K * T * D;
-            for (int g = 0; g < 2 * K; g++, next += T * D)
-                for (int i = 0; i < (p + 1) * D; i += 16) __builtin_prefetch(next + i);
-            // Unit length, times sqrt(D) and the temperature; RoPE on the first channels
+        EACH_TOKEN {
+            // [q; k] += [m_q; m_k]:  m_q = (q~ + k~ of its group) / 2,  m_k = mean of m_q over the group
+            for (int h = 0; h < H; h++)
+                for (int i = 0; i < D; i++) {
+                    float mean = (t->latent[h][i] + t->latent[H + h / Q][i]) / 2;
+                    t->qk[h][i] += mean;
+                    t->qk[H + h / Q][i] += mean / Q;
+                }
+            // q / |q|,  temp_k sqrt(D) k / |k|,  then RoPE
             for (int g = 0; g < G; g++) {
-                float *u = t->qk[g], scale = w->length[g] / fmaxf(sqrtf(squares(u, D)), 1.1920929e-7f);
+                float *u = t->qk[g];
+                for (int i = 0; i < D; i++) u[i] += w->tap_bias[g][i];
+                float scale = w->length[g] / fmaxf(sqrtf(squares(u, D)), 1.1920929e-7f);
                 for (int i = 0; i < D; i++) u[i] *= scale;
                 for (int i = 0; i < HALF; i++) {
                     float a = u[i], b = u[i + HALF];
@@ -740,71 +721,59 @@ void step(int N, int L, int T, float eps, const Layer *layers, float **kv, float
                     u[i + HALF] = b * t->cos[i] + a * t->sin[i];
                 }
             }
-            // softmax(q k^T) v, of the query heads that share a KV head together
-            memset(t->attended, 0, sizeof t->attended);
-            for (int g = 0; g < K; g++, keys += (long)T * D, values += (long)T * D) {
-                for (int i = 0; i < D; i++) keys[(p / 16 * D + i) * 16 + p % 16] = t->qk[H + g][i];
-                memcpy(values + (long)p * D, t->v + g * D, D * sizeof(float));
+            // softmax(q k^T) v, together for the query heads of a KV head
+            int p = position[n];
+            float *k = kv[l] + (long)slot[n] * 2 * K * T * D, *v = k + (long)K * T * D;
+            for (int g = 0; g < K; g++, k += (long)T * D, v += (long)T * D) {
+                for (int i = 0; i < D; i++) k[(p / 16 * D + i) * 16 + p % 16] = t->qk[H + g][i];
+                memcpy(v + p * D, t->v + g * D, D * sizeof(float));
                 memset(scores, 0, sizeof(float) * Q * T);
-                product(Q, NULL, D, p + 1, t->qk[g * Q], D, keys, 16 * D, 16, scores, T);
-                for (int j = 0; j < Q; j++) softmax(scores + (long)j * T, p + 1);
-                product(Q, NULL, p + 1, D, scores, T, values, 16, D, t->attended[g * Q], D);
+                product(Q, NULL, D, p + 1, t->qk[g * Q], D, k, 16 * D, 16, scores, T);
+                for (int j = 0; j < Q; j++) softmax(scores + j * T, p + 1);
+                product(Q, NULL, p + 1, D, scores, T, v, 16, D, t->mixed[g * Q], D);
             }
             for (int i = 0; i < E; i++) t->x[i] = t->x[i] * w->after_attention[0][i] + w->after_attention[1][i];
         }
-        dense(N, NULL, H * D, E, first->attended[0], w->attended, first->x);
+        dense(N, NULL, H * D, E, tokens->mixed[0], w->out, tokens->x);
 
-        // The router: r = W_down h + gamma r, s = softmax(W3 gelu(W2 gelu(W1 norm(r))))
-        for (t = tokens; t < end; t++) {
-            rms_norm(t->h, t->x, E, eps);
-            for (int i = 0; i < R; i++) t->r[i] = t->r[i] * w->gamma[i] + w->down_bias[i];
+        // r_l = W_down h + gamma r_(l-1),  s = softmax(W3 gelu(W2 gelu(W1 norm(r))))
+        EACH_TOKEN rms_norm(t->h, t->x, E, eps);
+        dense(N, NULL, E, R, tokens->h, w->down, tokens->mlp[0]);
+        EACH_TOKEN {
+            for (int i = 0; i < R; i++) t->r[i] = t->mlp[0][i] + w->down_bias[i] + w->gamma[i] * t->r[i];
+            rms_norm(t->mlp[1], t->r, R, eps);
         }
-        dense(N, NULL, E, R, first->h, w->down, first->r);
-        for (t = tokens; t < end; t++) {
-            rms_norm(t->a, t->r, R, eps);
-            memcpy(t->b, w->fc1_bias, sizeof t->b);
-        }
-        dense(N, NULL, R, R, first->a, w->fc1, first->b);
-        for (t = tokens; t < end; t++) {
-            for (int i = 0; i < R; i++) t->b[i] = gelu(t->b[i]);
-            memcpy(t->a, w->fc2_bias, sizeof t->a);
-        }
-        dense(N, NULL, R, R, first->b, w->fc2, first->a);
-        for (t = tokens; t < end; t++) {
-            for (int i = 0; i < R; i++) t->a[i] = gelu(t->a[i]);
-            memset(t->score, 0, sizeof t->score);
-        }
-        dense(N, NULL, R, SCORES, first->a, w->route, first->score);
+        dense(N, NULL, R, R, tokens->mlp[1], w->fc1, tokens->mlp[2]);
+        EACH_TOKEN for (int i = 0; i < R; i++) t->mlp[2][i] = gelu(t->mlp[2][i] + w->fc1_bias[i]);
+        dense(N, NULL, R, R, tokens->mlp[2], w->fc2, tokens->mlp[3]);
+        EACH_TOKEN for (int i = 0; i < R; i++) t->mlp[3][i] = gelu(t->mlp[3][i] + w->fc2_bias[i]);
+        dense(N, NULL, R, SCORES, tokens->mlp[3], w->routes, tokens->score);
 
-        // e = argmax(s + b), weight = s_e; the stream's share for all, of skipped tokens too
-        int begins[X + 2] = {0};
-        EACH_TOKEN(n) {
-            softmax(t->score, ROUTES);
+        // e = argmax(s + b),  weight = s_e
+        EACH_TOKEN {
             int best = 0;
+            softmax(t->score, ROUTES);
             for (int e = 1; e < ROUTES; e++)
                 if (t->score[e] + w->balance[e] > t->score[best] + w->balance[best]) best = e;
             t->weight = t->score[best];
             choices[n * L + l] = best;
-            begins[best + 1]++;
             for (int i = 0; i < E; i++) t->x[i] = t->x[i] * w->after_experts[0][i] + w->after_experts[1][i];
-            memset(t->gate_up, 0, sizeof t->gate_up);
         }
-        // Tokens sorted by expert; the experts: W_down(silu(g) u) weight, [g; u] = W_gu h
-        int at[X + 1];
-        for (int e = 0; e <= X; e++) at[e] = begins[e + 1] += begins[e];
-        for (int n = N - 1; n >= 0; n--) order[--at[choices[n * L + l]]] = n;
+        // y = weight W_down(silu(g) u),  [g; u] = W_gu h,  an expert at a time; the skip expert has no weights
         for (int e = 0; e < X; e++) {
-            int n = begins[e + 1] - begins[e], *rows = order + begins[e];
-            dense(n, rows, E, 2 * F, first->h, w->gate_up[e], first->gate_up);
-            for (int j = 0; j < n; j++) {
-                float *gate = tokens[rows[j]].gate_up, *up = gate + F, weight = tokens[rows[j]].weight;
-                for (int i = 0; i < F; i++) gate[i] *= weight * up[i] / (1 + exponential(-gate[i]));
+            int visits = 0;
+            for (int n = 0; n < N; n++)
+                if (choices[n * L + l] == e) order[visits++] = n;
+            dense(visits, order, E, 2 * F, tokens->h, w->gate_up[e], tokens->gate_up);
+            for (int j = 0; j < visits; j++) {
+                t = tokens + order[j];
+                for (int i = 0; i < F; i++)
+                    t->gate_up[i] *= t->weight * t->gate_up[F + i] / (1 + exponential(-t->gate_up[i]));
             }
-            dense(n, rows, F, E, first->gate_up, w->expert[e], first->x);
+            dense(visits, order, F, E, tokens->gate_up, w->experts[e], tokens->x);
         }
     }
     free(scores);
-    free(order);
 }
 """
 
@@ -849,14 +818,14 @@ def folded(layer):
 
 
 @functools.cache
-def compile_step(sizes, capability=None):
-    """The C function for these sizes, "E = 128, …", compiled at the first call ever -> a ctypes library.
+def compile_step(sizes, compiler, capability=None):
+    """The C function for these sizes, "E=128,…" -> a ctypes library, kept on disk: later processes only open it.
 
     Raises OSError or subprocess.CalledProcessError where there is no compiler, or one that cannot.
     """
-    # ATEN_CPU_CAPABILITY makes PyTorch compute as another CPU would, and so this does.
+    # ATEN_CPU_CAPABILITY lets PyTorch compute as another CPU would; then this code must run on that one too.
     arch = {"default": [], "avx2": ["-march=x86-64-v3"]}.get(capability, ["-march=native"])
-    command = [*shlex.split(os.environ.get("CC") or "cc"), "-O3", *arch, "-std=gnu11", "-fopenmp-simd",
+    command = [*shlex.split(compiler), "-O3", *arch, "-std=gnu11", "-fopenmp-simd",
                "-fno-math-errno", "-fno-trapping-math", "-DSIZES=" + sizes, "-x", "c", "-"]
 
     def run(*more, source=STEP):
@@ -879,108 +848,115 @@ def compile_step(sizes, capability=None):
 
 
 def decoding_in_c(model):
-    """-> the library whose `step` decodes this model, or None; and why, in a sentence."""
-    c, state = model.config, model.state_dict().values()
-    sizes = [c.hidden_size, c.head_dim, c.moe_intermediate_size, c.router_hidden_size]
-    for problem, applies in (
-        ("its weights are not all fp32 on a CPU", any((t.dtype, t.device.type) != (torch.float32, "cpu") for t in state)),
-        ("its steps are compiled by PyTorch", model.decoding_backend is not None),
-        ("autocast asks for another dtype", torch.is_autocast_enabled("cpu")),
-        ("it has layers with sliding windows", "hybrid_sliding" in c.layer_types),
-        ("it has layers of a class of their own", any(type(layer) is not FusedLayer for layer in model.layers)),
-        ("hidden_size, head_dim, moe_intermediate_size and router_hidden_size must be multiples of 16",
-         any(size % 16 for size in sizes)),
-        # `folded` copies the weights at every call of generate.
-        ("it has more than 2^27 parameters", sum(t.numel() for t in state) > 2**27),
-    ):
-        if applies:
-            return None, "decoding does not use C: " + problem
-    E, D, F_, R = sizes
-    half = int(D * c.rope_parameters["hybrid"]["partial_rotary_factor"]) // 2
-    values = dict(E=E, H=c.num_attention_heads, K=c.num_key_value_heads, D=D, X=c.num_experts, F=F_, R=R,
-                  ROUTES=c.router_classes, HALF=half)
+    """-> the library whose `step` decodes this model, or None where PyTorch does; and why, in a sentence."""
+    config, state = model.config, model.state_dict().values()
+    sizes = dict(E=config.hidden_size, D=config.head_dim, F=config.moe_intermediate_size, R=config.router_hidden_size)
+    problem = None
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in state):
+        problem = "the weights must be fp32 on a CPU"
+    elif torch.is_autocast_enabled("cpu"):
+        problem = "autocast asks for another dtype"
+    elif model.decoding_backend:
+        problem = "compile_decoding asks for PyTorch's compiler"
+    elif "hybrid_sliding" in config.layer_types:
+        problem = "a sliding window forgets columns"
+    elif any(type(layer) is not FusedLayer for layer in model.layers):
+        problem = "the layers are of a class of their own"
+    elif any(size % 16 for size in sizes.values()):
+        problem = f"{sizes} must be multiples of 16"
+    elif sum(tensor.numel() for tensor in state) > 2**27:
+        problem = "at more than 2^27 parameters each call of generate would wait for `folded`"
+    if problem:
+        return None, f"PyTorch decodes: {problem}"
+    rotated = int(config.head_dim * config.rope_parameters["hybrid"]["partial_rotary_factor"])
+    sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, X=config.num_experts,
+                  ROUTES=config.router_classes, HALF=rotated // 2)
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
     try:
-        return compile_step(",".join(f"{name}={value}" for name, value in values.items()),
-                            os.environ.get("ATEN_CPU_CAPABILITY")), "decoding uses C"
+        library = compile_step(text, os.environ.get("CC") or "cc", os.environ.get("ATEN_CPU_CAPABILITY"))
     except (OSError, subprocess.CalledProcessError) as error:
-        return None, f"decoding does not use C: there is no compiler that can ({error})"
+        return None, f"PyTorch decodes: no compiler built the C function ({error})"
+    return library, "C decodes"
 
 
 class Slots:
-    """What stands for a zaya.Cache while C decodes: each row lives in a slot, and those in `slot` go on.
+    """What stands for a zaya.Cache while C decodes: rows live in slots, and a step names the slots that go on.
 
-    slot, position (B,) int32: where a row lives and how many tokens it has.  By layer, kv (slots, 2, K, T / 16, 16 * D):
-    keys in blocks of 16 columns (D, 16), values (T, D); recent (slots, 2 C + K*D/2): LayerCache's packed and delayed.
+    slot, position (B,) int32: where each row lives, and how many tokens it has.  For each layer kv, keys and values
+    (slots, 2, K, T / 16, 16 * D), and recent (slots, 2 C + K*D/2), LayerCache's packed and delayed.
     """
+    piece = 512                                                 # tokens of prompts that are read in one call
 
     def __init__(self, model, library, slots, columns):
-        self.model, self.library = model, library
-        self.layers = torch.stack([folded(layer) for layer in model.layers])
         H, K, D = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
-        self.kv = [torch.zeros(slots, 2, K, cdiv(columns, 16), 16 * D) for _ in self.layers]
-        self.recent = [torch.zeros(slots, 2 * (H + K) * D + K * D // 2) for _ in self.layers]
-        self.slot, self.columns = torch.arange(slots, dtype=torch.int32), columns
+        self.model, self.library, self.columns = model, library, columns
+        # Made anew for each call of generate: the weights may have changed since the last one.
+        self.layers = torch.stack([folded(layer) for layer in model.layers])
+        self.kv = [torch.zeros(slots, 2, K, cdiv(columns, 16), 16 * D) for _ in model.layers]
+        self.recent = [torch.zeros(slots, 2 * (H + K) * D + K * D // 2) for _ in model.layers]
+        self.slot = torch.arange(slots, dtype=torch.int32)
+        self.position = torch.zeros(slots, dtype=torch.int32)
 
     def select(self, rows):
-        """As zaya.Cache.select, but a row that is named twice needs `spread` before it goes on."""
+        """As zaya.Cache.select; rows that are named twice need `spread` before they go on."""
         self.slot, self.position = self.slot[rows], self.position[rows]
 
     def spread(self, columns):
-        """Give each row a slot of its own with room for `columns` tokens; slots that nobody is in are dropped."""
-        for l, (kv, recent) in enumerate(zip(self.kv, self.recent)):
-            self.kv[l] = F.pad(kv[self.slot], (0, 0, 0, cdiv(columns, 16) - kv.shape[3]))
-            self.recent[l] = recent[self.slot]
+        """Give each row a slot of its own, with room for so many tokens; the other slots are dropped."""
+        for index, (kv, recent) in enumerate(zip(self.kv, self.recent)):
+            self.kv[index] = F.pad(kv[self.slot], (0, 0, 0, cdiv(columns, 16) - kv.shape[3]))
+            self.recent[index] = recent[self.slot]
         self.slot = torch.arange(len(self.slot), dtype=torch.int32)
 
-    def step(self, tokens, slot, position):
-        """Tokens (N,), several of a slot in order -> the stream after all layers (N, E), choices (N, L) int16."""
-        model, N, E = self.model, len(tokens), self.model.config.hidden_size
-        rope = model.config.rope_parameters["hybrid"]
-        rotated = int(model.config.head_dim * rope["partial_rotary_factor"])
+    def read(self, tokens, slot, position):
+        """Tokens (N,), several of a slot in order -> the stream behind the last layer (N, E), choices (N, L) int16."""
+        model, config = self.model, self.model.config
+        rope = config.rope_parameters["hybrid"]
+        rotated = int(config.head_dim * rope["partial_rotary_factor"])
+        cos, sin = zaya.CCA.rope_table(position, rope["rope_theta"], rotated)
         x = (model.embed_tokens(tokens) + model.input_hidden_states_bias) * model.input_hidden_states_scale
-        known = torch.cat([x, *zaya.CCA.rope_table(position, rope["rope_theta"], rotated)], 1)
-        work = torch.empty(N, ctypes.c_int.in_dll(self.library, "token_floats").value)
+        known = torch.cat([x, cos, sin], 1)
+        work = torch.empty(len(tokens), ctypes.c_int.in_dll(self.library, "token_floats").value)
         work[:, :known.shape[1]] = known
-        choices = torch.empty(N, len(self.layers), dtype=torch.int16)
+        choices = torch.empty(len(tokens), len(self.layers), dtype=torch.int16)
 
         def pointers(tensors):
             return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
-        self.library.step(N, len(self.layers), self.kv[0].shape[3] * 16, model.config.rms_norm_eps,
+        self.library.step(len(tokens), len(self.layers), 16 * self.kv[0].shape[3], config.rms_norm_eps,
                           self.layers.data_ptr(), pointers(self.kv), pointers(self.recent),
                           slot.data_ptr(), position.data_ptr(), work.data_ptr(), choices.data_ptr())
-        return work[:, :E], choices
+        return work[:, :config.hidden_size].clone(), choices
 
-    def next(self, input_ids, routing):
-        """A token of each row (B, 1) -> hidden (B, 1, E), as zaya.Zaya.hidden_states."""
-        if self.columns == self.kv[0].shape[3] * 16:
+    def step(self, input_ids, routing):
+        """zaya.Zaya.hidden_states for the next token of each row: (B, 1) -> (B, 1, E)."""
+        if self.columns == 16 * self.kv[0].shape[3]:
             self.spread(2 * self.columns)
-        x, choices = self.step(input_ids[:, 0], self.slot, self.position)
+        x, choices = self.read(input_ids[:, 0], self.slot, self.position)
         self.position = self.position + 1
         self.columns += 1
         if routing is not None:
             routing.extend(choices.T[..., None])
         return self.model.norm(x)[:, None]
 
-    @classmethod
-    def prefill(cls, model, library, input_ids, attention_mask, piece=512):
-        """As zaya.Zaya.prefill, `piece` tokens a call, of however many rows."""
-        B, S = input_ids.shape
+    def prefill(self, input_ids, attention_mask):
+        """zaya.Zaya.prefill into empty slots, at least as many as there are different rows."""
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         unique, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
-        ids, real = unique.split(S, 1)
-        row, column = real.nonzero(as_tuple=True)
+        ids, real = unique.chunk(2, 1)
+        row, column = real.nonzero(as_tuple=True)               # all tokens, one row after the other
         position = real.cumsum(1)[row, column].int() - 1
-        cache = cls(model, library, len(unique), S)
-        cache.position = real.sum(1).int()
-        x, choices = [], torch.zeros(len(unique), S, len(model.layers), dtype=torch.int16)
-        parts = [t.split(piece) for t in (ids[row, column], row.int(), position)]
-        steps = [cache.step(*part) for part in zip(*parts)]
-        choices[row, column] = torch.cat([step[1] for step in steps])
-        last = torch.cat([step[0] for step in steps])[cache.position.cumsum(0) - 1]
-        cache.select(copies)
-        cache.spread(2 * S)
-        return model.norm(last)[copies], cache, [choices[copies].permute(2, 0, 1)]
+        hidden, choices = [], torch.zeros(*ids.shape, len(self.layers), dtype=torch.int16)
+        for here in torch.arange(len(row)).split(self.piece):
+            x, taken = self.read(ids[row, column][here], row[here].int(), position[here])
+            choices[row[here], column[here]] = taken
+            hidden.append(x)
+        self.position = real.sum(1).int()
+        last = torch.cat(hidden)[self.position.cumsum(0) - 1]
+        self.slot = self.slot[:len(ids)]
+        self.select(copies)
+        self.spread(2 * self.columns)
+        return self.model.norm(last)[copies], self, [choices[copies].permute(2, 0, 1)]
 
 
 # ---- Triton, for CUDA and ROCm from one source ----------------------------------------------------------------------
