@@ -338,7 +338,7 @@ class FusedZaya(zaya.Zaya):
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         if isinstance(cache, Slots):
-            return cache.step(input_ids, routing)
+            return cache.hidden_states(input_ids, attention_mask, routing)
         one_token = cache is not None and cache.columns and input_ids.shape[1] == 1
         plain = attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()
         if not (self.decoding_backend and one_token and plain):
@@ -364,11 +364,9 @@ class FusedZaya(zaya.Zaya):
             routing.extend(choices)
         return hidden
 
-    def prefill(self, input_ids, attention_mask, chunk):
+    def new_cache(self):
         library, _ = decoding_in_c(self)
-        if library is None:
-            return super().prefill(input_ids, attention_mask, chunk)
-        return Slots(self, library, *input_ids.shape).prefill(input_ids, attention_mask)
+        return Slots(self, library) if library else super().new_cache()
 
     @staticmethod
     def make_room(slot, block=64):
@@ -778,43 +776,51 @@ void step(int N, int L, int T, float eps, const Layer *layers, float **kv, float
 """
 
 
-def panels(matrix):
-    """(…, out, in) -> (…, out / 16, in, 16), which C reads from front to back."""
+def panels(matrix, reads=1.0, scales=None):
+    """(…, out, in), a norm's weight before it, a residual scale behind it -> (…, out / 16, in, 16)."""
+    matrix = matrix * reads
+    if scales is not None:
+        matrix = matrix * scales[:, None]
     return matrix.unflatten(-2, (-1, 16)).mT
 
 
 def folded(layer):
-    """A layer's weights -> (numbers,) fp32, in the order of the struct Layer.
-
-    A norm's weight is multiplied into the matrix that reads the norm, a residual scale into the one that is scaled.
-    """
+    """A layer's weights -> (numbers,) fp32, in the order of the struct Layer."""
     cca, router, experts = layer.self_attn, layer.gate, layer.experts
-    by_head, D = (cca.heads + cca.kv_heads, -1), cca.head_dim
-    norm, norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    D, by_head = cca.head_dim, (cca.heads + cca.kv_heads, -1)
+    norm1, scale1 = layer.input_layernorm.weight, layer.post_attention_residual_scale
+    norm2, scale2 = layer.post_attention_layernorm.weight, layer.post_mlp_residual_scale
     project = torch.cat([cca.q_proj.weight, cca.k_proj.weight, cca.v_proj_current.weight, cca.v_proj_delayed.weight])
-    # A convolution of a convolution: with two taps each, three.
-    depthwise, grouped = cca.conv_qk_depthwise, cca.conv_qk_grouped
-    a_old, a_new = depthwise.weight.view(*by_head, D, 2).unbind(-1)                 # (G, 1, D)
-    b_old, b_new = grouped.weight.view(*by_head, D, 2).unbind(-1)                   # (G, D out, D in)
-    taps = torch.cat([b_old * a_old, b_old * a_new + b_new * a_old, b_new * a_new], -1)
-    tap_bias = grouped.bias + ((b_old + b_new) @ depthwise.bias.view(*by_head, 1)).flatten()
-    # (x + b_r) a_r + (y + b_o) a_o  =  x a_r + (b_r a_r + b_o a_o) + a_o y
-    one, two = layer.post_attention_residual_scale, layer.post_mlp_residual_scale
-    streams = [torch.cat([s.residual_scale, s.residual_bias * s.residual_scale
-                          + s.hidden_states_bias * s.hidden_states_scale]) for s in (one, two)]
     routes = F.pad(router.out_proj.weight, (0, 0, 0, -len(router.out_proj.weight) % 16))
-    # The first layer has no gamma, and nothing before it.
-    gamma = getattr(router, "router_states_scale", router.down_proj.bias)
-    return torch.cat([part.detach().flatten() for part in (
-        panels(project * norm),
+    # A convolution of a convolution, of two taps each, has three.
+    channel, head = cca.conv_qk_depthwise, cca.conv_qk_grouped
+    old, new = channel.weight.view(*by_head, D, 2).unbind(-1)                       # (G, 1, D)
+    head_old, head_new = head.weight.view(*by_head, D, 2).unbind(-1)                # (G, D out, D in)
+    taps = torch.cat([head_old * old, head_old * new + head_new * old, head_new * new], -1)
+    tap_bias = head.bias + ((head_old + head_new) @ channel.bias.view(*by_head, 1)).flatten()
+    parts = [
+        panels(project, norm1),
         panels(taps),
-        panels(cca.o_proj.weight * one.hidden_states_scale[:, None]),
-        panels(router.down_proj.weight * norm2),
-        panels(router.fc1.weight * router.norm.weight), panels(router.fc2.weight), panels(routes),
-        panels(experts.gate_up_proj * norm2), panels(experts.down_proj * two.hidden_states_scale[:, None]),
-        *streams,
-        tap_bias, F.pad(D ** 0.5 * cca.temp, (cca.heads, 0), value=1.0),           # q / sqrt(D) has length 1
-        router.down_proj.bias, gamma, router.fc1.bias, router.fc2.bias, router.balancing_biases)])
+        panels(cca.o_proj.weight, 1.0, scale1.hidden_states_scale),
+        panels(router.down_proj.weight, norm2),
+        panels(router.fc1.weight, router.norm.weight),
+        panels(router.fc2.weight),
+        panels(routes),
+        panels(experts.gate_up_proj, norm2),
+        panels(experts.down_proj, 1.0, scale2.hidden_states_scale)]
+    # (x + b_r) a_r + (y + b_o) a_o  =  x a_r + (b_r a_r + b_o a_o) + a_o y
+    for scale in (scale1, scale2):
+        parts.append(scale.residual_scale)
+        parts.append(scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale)
+    parts += [
+        tap_bias,
+        F.pad(D ** 0.5 * cca.temp, (cca.heads, 0), value=1.0),                      # q / sqrt(D) has length 1
+        router.down_proj.bias,
+        getattr(router, "router_states_scale", router.down_proj.bias),              # the first layer's multiplies 0
+        router.fc1.bias,
+        router.fc2.bias,
+        router.balancing_biases]
+    return torch.cat([part.detach().flatten() for part in parts])
 
 
 @functools.cache
@@ -882,31 +888,57 @@ def decoding_in_c(model):
 class Slots:
     """What stands for a zaya.Cache while C decodes: rows live in slots, and a step names the slots that go on.
 
-    slot, position (B,) int32: where each row lives, and how many tokens it has.  For each layer kv, keys and values
+    slot, position (B,) int64: where each row lives, and how many tokens it has.  For each layer kv, keys and values
     (slots, 2, K, T / 16, 16 * D), and recent (slots, 2 C + K*D/2), LayerCache's packed and delayed.
     """
-    piece = 512                                                 # tokens of prompts that are read in one call
+    piece = 512                                                 # tokens that are read in one call
 
-    def __init__(self, model, library, slots, columns):
-        H, K, D = model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim
-        self.model, self.library, self.columns = model, library, columns
-        # Made anew for each call of generate: the weights may have changed since the last one.
+    def __init__(self, model, library):
+        self.model, self.library, self.columns = model, library, 0
+        # Made for each call of generate: the weights may have changed since the last one.
         self.layers = torch.stack([folded(layer) for layer in model.layers])
-        self.kv = [torch.zeros(slots, 2, K, cdiv(columns, 16), 16 * D) for _ in model.layers]
-        self.recent = [torch.zeros(slots, 2 * (H + K) * D + K * D // 2) for _ in model.layers]
-        self.slot = torch.arange(slots, dtype=torch.int32)
-        self.position = torch.zeros(slots, dtype=torch.int32)
+        self.slot = self.position = None
+
+    def begin(self, rows):
+        config = self.model.config
+        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.kv = [torch.zeros(rows, 2, K, 0, 16 * D) for _ in self.layers]
+        self.recent = [torch.zeros(rows, 2 * (H + K) * D + K * D // 2) for _ in self.layers]
+        self.slot, self.position = torch.arange(rows), torch.zeros(rows, dtype=torch.long)
 
     def select(self, rows):
-        """As zaya.Cache.select; rows that are named twice need `spread` before they go on."""
+        """As zaya.Cache.select.  Rows that leave cost nothing; where rows are copied, each gets a slot of its own."""
+        copied = len(rows) > len(self.slot)
         self.slot, self.position = self.slot[rows], self.position[rows]
+        if copied:
+            self.spread(16 * self.kv[0].shape[3])
 
     def spread(self, columns):
-        """Give each row a slot of its own, with room for so many tokens; the other slots are dropped."""
+        """A slot for each row, with room for so many tokens; those that nobody lives in are dropped."""
         for index, (kv, recent) in enumerate(zip(self.kv, self.recent)):
             self.kv[index] = F.pad(kv[self.slot], (0, 0, 0, cdiv(columns, 16) - kv.shape[3]))
             self.recent[index] = recent[self.slot]
-        self.slot = torch.arange(len(self.slot), dtype=torch.int32)
+        self.slot = torch.arange(len(self.slot))
+
+    def hidden_states(self, input_ids, attention_mask=None, routing=None):
+        """zaya.Zaya.hidden_states with this cache: (B, S) -> (B, S, E); what stands at padding means nothing."""
+        B, S = input_ids.shape
+        if self.slot is None:
+            self.begin(B)
+        self.columns += S
+        if self.columns > 16 * self.kv[0].shape[3]:
+            self.spread(2 * self.columns)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        x = torch.zeros(B, S, self.model.config.hidden_size)
+        choices = torch.zeros(B, S, len(self.layers), dtype=torch.int16)
+        position = self.position[:, None] + real.cumsum(1) - 1
+        for part in real.nonzero().split(self.piece):           # of all tokens, one row after the other
+            here = part.unbind(1)
+            x[here], choices[here] = self.read(input_ids[here], self.slot[part[:, 0]], position[here])
+        self.position = self.position + real.sum(1)
+        if routing is not None:
+            routing.extend(choices.permute(2, 0, 1))
+        return self.model.norm(x)
 
     def read(self, tokens, slot, position):
         """Tokens (N,), several of a slot in order -> the stream behind the last layer (N, E), choices (N, L) int16."""
@@ -919,6 +951,7 @@ class Slots:
         work = torch.empty(len(tokens), ctypes.c_int.in_dll(self.library, "token_floats").value)
         work[:, :known.shape[1]] = known
         choices = torch.empty(len(tokens), len(self.layers), dtype=torch.int16)
+        slot, position = slot.int(), position.int()
 
         def pointers(tensors):
             return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
@@ -926,37 +959,7 @@ class Slots:
         self.library.step(len(tokens), len(self.layers), 16 * self.kv[0].shape[3], config.rms_norm_eps,
                           self.layers.data_ptr(), pointers(self.kv), pointers(self.recent),
                           slot.data_ptr(), position.data_ptr(), work.data_ptr(), choices.data_ptr())
-        return work[:, :config.hidden_size].clone(), choices
-
-    def step(self, input_ids, routing):
-        """zaya.Zaya.hidden_states for the next token of each row: (B, 1) -> (B, 1, E)."""
-        if self.columns == 16 * self.kv[0].shape[3]:
-            self.spread(2 * self.columns)
-        x, choices = self.read(input_ids[:, 0], self.slot, self.position)
-        self.position = self.position + 1
-        self.columns += 1
-        if routing is not None:
-            routing.extend(choices.T[..., None])
-        return self.model.norm(x)[:, None]
-
-    def prefill(self, input_ids, attention_mask):
-        """zaya.Zaya.prefill into empty slots, at least as many as there are different rows."""
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        unique, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
-        ids, real = unique.chunk(2, 1)
-        row, column = real.nonzero(as_tuple=True)               # all tokens, one row after the other
-        position = real.cumsum(1)[row, column].int() - 1
-        hidden, choices = [], torch.zeros(*ids.shape, len(self.layers), dtype=torch.int16)
-        for here in torch.arange(len(row)).split(self.piece):
-            x, taken = self.read(ids[row, column][here], row[here].int(), position[here])
-            choices[row[here], column[here]] = taken
-            hidden.append(x)
-        self.position = real.sum(1).int()
-        last = torch.cat(hidden)[self.position.cumsum(0) - 1]
-        self.slot = self.slot[:len(ids)]
-        self.select(copies)
-        self.spread(2 * self.columns)
-        return self.model.norm(last)[copies], self, [choices[copies].permute(2, 0, 1)]
+        return work[:, :config.hidden_size], choices
 
 
 # ---- Triton, for CUDA and ROCm from one source ----------------------------------------------------------------------

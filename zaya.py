@@ -793,6 +793,10 @@ class Zaya(nn.Module):
         tokens = torch.cat(tokens, 1)
         return (tokens, torch.cat(logps, 1), torch.cat(choices, 2)) if record else tokens
 
+    def new_cache(self):
+        """An empty decode state for `generate`, which a subclass may keep in another form."""
+        return Cache(len(self.layers))
+
     def prefill(self, input_ids, attention_mask, chunk):
         """Read prompts (B, S) into a new cache -> their last hidden states (B, E), the cache, and a list with the
         experts taken (L, B, S) int16."""
@@ -802,7 +806,7 @@ class Zaya(nn.Module):
         unique, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
         shared = len(unique) < B
         ids, mask = unique.split(S, 1) if shared else (input_ids, real)
-        cache, choices = Cache(len(self.layers)), []
+        cache, choices = self.new_cache(), []
         for start in range(0, S, chunk):
             part, routing = slice(start, start + chunk), []
             some = None if attention_mask is None else mask[:, part]
