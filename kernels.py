@@ -666,7 +666,7 @@ static inline void softmax(float *x, int n) {
 // N tokens through L layers.  tokens[n] goes to slot[n], where position[n] tokens are before it; the tokens of one slot
 // come in order.  kv[l]: (slots, keys and values, K, T, D), keys in blocks of 16 columns; recent[l]: (slots, 2 C + V),
 // the last two tokens' latents by head and the last delayed value.  choices (N, L).
-void step(int N, int L, int T, float eps, const Layer *layers, float **kv, float **recent, const int *slot,
+void step(int N, int L, int T, float eps, float **kv, float **recent, const Layer *layers, const int *slot,
           const int *position, Token *tokens, short *choices) {
     Token *t = tokens;
     #define EACH_TOKEN for (int n = 0; t = tokens + n, n < N; n++)
@@ -810,8 +810,9 @@ def folded(layer):
         panels(experts.down_proj, 1.0, scale2.hidden_states_scale)]
     # (x + b_r) a_r + (y + b_o) a_o  =  x a_r + (b_r a_r + b_o a_o) + a_o y
     for scale in (scale1, scale2):
-        parts.append(scale.residual_scale)
-        parts.append(scale.residual_bias * scale.residual_scale + scale.hidden_states_bias * scale.hidden_states_scale)
+        bias = scale.residual_bias * scale.residual_scale
+        bias = bias + scale.hidden_states_bias * scale.hidden_states_scale
+        parts += [scale.residual_scale, bias]
     parts += [
         tap_bias,
         F.pad(D ** 0.5 * cca.temp, (cca.heads, 0), value=1.0),                      # q / sqrt(D) has length 1
@@ -839,8 +840,10 @@ def compile_step(sizes, compiler, capability=None):
 
     # The name tells source, sizes, compiler and CPU: these are what the compiler itself says of the last two.
     described = run("-dM", "-E", source="")
-    name = hashlib.sha256((STEP + str(command) + described).encode()).hexdigest()[:24] + ".so"
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zaya")
+    told = STEP + str(command) + described
+    name = hashlib.sha256(told.encode()).hexdigest()[:24] + ".so"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(folder, "zaya")
     path = os.path.join(folder, name)
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
@@ -894,30 +897,38 @@ class Slots:
     piece = 512                                                 # tokens that are read in one call
 
     def __init__(self, model, library):
-        self.model, self.library, self.columns = model, library, 0
+        self.model, self.library = model, library
+        self.columns = self.room = 0                            # T: those in use, and those there are
+        self.slot = self.position = None
         # Made for each call of generate: the weights may have changed since the last one.
         self.layers = torch.stack([folded(layer) for layer in model.layers])
-        self.slot = self.position = None
 
     def begin(self, rows):
         config = self.model.config
-        H, K, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.kv = [torch.zeros(rows, 2, K, 0, 16 * D) for _ in self.layers]
-        self.recent = [torch.zeros(rows, 2 * (H + K) * D + K * D // 2) for _ in self.layers]
-        self.slot, self.position = torch.arange(rows), torch.zeros(rows, dtype=torch.long)
+        K, D = config.num_key_value_heads, config.head_dim
+        latents = (config.num_attention_heads + K) * D
+        self.kv, self.recent = [], []
+        for _ in self.layers:
+            self.kv.append(torch.zeros(rows, 2, K, 0, 16 * D))
+            self.recent.append(torch.zeros(rows, 2 * latents + K * D // 2))
+        self.slot = torch.arange(rows)
+        self.position = torch.zeros(rows, dtype=torch.long)
 
     def select(self, rows):
         """As zaya.Cache.select.  Rows that leave cost nothing; where rows are copied, each gets a slot of its own."""
         copied = len(rows) > len(self.slot)
-        self.slot, self.position = self.slot[rows], self.position[rows]
+        self.slot = self.slot[rows]
+        self.position = self.position[rows]
         if copied:
-            self.spread(16 * self.kv[0].shape[3])
+            self.spread(self.room)
 
     def spread(self, columns):
         """A slot for each row, with room for so many tokens; those that nobody lives in are dropped."""
-        for index, (kv, recent) in enumerate(zip(self.kv, self.recent)):
-            self.kv[index] = F.pad(kv[self.slot], (0, 0, 0, cdiv(columns, 16) - kv.shape[3]))
-            self.recent[index] = recent[self.slot]
+        more = cdiv(columns - self.room, 16)
+        self.room += 16 * more
+        for index, kv in enumerate(self.kv):
+            self.kv[index] = F.pad(kv[self.slot], (0, 0, 0, more))
+            self.recent[index] = self.recent[index][self.slot]
         self.slot = torch.arange(len(self.slot))
 
     def hidden_states(self, input_ids, attention_mask=None, routing=None):
@@ -926,39 +937,42 @@ class Slots:
         if self.slot is None:
             self.begin(B)
         self.columns += S
-        if self.columns > 16 * self.kv[0].shape[3]:
+        if self.columns > self.room:
             self.spread(2 * self.columns)
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        real = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            real = attention_mask.long()
+        position = self.position[:, None] + real.cumsum(1) - 1
+        self.position = self.position + real.sum(1)
         x = torch.zeros(B, S, self.model.config.hidden_size)
         choices = torch.zeros(B, S, len(self.layers), dtype=torch.int16)
-        position = self.position[:, None] + real.cumsum(1) - 1
         for part in real.nonzero().split(self.piece):           # of all tokens, one row after the other
             here = part.unbind(1)
-            x[here], choices[here] = self.read(input_ids[here], self.slot[part[:, 0]], position[here])
-        self.position = self.position + real.sum(1)
+            slot = self.slot[here[0]]
+            x[here], choices[here] = self.read(input_ids[here], slot, position[here])
         if routing is not None:
             routing.extend(choices.permute(2, 0, 1))
         return self.model.norm(x)
 
     def read(self, tokens, slot, position):
         """Tokens (N,), several of a slot in order -> the stream behind the last layer (N, E), choices (N, L) int16."""
-        model, config = self.model, self.model.config
+        model, config, N = self.model, self.model.config, len(tokens)
         rope = config.rope_parameters["hybrid"]
         rotated = int(config.head_dim * rope["partial_rotary_factor"])
         cos, sin = zaya.CCA.rope_table(position, rope["rope_theta"], rotated)
-        x = (model.embed_tokens(tokens) + model.input_hidden_states_bias) * model.input_hidden_states_scale
-        known = torch.cat([x, cos, sin], 1)
-        work = torch.empty(len(tokens), ctypes.c_int.in_dll(self.library, "token_floats").value)
+        x = model.embed_tokens(tokens) + model.input_hidden_states_bias
+        known = torch.cat([x * model.input_hidden_states_scale, cos, sin], 1)
+        token_floats = ctypes.c_int.in_dll(self.library, "token_floats")
+        work = torch.empty(N, token_floats.value)
         work[:, :known.shape[1]] = known
-        choices = torch.empty(len(tokens), len(self.layers), dtype=torch.int16)
-        slot, position = slot.int(), position.int()
+        choices = torch.empty(N, len(self.layers), dtype=torch.int16)
+        memory = [self.layers, slot.int(), position.int(), work, choices]
 
-        def pointers(tensors):
+        def addresses(tensors):
             return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
-        self.library.step(len(tokens), len(self.layers), 16 * self.kv[0].shape[3], config.rms_norm_eps,
-                          self.layers.data_ptr(), pointers(self.kv), pointers(self.recent),
-                          slot.data_ptr(), position.data_ptr(), work.data_ptr(), choices.data_ptr())
+        self.library.step(N, len(self.layers), self.room, config.rms_norm_eps,
+                          addresses(self.kv), addresses(self.recent), *addresses(memory))
         return work[:, :config.hidden_size], choices
 
 
