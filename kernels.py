@@ -725,7 +725,7 @@ void step(int N, int L, int T, float eps, float **kv, float **recent, const Laye
             for (int g = 0; g < K; g++, k += (long)T * D, v += (long)T * D) {
                 for (int i = 0; i < D; i++) k[(p / 16 * D + i) * 16 + p % 16] = t->qk[H + g][i];
                 memcpy(v + p * D, t->v + g * D, D * sizeof(float));
-                memset(scores, 0, sizeof(float) * Q * T);
+                for (int j = 0; j < Q; j++) memset(scores + j * T, 0, (p / 16 + 1) * 16 * sizeof(float));
                 product(Q, NULL, D, p + 1, t->qk[g * Q], D, k, 16 * D, 16, scores, T);
                 for (int j = 0; j < Q; j++) softmax(scores + j * T, p + 1);
                 product(Q, NULL, p + 1, D, scores, T, v, 16, D, t->mixed[g * Q], D);
