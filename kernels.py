@@ -824,7 +824,6 @@ def folded(layer):
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-@functools.cache
 def compile_step(sizes, compiler, capability=None):
     """The C function for these sizes, "E=128,…" -> a ctypes library, kept on disk: later processes only open it.
 
@@ -856,6 +855,15 @@ def compile_step(sizes, compiler, capability=None):
     return library
 
 
+@functools.cache
+def compiled_step(sizes, compiler, capability):
+    """-> compile_step's library or None, and a sentence: what fails once is not tried again in this process."""
+    try:
+        return compile_step(sizes, compiler, capability), "C decodes"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return None, f"PyTorch decodes: no compiler built the C function ({error})"
+
+
 def decoding_in_c(model):
     """-> the library whose `step` decodes this model, or None where PyTorch does; and why, in a sentence."""
     config, state = model.config, model.state_dict().values()
@@ -881,11 +889,7 @@ def decoding_in_c(model):
     sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, X=config.num_experts,
                   ROUTES=config.router_classes, HALF=rotated // 2)
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
-    try:
-        library = compile_step(text, os.environ.get("CC") or "cc", os.environ.get("ATEN_CPU_CAPABILITY"))
-    except (OSError, subprocess.CalledProcessError) as error:
-        return None, f"PyTorch decodes: no compiler built the C function ({error})"
-    return library, "C decodes"
+    return compiled_step(text, os.environ.get("CC") or "cc", os.environ.get("ATEN_CPU_CAPABILITY"))
 
 
 class Slots:
