@@ -931,7 +931,8 @@ class Slots:
         more = cdiv(columns - self.room, 16)
         self.room += 16 * more
         for index, kv in enumerate(self.kv):
-            self.kv[index] = F.pad(kv[self.slot], (0, 0, 0, more))
+            kv = kv[self.slot]
+            self.kv[index] = F.pad(kv, (0, 0, 0, more)) if more else kv
             self.recent[index] = self.recent[index][self.slot]
         self.slot = torch.arange(len(self.slot))
 
@@ -942,7 +943,7 @@ class Slots:
             self.begin(B)
         self.columns += S
         if self.columns > self.room:
-            self.spread(2 * self.columns)
+            self.spread(2 * self.columns + 128)
         real = torch.ones_like(input_ids)
         if attention_mask is not None:
             real = attention_mask.long()
