@@ -851,7 +851,8 @@ def compile_step(sizes, compiler, capability=None):
             run("-shared", "-fPIC", "-o", built, "-lm")
             os.replace(built, path)
     library = ctypes.CDLL(path)
-    library.step.argtypes = [ctypes.c_int] * 3 + [ctypes.c_float] + [ctypes.c_void_p] * 7
+    numbers, pointers = [ctypes.c_int] * 3 + [ctypes.c_float], [ctypes.c_void_p] * 7
+    library.step.argtypes = numbers + pointers
     return library
 
 
@@ -966,7 +967,8 @@ class Slots:
         rotated = int(config.head_dim * rope["partial_rotary_factor"])
         cos, sin = zaya.CCA.rope_table(position, rope["rope_theta"], rotated)
         x = model.embed_tokens(tokens) + model.input_hidden_states_bias
-        known = torch.cat([x * model.input_hidden_states_scale, cos, sin], 1)
+        x = x * model.input_hidden_states_scale
+        known = torch.cat([x, cos, sin], 1)
         token_floats = ctypes.c_int.in_dll(self.library, "token_floats")
         work = torch.empty(N, token_floats.value)
         work[:, :known.shape[1]] = known
