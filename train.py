@@ -9,11 +9,8 @@
 TR section III: pretraining at a short context, then midtraining at a longer one with a larger RoPE base and mostly
 long chains of thought, each trimmed so that the answer survives, then SFT on chats.  TR section IV: four stages of
 reinforcement learning on one spine, in which Actor samples groups of rollouts and rl_step learns from them.  A run is a
-pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.
-
-Read from top to bottom: settings, data (trim, pack, sources), Muon, supervised_stage, the RL formulas, Actor, rl_step,
-rl_stage, evaluation, main; many processes when you need them; the tasks are an appendix.  Does NOT include: tensor or
-context parallelism.
+pure function of its settings and seed: no hidden state, so a killed run goes on bit for bit.  The tasks are an
+appendix.  Does NOT include: tensor or context parallelism.
 """
 import argparse
 import codecs
@@ -24,23 +21,23 @@ import csv
 import dataclasses
 import datetime
 import difflib
-import errno
 import functools
+import glob
 import gzip
 import hashlib
 import io
 import itertools
 import json
 import math
+import operator
 import os
-import pickle
 import random
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
+import traceback
 import warnings
 import zlib
 from dataclasses import dataclass, field
@@ -53,16 +50,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from kernels import Damaged, compile_loss, fuse, plain_errors, read_json, summed_loss, should_compile
-from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, interval, left_padded, markovian_rsa, prompt_ids,
-                 reply, terse_prompt)
-from zaya import Layer, PIDBalancer, Tokenizer, Zaya, ZayaConfig
+from kernels import compile_loss, fuse, should_compile, summed_loss
+from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, explained, interval, left_padded, majority,
+                 markovian_rsa, prompt_ids, terse_prompt)
+from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json, write_json
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -121,13 +121,12 @@ REASONING = MATH + PUZZLES + CODE
 
 def rl_stages(steps, lr, reward_model_steps, **shared):
     """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest of RLStage shared."""
-    each = [dict(shared, steps=steps[i], lr=lr[i], lr_end=lr[i] / 5) for i in range(4)]
-    return {
-        "warmup": RLStage(tasks=MATH + PUZZLES, **each[0]),
-        "rlve": RLStage(tasks=REASONING, adaptive=True, aggregation=0.25, **each[1]),
-        "mathcode": RLStage(tasks=MATH + CODE, aggregation=0.4, **each[2]),
-        "behavior": RLStage(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps,
-                            **each[3])}
+    own = dict(warmup=dict(tasks=MATH + PUZZLES),
+               rlve=dict(tasks=REASONING, adaptive=True, aggregation=0.25),
+               mathcode=dict(tasks=MATH + CODE, aggregation=0.4),
+               behavior=dict(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
+    return {name: RLStage(steps=steps[i], lr=lr[i], lr_end=lr[i] / 5, **shared, **own[name])
+            for i, name in enumerate(own)}
 
 
 # One learning rate serves Muon and AdamW, whose update sizes are matched.  The balancer's rate is AMD Primus' 1e-3 at
@@ -174,81 +173,78 @@ PRESETS = {
 }
 
 
-def option(default, help, group, least=None, most=2**31 - 1, number=None):
-    """A field of TrainConfig with its help and bounds; number: the type of a setting that has one value a stage."""
-    default = dict(default_factory=list) if default == [] else dict(default=default)
-    return field(**default, metadata=dict(help=help, group=group, least=least, most=most, number=number))
+# A run that goes on may change these; it must keep all other settings.
+CHANGEABLE = ("stages", "out", "device", "shard", "no_compile", "skip_bad_lines", "log_every", "save_every",
+              "eval_problems", "eval_samples")
 
 
-RUN = "run (a run that goes on may change these, and must keep all others)"
+def option(default, help, least=None, most=2**31 - 1):
+    return field(default=default, metadata=dict(help=help, least=least, most=most))
 
 
 @dataclass
 class TrainConfig:
-    """Every setting of a run, checked and complete once it is made: a None becomes what the preset says.
+    """Every setting of a run: the command line is built from these fields.  Raises SystemExit for what cannot be.
 
-    The command line is built from these fields.  Raises SystemExit.
+    A None becomes what the preset says.  steps, context and lr are given as texts and become {stage: number}.
     """
-    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths", "recipe")
-    seed: int = option(0, "of the weights, the data order and the sampled answers", "recipe", 0, 2**63 - 1)
-    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)", "recipe")
-    data: list = option([], "your own .txt, .jsonl and .json files, instead of the text that Python brings", "data")
-    tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort", "data")
-    tokenizer: str = option(None, "a tiktoken encoding such as gpt2; default: train one on the data", "data")
-    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", "training", 1, number=int)
-    context: dict = option(None, "tokens a sample may have, likewise per stage", "training", 2, number=int)
-    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", "training", 0, 10, float)
-    tokens_per_step: int = option(None, "tokens in one optimizer step", "training", 1)
-    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", "training", 1)
-    groups: int = option(None, "prompts in one step of reinforcement learning", "training", 1)
-    group_size: int = option(None, "rollouts of one prompt", "training", 2)
-    weight_decay: float = option(0.1, "decoupled weight decay on matrices", "training", 0, 10)
-    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", "training", 0, 1e9)
-    balancer_lr: float = option(None, "learning rate of the router's balancing biases", "training", 0, 1)
-    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute", RUN)
-    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on", RUN)
-    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps", RUN)
-    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", RUN, 0)
-    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay", RUN)
-    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping", RUN)
-    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", RUN, 1)
-    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", RUN, 1)
-    eval_problems: int = option(None, "held-out problems per task", RUN, 0)
-    eval_samples: int = option(None, "sampled answers per held-out problem", RUN, 0)
+    preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths")
+    seed: int = option(0, "of the weights, the data order and the sampled answers", 0, 2**63 - 1)
+    dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)")
+    data: list = option(None, "your own .txt, .jsonl and .json files, instead of the text that Python brings")
+    tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort")
+    steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", 1)
+    context: dict = option(None, "tokens a sample may have, likewise per stage", 2)
+    lr: dict = option(None, "peak rate, likewise per stage (0.2 x lr is an update's RMS)", 0, 10)
+    tokens_per_step: int = option(None, "tokens in one optimizer step", 1)
+    micro_batch: int = option(None, "most tokens in one forward pass; a step adds up several", 1)
+    groups: int = option(None, "prompts in one step of reinforcement learning", 1)
+    group_size: int = option(None, "rollouts of one prompt", 2)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: gradients stay as they are", 0, 1e9)
+    balancer_lr: float = option(None, "learning rate of the router's balancing biases", 0, 1)
+    stages: str = option(",".join([*STAGES, "evaluate"]), "which stages; evaluate measures test-time compute")
+    out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on")
+    device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps")
+    shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", 0)
+    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay")
+    skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping")
+    log_every: int = option(20, "print a line every so many steps, RL every quarter of it", 1)
+    save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", 1)
+    eval_problems: int = option(None, "held-out problems per task", 0)
+    eval_samples: int = option(None, "sampled answers per held-out problem", 0)
 
     def __post_init__(self):
-        check_choice("--preset", self.preset, list(PRESETS))
-        for name in self.stages.split(","):
-            check_choice("--stages", name, [*STAGES, "evaluate"])
+        check_choice("--preset", self.preset, PRESETS)
         check_choice("--device", self.device, ["auto", "cpu", "cuda", "mps"])
-        self.fill_in(PRESETS[self.preset])
+        stages = self.stages.split(",")
+        for name in stages:
+            check_choice("--stages", name, [*STAGES, "evaluate"])
+
+        # What was not given is the preset's, and groups and group_size are an RL stage's.
+        preset = PRESETS[self.preset]
+        for name in ("steps", "context", "lr"):
+            usual = {stage: getattr(preset["stages"][stage], name) for stage in STAGES}
+            setattr(self, name, stage_values(flag(name), getattr(self, name), usual))
+        usual = {**vars(preset["stages"]["warmup"]), **preset, "data": [], "out": os.path.join("out", self.preset),
+                 "micro_batch": max(16384, *self.context.values())}
         for setting in dataclasses.fields(self):
-            value, least, most = getattr(self, setting.name), setting.metadata["least"], setting.metadata["most"]
-            numbers = value.values() if isinstance(value, dict) else [value]
-            for number in numbers if least is not None else []:
-                if not least <= number <= most:                 # nan lies between none
-                    raise SystemExit(f"{flag(setting.name)} {number} must be at least {least} and at most {most}")
+            name, least, most = setting.name, setting.metadata["least"], setting.metadata["most"]
+            if getattr(self, name) is None:
+                setattr(self, name, usual[name])
+            value = getattr(self, name)
+            for number in value.values() if isinstance(value, dict) else [value]:
+                if least is not None and not least <= number <= most:       # nan lies between none
+                    raise SystemExit(f"{flag(name)} {number} must be at least {least} and at most {most}")
         # A supervised stage packs the tokens of a step into rows as long as its context.
         for name in STAGES[:3]:
             context = self.context[name]
-            if name in self.stages.split(",") and (self.tokens_per_step % context or self.micro_batch < context):
+            if name in stages and (self.tokens_per_step % context or self.micro_batch < context):
                 raise SystemExit(f"--tokens-per-step {self.tokens_per_step} must be a multiple of {name}'s context "
                                  f"({context}), and --micro-batch {self.micro_batch} at least as long")
 
-    def fill_in(self, preset):
-        """Give what is None the preset's value, and steps, context and lr one value a stage."""
-        self.out = self.out or os.path.join("out", self.preset)
-        usual = {**vars(preset["stages"]["warmup"]), **preset}          # groups and group_size are an RL stage's
-        for name in ("tokens_per_step", "balancer_lr", "eval_problems", "eval_samples", "groups", "group_size"):
-            if getattr(self, name) is None:
-                setattr(self, name, usual[name])
-        for name in ("steps", "context", "lr"):
-            given, values = getattr(self, name) or {}, {}
-            for stage in STAGES:
-                values[stage] = given.get(stage, given.get(None, getattr(preset["stages"][stage], name)))
-            setattr(self, name, values)
-        if self.micro_batch is None:
-            self.micro_batch = max(16384, *self.context.values())
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def check_choice(option, given, choices):
@@ -258,10 +254,29 @@ def check_choice(option, given, choices):
         raise SystemExit(f"{option} {given}: did you mean {closest}? There are {', '.join(choices)}")
 
 
+def stage_values(option, text, values):
+    """What `text` says of a setting that has one value a stage; where it says nothing, `values`.
+
+    >>> stage_values("--steps", "pretrain=5", {"pretrain": 30, "sft": 250})
+    {'pretrain': 5, 'sft': 250}
+    """
+    number = type(values["pretrain"])
+    values = dict(values)
+    for part in text.split(",") if text else []:
+        stage, _, value = part.rpartition("=")
+        if stage:
+            check_choice(option, stage, values)
+        try:
+            values.update(dict.fromkeys([stage] if stage else values, number(value)))
+        except ValueError:
+            raise SystemExit(f"{option} {text}: {value!r} is not {'a whole' if number is int else 'a'} number; write "
+                             "one for all stages, or pretrain=…,midtrain=…") from None
+    return values
+
+
 def settings(config):
     """What a run must keep to go on: {setting: value}."""
-    return {setting.name: getattr(config, setting.name) for setting in dataclasses.fields(config)
-            if setting.metadata["group"] != RUN}
+    return {name: value for name, value in vars(config).items() if name not in CHANGEABLE}
 
 
 def stage_settings(config, name):
@@ -277,64 +292,29 @@ def stage_settings(config, name):
     return stage
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
-
-
-def parse_stage_values(text, kind):
-    """'5' -> {None: 5} for every stage;  'pretrain=5,midtrain=3' -> one each.
-
-    >>> parse_stage_values("5", int), parse_stage_values("pretrain=5,midtrain=3", int)
-    ({None: 5}, {'pretrain': 5, 'midtrain': 3})
-    """
-    values = {}
-    for part in text.split(","):
-        name, _, value = part.rpartition("=")
-        if name and name not in STAGES:
-            raise argparse.ArgumentTypeError(f"{name!r} is no stage; there are {', '.join(STAGES)}")
-        try:
-            values[name or None] = kind(value)
-        except ValueError:
-            wanted = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{value!r} is not a {wanted}; write one for all stages, or "
-                                             "pretrain=…,midtrain=…") from None
-    return values
-
-
-def add_option(group, setting):
-    """A field of TrainConfig as an option of argparse."""
-    text = setting.metadata["help"]
-    if setting.default not in (None, False, dataclasses.MISSING):
-        text += f" (default {setting.default})"
-    form = {bool: dict(action="store_true"), list: dict(nargs="+", metavar="FILE"),
-            dict: dict(type=lambda text: parse_stage_values(text, setting.metadata["number"]), metavar="N")}
-    usual = dict(type=setting.type, metavar="NAME" if setting.type is str else "N")
-    group.add_argument(flag(setting.name), help=text, default=argparse.SUPPRESS, **form.get(setting.type, usual))
-
-
 def parse_arguments(arguments):
     """Command line -> (TrainConfig, {ZayaConfig field: value}).  An unknown option is an error with the closest one."""
     parser = argparse.ArgumentParser(prog="python train.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for title, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda setting: setting.metadata["group"]):
-        group = parser.add_argument_group(title)
-        for setting in fields:
-            add_option(group, setting)
-    group = parser.add_argument_group("model shape (every integer of ZayaConfig works, these are the usual ones)")
+    kinds = {bool: dict(action="store_true"), int: dict(type=int, metavar="N"), float: dict(type=float, metavar="N"),
+             str: dict(metavar="NAME"), list: dict(nargs="+", metavar="FILE"), dict: dict(metavar="N")}
+    for setting in dataclasses.fields(TrainConfig):
+        text = setting.metadata["help"] + (f" (default {setting.default})" if setting.default else "")
+        parser.add_argument(flag(setting.name), help=text, default=setting.default, **kinds[setting.type])
+    # The model's shape: every integer of ZayaConfig but the token ids, which are the tokenizer's.
     for setting in dataclasses.fields(ZayaConfig):
-        if setting.type is int and not setting.name.endswith("token_id"):       # those are the tokenizer's
+        if setting.type is int and not setting.name.endswith("token_id"):
             usual = setting.name in ("hidden_size", "num_hidden_layers", "num_experts", "vocab_size")
-            group.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
-                               help="" if usual else argparse.SUPPRESS)
+            parser.add_argument(flag(setting.name), type=int, metavar="N", default=argparse.SUPPRESS,
+                                help="of the model, like every integer of ZayaConfig" if usual else argparse.SUPPRESS)
+
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         close = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        advice = f"did you mean {close[0]}?" if close else "see -h"
-        parser.error(f"unknown option {unknown[0]}; {advice}")
-    ours, shape = {}, {}
-    for name, value in vars(given).items():
-        (ours if name in TrainConfig.__dataclass_fields__ else shape)[name] = value
-    return TrainConfig(**ours), shape
+        parser.error(f"unknown option {unknown[0]}; " + (f"did you mean {close[0]}?" if close else "see -h"))
+    shape = vars(given)
+    config = TrainConfig(**{setting.name: shape.pop(setting.name) for setting in dataclasses.fields(TrainConfig)})
+    return config, shape
 
 
 # ---- data: trimming, packing, sources -------------------------------------------------------------------------------
@@ -352,9 +332,7 @@ def split_think(content):
 def cut_reasoning(messages, context, tokenizer):
     """Cut the last turn's reasoning from its end until the conversation just fits -> messages, or None if it cannot."""
     *earlier, last = messages
-    if last["role"] != "assistant":
-        return None
-    pieces = THINK.split(last["content"])
+    pieces = THINK.split(last["content"]) if last["role"] == "assistant" else [last["content"]]
     blocks = [tokenizer.encode(reasoning) for reasoning in pieces[1::2]]
 
     def keep(count):
@@ -391,30 +369,26 @@ def trim(messages, context, tokenizer):
     To copy it, take cut_reasoning and split_think along with THINK; the tokenizer needs encode(text) -> ids,
     decode_bytes(ids) -> bytes, and render(messages) -> (ids, targets), of which only the number of ids counts.
 
-    >>> byte = Tokenizer({bytes([i]): i for i in range(256)})             # one token per character
+    >>> byte = Tokenizer()                                                # one token per character
     >>> talk = [dict(role="user", content="7+5?"), dict(role="assistant", content="<think>seven, five</think>12")]
-    >>> len(byte.render(talk)[0])                                           # 4 + 11 + 2 characters, 6 special tokens
-    23
-    >>> trim(talk, 23, byte)[1], trim(talk, 9, byte)
+    >>> trim(talk, 23, byte)[1], trim(talk, 9, byte)                        # 4 + 11 + 2 characters, 6 special tokens
     ('kept', (None, 'dropped'))
     >>> trim(talk, 17, byte)[0][1]["content"], trim(talk, 17, byte)[1]
     ('<think>seven</think>12', 'cut')
     """
     if len(tokenizer.render(messages)[0]) <= context:
         return messages, "kept"
-    short = cut_reasoning(messages, context, tokenizer)
-    if short:
-        return short, "cut"
     stripped = []
     for message in messages[:-1]:
         if message["role"] == "assistant":
             message = {**message, "content": split_think(message["content"])[1]}
         stripped.append(message)
     stripped.append(messages[-1])
-    if len(tokenizer.render(stripped)[0]) <= context:
-        return stripped, "stripped"
-    short = cut_reasoning(stripped, context, tokenizer)
-    return (short, "stripped") if short else (None, "dropped")
+    for candidate, verdict in ((messages, "cut"), (stripped, "stripped")):
+        short = cut_reasoning(candidate, context, tokenizer)
+        if short:
+            return short, verdict
+    return None, "dropped"
 
 
 def pack(lengths, capacity, bins):
@@ -425,23 +399,18 @@ def pack(lengths, capacity, bins):
     >>> pack([5, 3, 6, 2, 4], capacity=8, bins=2)
     [[2, 3], [0, 1]]
     """
-    rows, room = [], []
+    rows, room = [[] for _ in range(bins)], [capacity] * bins
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fitting = [row for row in range(len(rows)) if room[row] >= lengths[index]]
+        fitting = [row for row in range(bins) if room[row] >= lengths[index]]
         if fitting:
             row = min(fitting, key=lambda r: room[r])
-        elif len(rows) < bins and lengths[index] <= capacity:
-            row = len(rows)
-            rows.append([])
-            room.append(capacity)
-        else:
-            continue
-        rows[row].append(index)
-        room[row] -= lengths[index]
+            rows[row].append(index)
+            room[row] -= lengths[index]
     return rows
 
 
-# The names that other people's data sets use: for a question and its answer, for other fields, and for the roles.
+# The names that other people's data sets use: for a question and its answer, for other fields, for the roles, and, as
+# the last word of a name, for what is about a row and not in it.
 PAIRS = [("question", "answer"), ("problem", "solution"), ("prompt", "completion"), ("problem", "answer"),
          ("instruction", "output"), ("instruction", "response"), ("prompt", "response"), ("query", "response")]
 ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "context",
@@ -449,9 +418,9 @@ ALIASES = {"conversations": "messages", "system_prompt": "system", "passage": "c
            "train": "weight", "loss": "weight"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "tool": "user", "function": "user",
          "observation": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant"}
-METADATA = re.compile(r"(?!image|audio|video)(.+_)?(ids?|idx|index|uuid|source|dataset|split|type|topic|subject|tags?|"
-                      r"category|domain|level|difficulty|score|rating|lang|language|license|version|date|time|timestamp)|"
-                      r"urls?|links?|author|model|meta.*", re.I)
+METADATA = set("""id ids idx index uuid source dataset split type topic subject tag tags category domain level score
+    difficulty rating lang language license version date time timestamp url urls link author model meta metadata
+    """.split())
 
 
 def known_fields(values, where):
@@ -461,7 +430,7 @@ def known_fields(values, where):
     found = {}
     for key, value in values.items():
         name = ALIASES.get(key, key)
-        if name != "content" and value in (None, "", [], {}):
+        if value in (None, "", [], {}) and name != "content":
             continue
         if name in found and found[name] != value:
             raise ValueError(f"{where} has two fields for its {name} that differ: keep one")
@@ -470,13 +439,14 @@ def known_fields(values, where):
 
 
 def refuse_unused(unused, where, texts=()):
-    """ValueError for a field that no message was made of, unless it is a number, METADATA, or in `texts` already."""
+    """ValueError for a field that is in no message, unless it is a number, METADATA, or what one of `texts` says."""
     for key, value in unused.items():
         is_number = isinstance(value, (int, float)) and key != "weight"
+        is_metadata = key.lower().split("_")[-1] in METADATA and not re.match("image|audio|video", key, re.I)
         repeated = value in texts
-        if key in itertools.chain(*PAIRS):                      # such as a short answer beside its worked solution
+        if any(key in pair for pair in PAIRS):                  # such as a short answer beside its worked solution
             repeated = any(str(value) in text for text in texts)
-        if not (is_number or repeated or METADATA.fullmatch(key)):
+        if not (is_number or is_metadata or repeated):
             raise ValueError(f"{where} has a field {key!r} that would be lost: move what it says into a message, or "
                              "delete it")
 
@@ -495,12 +465,11 @@ def as_text(value, where):
 def to_message(message, where):
     """One message in any spelling -> {"role", "content"}, and "weight": 0 if it must not be learned."""
     found = known_fields(message, where)
-    given, content, weight = found.pop("role", None), found.pop("content", None), found.pop("weight", None)
+    given, content = found.pop("role", None), found.pop("content", None)
+    weight = found.pop("weight", None)
     role = ROLES.get(str(given).lower())
     reasoning = found.pop("reasoning", "") if role == "assistant" else ""
     refuse_unused(found, where)
-    if given is None or content is None:
-        raise ValueError(f"{where} needs a 'role' and a 'content' that is a text")
     if role is None:
         raise ValueError(f"{where} has role {given!r}; there are {', '.join(ROLES)}")
     if weight not in (None, 0, 1):
@@ -517,20 +486,21 @@ def to_message(message, where):
     return result
 
 
-def pair_to_turns(row, found):
-    """A question and its answer, taken out of `found` -> two turns."""
-    pairs = [pair for pair in PAIRS if row.get(pair[0]) is not None and row.get(pair[1]) is not None]
-    if not pairs:
+def pair_to_turns(found):
+    """A question and its answer, taken out of a row's fields -> two turns."""
+    pair = next((pair for pair in PAIRS if pair[0] in found and pair[1] in found), None)
+    if pair is None:
         raise ValueError("no 'messages' with at least one, and no pair of texts such as question/answer, "
-                         f"problem/solution, prompt/completion; its keys are {', '.join(list(row)[:6]) or 'none'}")
-    keys = ("context", pairs[0][0], "input", "reasoning", pairs[0][1])
-    *question, reasoning, answer = [as_text(found.pop(key, ""), repr(key)) for key in keys]
+                         f"problem/solution, prompt/completion; its keys are {', '.join(list(found)[:6]) or 'none'}")
+    asked = []
+    for key in ("context", pair[0], "input"):
+        asked.append(as_text(found.pop(key, ""), repr(key)))
+    answer, reasoning = as_text(found.pop(pair[1]), repr(pair[1])), found.pop("reasoning", "")
     # GSM8K writes the reasoning first and the answer on a last line of its own.
     gsm8k = re.fullmatch(r"(.+)\n#### ([^\n]+)\n?", answer, re.S)
     if gsm8k and not reasoning and "<think>" not in answer and "\n#### " not in gsm8k[1]:
-        answer = f"<think>{gsm8k[1].strip()}</think>{gsm8k[2].strip()}"
-    question = "\n\n".join(text for text in question if text.strip())
-    return [{"role": "user", "content": question},
+        reasoning, answer = gsm8k[1].strip(), gsm8k[2].strip()
+    return [{"role": "user", "content": "\n\n".join(filter(str.strip, asked))},
             {"role": "assistant", "content": answer, "reasoning": reasoning}]
 
 
@@ -546,7 +516,7 @@ def to_messages(row):
     """
     found = known_fields(row, "the row")
     system = found.pop("system", None)
-    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(row, found)
+    turns = found.pop("messages") if isinstance(found.get("messages"), list) else pair_to_turns(found)
     messages = [to_message(turn, f"message {number}") for number, turn in enumerate(turns)]
     if system is not None:
         system = {"role": "system", "content": as_text(system, "'system'")}
@@ -608,8 +578,8 @@ def read_jsonl(path, skip_bad_lines=False):
                     yield to_messages(json.loads(row.decode("utf-8-sig")))
             except (ValueError, RecursionError) as error:       # JSON and UTF-8 errors are ValueErrors too
                 if not skip_bad_lines:
-                    place = f"{path}:row {number}" if is_json else f"{path}:{number}"
-                    raise SystemExit(f"{place}: {error}. Mend the line, or pass --skip-bad-lines") from None
+                    place = f"row {number}" if is_json else number
+                    raise SystemExit(f"{path}:{place}: {error}. Mend it, or pass --skip-bad-lines") from None
                 bad += 1
     if bad:
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
@@ -621,34 +591,31 @@ def python_text(limit):
     import sysconfig
     topics = pydoc_data.topics.topics
     english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
-    code, size, root = [], 0, sysconfig.get_path("stdlib")
-    for folder in ("", "asyncio", "collections", "email", "html", "http", "importlib", "json", "logging",
-                   "multiprocessing", "unittest", "urllib", "xml/dom", "xml/etree"):
-        for name in sorted(os.listdir(os.path.join(root, folder))):
-            if name.endswith(".py") and size < limit - len(english):
-                with open(os.path.join(root, folder, name), encoding="utf-8", errors="replace") as file:
-                    code.append(file.read())
-                size += len(code[-1])
+    code = []
+    for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
+        if sum(map(len, code)) < limit - len(english):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                code.append(file.read())
     return {"english": english, "code": "\n\n".join(code)}
 
 
 # A source numbers its samples.  size(held_out) says how many there are, None: without end.  get(index, held_out) gives
-# a sample's ids, and for each whether the assistant wrote it (None: never to be learned).  Samples with held_out=True
-# are never trained on.
+# a sample's ids, and for each 1 if the assistant wrote it, 0 if not, -1 if it must never be learned.  What is held out
+# is never trained on.
 
 class FileSource:
     """Samples that lie one after another in an array of tokens; every twentieth is held out.
 
-    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: 1 for tokens
-    that the assistant wrote, 0 for others, 2 if nobody shall learn it; None for a text, of which every token counts.
+    offsets: sample i is tokens[offsets[i]:offsets[i + 1]], a conversation or a window of a text.  targets: what `get`
+    gives beside each token; None for a text, of which every token counts.
     """
 
     def __init__(self, name, tokens, offsets, targets=None):
         self.name, self.tokens, self.offsets, self.targets = name, tokens, offsets, targets
         self.is_traces, self.count = targets is not None, len(offsets) - 1
         # What tells changed data from the old: the length, and a hash of up to a million tokens.
-        some = np.ascontiguousarray(tokens[::max(1, len(tokens) // 1_000_000)])
-        self.fingerprint = f"{len(tokens)} {hashlib.md5(some.tobytes()).hexdigest()}"
+        some = tokens[::max(1, len(tokens) // 1_000_000)].tobytes()
+        self.fingerprint = f"{len(tokens)} {hashlib.md5(some).hexdigest()}"
 
     def size(self, held_out):
         held = self.count // 20
@@ -663,8 +630,8 @@ class FileSource:
         part = slice(self.offsets[i], self.offsets[i + 1])
         ids = self.tokens[part].tolist()
         if self.targets is None:
-            return ids, [True] * len(ids)
-        return ids, [None if code == 2 else bool(code) for code in self.targets[part]]
+            return ids, [1] * len(ids)
+        return ids, self.targets[part].tolist()
 
 
 def windows(tokens, context):
@@ -698,11 +665,8 @@ class TaskSource:
         raise SystemExit(f"no generated conversation fits --context {self.stage.context}; make it longer")
 
     def exchange(self, rng, held_out):
-        """One problem and the teacher's reply to it.
-
-        A share `aggregation` of them prepares the model for Markovian RSA: the prompt shows the tails of right and of
-        wrong replies, and the answer is as right as a reader of those replies can be.
-        """
+        """A problem and the teacher's reply.  A share `aggregation` of the prompts show, as Markovian RSA does, tails
+        of right and of wrong replies, and the answer is as right as a reader of those can be."""
         readers = [name for name in self.tasks if find_task(name).reads]
         aggregates = bool(readers) and rng.random() < self.stage.aggregation
         task = find_task(rng.choice(readers if aggregates else self.tasks))
@@ -720,65 +684,59 @@ class TaskSource:
         return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
 
 
-def tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines):
+def tokenise(path, stem, tokenizer, context, skip_bad_lines):
     """Write a file's tokens to stem.tokens, those of a text a megabyte at a time: several GB never sit in memory.
 
-    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.  Returns how trimming went.
+    Conversations are trimmed, and get .targets and .offsets as FileSource wants them.
     """
     counts, offsets = collections.Counter(kept=0, cut=0, stripped=0, dropped=0), [0]
     with open(stem + ".tokens", "wb") as tokens, open(stem + ".targets", "wb") as targets:
         if file_kind(path) == "txt":
             for piece in tqdm(read_text(path), desc=f"tokenising {path}", unit=" MB", disable=None):
-                np.array(tokenizer.encode(piece), dtype).tofile(tokens)
-            return {}
-        for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", unit=" rows", disable=None):
-            messages, verdict = trim(messages, context, tokenizer)
-            counts[verdict] += 1
-            if not messages:
-                continue
-            for message in messages:
-                ids, wanted = tokenizer.render([message])
-                np.array(ids, dtype).tofile(tokens)
-                np.array([2] * len(ids) if "weight" in message else wanted, np.uint8).tofile(targets)
-            offsets.append(tokens.tell() // dtype.itemsize)
-    np.array(offsets, np.int64).tofile(stem + ".offsets")
-    return counts
+                np.array(tokenizer.encode(piece), np.uint32).tofile(tokens)
+        else:
+            for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", disable=None):
+                messages, verdict = trim(messages, context, tokenizer)
+                counts[verdict] += 1
+                for message in messages or []:
+                    ids, wanted = tokenizer.render([message])
+                    if "weight" in message:
+                        wanted = [-1] * len(ids)
+                    np.array(ids, np.uint32).tofile(tokens)
+                    np.array(wanted, np.int8).tofile(targets)
+                if messages:
+                    offsets.append(targets.tell())              # a byte a token
+            said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+            print(f"{path}, trimmed to {context} tokens: {said}")
+        if tokens.tell() == 0:
+            raise SystemExit(f"{path} gave no tokens: it is empty, or has no good row that fits {context} tokens")
+    np.array(offsets, np.int64).tofile(stem + ".offsets")       # comes last, so it says that the arrays are complete
 
 
 def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     """Tokenise a file once into memory-mapped arrays in `folder` -> FileSource's (tokens, offsets, targets).
 
-    The arrays' name depends on all that their content depends on, so a changed file, vocabulary or context makes new
-    ones.
+    A changed file, vocabulary or context (of chats, which are trimmed to it) has another name, so new arrays are made.
     """
     is_chat, about = file_kind(path) != "txt", os.stat(path)
-    identity = [os.path.abspath(path), about.st_size, about.st_mtime_ns, is_chat and context, skip_bad_lines,
-                sorted(tokenizer.ranks.items())]
-    stem = os.path.join(folder, f"{os.path.basename(path)}-{hashlib.md5(repr(identity).encode()).hexdigest()[:12]}")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-    if is_main() and not os.path.exists(stem + ".json"):
+    identity = repr([about.st_size, about.st_mtime_ns, is_chat and context, sorted(tokenizer.ranks.items())])
+    digest = hashlib.md5(identity.encode()).hexdigest()
+    stem = os.path.join(folder, f"{os.path.basename(path)}-{digest[:12]}")
+    if is_main() and not os.path.exists(stem + ".offsets"):
         os.makedirs(folder, exist_ok=True)
-        counts = tokenise(path, stem, dtype, tokenizer, context, skip_bad_lines)
-        write_json(stem + ".json", counts)                      # comes last, so it says that the arrays are complete
+        tokenise(path, stem, tokenizer, context, skip_bad_lines)
     barrier()
-    if is_chat:
-        counts = ", ".join(f"{n} {verdict}" for verdict, n in read_json(stem + ".json").items())
-        print(f"{path}, trimmed to {context} tokens: {counts}")
-    if os.path.getsize(stem + ".tokens") == 0:
-        why = f"it has no row that is good and fits {context}" if is_chat else "it is empty"
-        raise SystemExit(f"{path} gave no tokens: {why}")
-    tokens = np.memmap(stem + ".tokens", dtype, "r")
+    tokens = np.memmap(stem + ".tokens", np.uint32, "r")
     if not is_chat:
         return tokens, windows(tokens, context), None
-    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.uint8, "r")
+    return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.int8, "r")
 
 
 def make_sources(config, stage, tokenizer):
     """The stage's sources: --data files or Python's own text, and the generated problems."""
-    sources, folder = [], os.path.join(config.out, "data")
-    names = [os.path.basename(path) for path in config.data]
+    sources, names = [], [os.path.basename(path) for path in config.data]
     for path, name in zip(config.data, names):
-        arrays = cached_tokens(path, folder, tokenizer, stage.context, config.skip_bad_lines)
+        arrays = cached_tokens(path, os.path.join(config.out, "data"), tokenizer, stage.context, config.skip_bad_lines)
         sources.append(FileSource(path if names.count(name) > 1 else name, *arrays))
     if not config.data:
         for name, text in python_text(PRESETS[config.preset]["text_bytes"]).items():
@@ -798,9 +756,8 @@ def task_names(text):
     for name in names:
         if name.startswith("reasoning_gym:"):
             find_task(name)                                     # says what is missing
-        elif name not in TASKS:
-            close, = difflib.get_close_matches(name, TASKS, 1, 0)
-            raise SystemExit(f"--tasks {text}: no task {name!r}; did you mean {close}? There are {', '.join(TASKS)}")
+        else:
+            check_choice("--tasks", name, TASKS)
     return names
 
 
@@ -820,11 +777,15 @@ class Loader:
         self.sources = {source.name: source for source in sources}
         self.stage, self.seed, self.pad, self.held_out = stage, seed, pad, held_out
         self.context, self.rows = stage.context, tokens_per_step // stage.context
-        traces = [source.name for source in sources if source.is_traces]
-        texts = {source.name: source.size(held_out) for source in sources if not source.is_traces}
+        traces, texts = [], {}
+        for source in sources:
+            if source.is_traces:
+                traces.append(source.name)
+            else:
+                texts[source.name] = source.size(held_out)
         share = stage.traces if traces and texts else float(bool(traces))
         # Sources of traces count alike.  Texts count by their size, so that none is read more often than another.
-        self.weight = {name: share / len(traces) for name in traces}
+        self.weight = dict.fromkeys(traces, share / max(1, len(traces)))
         for name, size in texts.items():
             self.weight[name] = (1 - share) * size / sum(texts.values())
         self.given = dict.fromkeys(self.sources, 0)             # tokens
@@ -840,43 +801,40 @@ class Loader:
         epoch, place = divmod(number, size)
         return source.get(int(epoch_order(self.seed, epoch, size)[place]), self.held_out)
 
-    def draw_samples(self):
-        """Fill `waiting` with 1.05 times the tokens of a batch: with some choice, packing leaves hardly a gap."""
-        tokens = sum(len(ids) for _, ids, _ in self.waiting)
-        while tokens < self.rows * self.context * 1.05:
-            # The source that is furthest behind its share of all tokens comes next.
-            total = sum(self.given.values()) + 1
-            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
-            ids, by_assistant = self.sample(name, self.drawn[name])
-            self.waiting.append(((name, self.drawn[name]), ids, by_assistant))
-            self.drawn[name] += 1
-            self.given[name] += len(ids)
-            tokens += len(ids)
-
     def next(self):
         """-> input_ids, targets, position_ids (rows, context) int64, and where the samples came from.
 
         targets: the next token, -100 where there is none in this sample or it does not count.
         position_ids restart with each sample and are -1 on padding, so nothing leaks from one into the next.
         """
-        self.draw_samples()
-        rows = pack([len(ids) for _, ids, _ in self.waiting], self.context, self.rows)
+        # With 1.05 times the tokens of a batch to choose from, packing leaves hardly a gap.
+        lengths = [len(ids) for _, ids, _ in self.waiting]
+        while sum(lengths) < self.rows * self.context * 1.05:
+            # The source that is furthest behind its share of all tokens comes next.
+            total = sum(self.given.values()) + 1
+            name = min(self.given, key=lambda n: self.given[n] - self.weight[n] * total)
+            origin = (name, self.drawn[name])
+            self.waiting.append((origin, *self.sample(*origin)))
+            lengths.append(len(self.waiting[-1][1]))
+            self.drawn[name] += 1
+            self.given[name] += lengths[-1]
+
         inputs = np.full((self.rows, self.context), self.pad, np.int64)
         targets, positions = np.full_like(inputs, -100), np.full_like(inputs, -1)
-        for row, members in enumerate(rows):
+        origins = []
+        for row, members in enumerate(pack(lengths, self.context, self.rows)):
             start = 0
             for index in members:
-                _, ids, counts = self.waiting[index]
-                if not self.stage.mask_prompts:                 # then the prompt's tokens count too
-                    counts = [by_assistant is not None for by_assistant in counts]
+                origin, ids, by_assistant = self.waiting[index]
+                counts = np.array(by_assistant) > (0 if self.stage.mask_prompts else -1)
                 end = start + len(ids)
                 inputs[row, start:end] = ids
-                targets[row, start:end - 1] = np.where(np.array(counts[1:], bool), ids[1:], -100)
+                targets[row, start:end - 1] = np.where(counts[1:], ids[1:], -100)
                 positions[row, start:end] = np.arange(len(ids))
                 start = end
-        used = {index for row in rows for index in row}
-        origins = [self.waiting[index][0] for index in sorted(used)]
-        self.waiting = [item for index, item in enumerate(self.waiting) if index not in used]
+                origins.append(origin)
+                self.waiting[index] = None
+        self.waiting = [sample for sample in self.waiting if sample]
         return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(positions), origins
 
     def state_dict(self):
@@ -917,9 +875,9 @@ class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every matrix moves by 0.2 sqrt(max(m, n)) lr U V^T, an AdamW update's usual size.
 
     TR section III ("AdamW-RMS matching": one learning rate serves both optimizers).  Parameters are matrices (m, n) or
-    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  `momentum` 0 is the RL
-    stages'.  Under FSDP2 a process orthogonalises the experts that it owns; other matrices are gathered, and each
-    process keeps its rows of the result.
+    stacks of experts (X, m, n), ValueError for others: biases and convolutions are AdamW's.  RL's `momentum` is 0.
+    Under FSDP2 a process orthogonalises the experts that it owns; other matrices are gathered, and each process keeps
+    its rows of the result.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95, weight_decay=0.0):
@@ -949,8 +907,7 @@ class Muon(torch.optim.Optimizer):
                     own.add_(move, alpha=-0.2 * max(shape) ** 0.5 * group["lr"])
 
     def whole_update(self, parameter, momentum):
-        """The gradient with Nesterov momentum, as whole matrices: a gathered one (1, m, n), or this process' experts
-        (X, m, n)."""
+        """Gradient with Nesterov momentum: a gathered matrix (1, m, n), or this process' experts (X, m, n)."""
         update = parameter.grad
         if momentum:
             state = self.state[parameter]
@@ -998,31 +955,6 @@ def learning_rate(step, steps, peak, final):
 # ---- a supervised stage ---------------------------------------------------------------------------------------------
 
 
-def choose_device(config):
-    """-> device, dtype, and the sentence that says so."""
-    device, dtype, processes = config.device, config.dtype, world_size()
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("--device cuda: this PyTorch sees no GPU; use --device cpu, or install a CUDA or ROCm build")
-    if device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        raise SystemExit(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs of this machine; "
-                         "--nproc_per_node says how many")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise SystemExit("--device mps: this PyTorch sees no Apple GPU; use --device cpu")
-    if device == "mps" and processes > 1:
-        raise SystemExit("--device mps: many processes run on the CPU, on CUDA and on ROCm")
-    if config.shard and processes % config.shard:
-        raise SystemExit(f"--shard {config.shard}: the {processes} processes are no multiple of it")
-    if dtype == "auto":                                         # bfloat16 where it is known to be faster
-        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast else "float32"
-    if dtype not in ("float32", "bfloat16"):
-        raise SystemExit(f"--dtype {dtype}: there are float32 and bfloat16")
-    return device, getattr(torch, dtype), (f"device {device}, dtype {dtype}, {torch.get_num_threads()} threads, "
-                                           f"{processes} processes")
-
-
 def optimizer_step(model, optimizers, clip, lr):
     """Clip the gradients, step all optimizers at the rate `lr`, clear the gradients -> the gradient's norm.
 
@@ -1055,8 +987,8 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=su
     # Gradients of the micro-batches add up to those of the whole batch.
     for start in range(0, len(inputs), rows):
         part = slice(start, start + rows)
-        x, y, position = inputs[part].to(device), targets[part].to(device), positions[part].to(device)
-        loss = loss_of(model, x, y, position, dtype) / count
+        x, y, position = inputs[part], targets[part], positions[part]
+        loss = loss_of(model, x.to(device), y.to(device), position.to(device), dtype) / count
         loss.backward()
         row["loss"] += loss.item()
     # Muon moves the matrices and AdamW the rest.
@@ -1067,85 +999,77 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=su
     return row
 
 
-def average_over_processes(row, *keys):
-    """Replace these entries of this process' row, as far as there are such, by their mean over all processes."""
-    for key in keys:
-        if key in row:
-            row[key] = all_reduce(row[key])[0] / world_size()
-
-
-# How a line says what is in a row of log.csv.
-SAID = {"loss": "loss {:.3f}", "reward": "reward {:.3f}", "norm": "norm {:.2f}", "lr": "lr {:.1e}",
-        "load": "load {:.2f}", "entropy": "entropy {:.3f}", "bias": "bias {:.3f}", "length": "length {:.0f}",
-        "no_end": "no end {:.3f}", "repetitive": "repetitive {:.3f}", "zero_groups": "groups without signal {:.2f}",
-        "staleness": "stale {:.1f}", "masked": "masked {:.3f}", "flips": "flips {:.3f}", "kl": "kl {:.1e}",
-        "kl_live": "without replay {:.1e}", "seconds": "{:.2f} s", "tokens_per_second": "{:.0f} tok/s",
-        "rollouts_per_second": "{:.0f} rollouts/s"}
-
-
-def print_row(name, step, steps, row):
-    said = [form.format(row[key]) for key, form in SAID.items() if key in row]
-    print(f"{name} {step}/{steps} | " + " | ".join(said), flush=True)
-
-
 class Checkpointer:
     """Writes out/<stage>: the model, the tokenizer, and `state`, a dictionary with all else that training goes on from.
 
-    step, seconds           steps done, and what they took, sampling and data included
-    settings                of the run: one with other settings does not go on from here
-    parts                   state_dicts of the optimizers, the balancer, the loader or actor, and the reward model
-    done                    True once the stage is finished
-    data, before, after     supervised stages: fingerprints of the sources, and their held-out losses
-    start, end              RL: each environment's difficulty at the first step and after the last
-    judged                  behavioral RL: the share of held-out preferences that the reward model agrees with
+    step, seconds   steps done, and what they took, sampling and data included
+    settings        of the run: one with other settings does not go on from here
+    optimizers      whole tensors by parameter name, whatever the number of processes
+    parts           state_dicts of the balancer, the loader or actor, and the reward model
+    data            fingerprints of a supervised stage's sources
+    measured        for report.json: held-out losses; or difficulties at start and end, and the reward model's agreement
+    done            True once the stage is finished
     """
 
     def __init__(self, name, config, tokenizer, state=None):
         self.name, self.config, self.tokenizer = name, config, tokenizer
-        self.folder, self.clock = os.path.join(config.out, name), time.perf_counter()
-        self.state = state if state is not None else {"step": 0, "seconds": 0.0}
-        self.saved = self.state["step"] if "parts" in self.state else None          # the step of the last checkpoint
-        for later in STAGES[STAGES.index(name) + 1:]:
-            if os.path.exists(os.path.join(config.out, later)):
-                raise SystemExit(f"{name} is still to be trained, but {os.path.join(config.out, later)} was made from "
-                                 "another one: delete it, or take another --out")
+        self.folder, self.steps = os.path.join(config.out, name), config.steps[name]
+        self.clock = time.perf_counter()
+        self.state = state or {"step": 0, "seconds": 0.0, "data": {}, "measured": {}}
+        self.saved = self.state["step"] if state else None      # the step of the last checkpoint
+        # A step of reinforcement learning takes longer.
+        self.log_every, self.save_every = config.log_every, config.save_every
+        if name in STAGES[3:]:
+            self.log_every = max(1, config.log_every // 4)
+            self.save_every = max(1, config.save_every // 5)
 
-    def resume(self, model, **parts):
-        """Name the model and the parts; if the stage was begun, they go on from its checkpoint -> whether it was."""
+    def resume(self, model, optimizers, **parts):
+        """Say what is trained; if the stage was begun, all goes on from its checkpoint -> whether it was."""
         self.model, self.parts = model, parts
+        # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
+        self.optimizers = [optimizer for optimizer in optimizers if optimizer.defaults.get("momentum") != 0]
+        self.log = Log(self.config.out, self.name, self.state["step"])
         if self.saved is None:
             return False
         for name, part in parts.items():
             part.load_state_dict(self.state["parts"][name])
+        set_optimizer_state_dict(model, self.optimizers, self.state["optimizers"], options=WHOLE)
         print(f"{self.name}: going on after step {self.saved}")
         return True
 
-    def save(self, step, **more):
-        """Write the checkpoint of this step; `more` goes into the state too."""
+    def save(self, step, done=False):
         now = time.perf_counter()
         self.state["seconds"] += now - self.clock
         self.clock, self.saved = now, step
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
-        self.state.update(step=step, settings=settings(self.config), parts=parts, **more)
+        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
+            self.model.reshard()
+        self.state["optimizers"] = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE)
+        self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
+        self.state.update(step=step, settings=settings(self.config), done=done)
+        # final/ is the last stage that is done.  It comes first: after a kill in between the stage is not done.
+        if done:
+            save_checkpoint(os.path.join(self.config.out, "final"), self.model, self.tokenizer)
         save_checkpoint(self.folder, self.model, self.tokenizer, self.state)
 
-    def check(self, row, step, samples):
-        """Stop the run after a step that had no finite loss or gradient: the weights have not moved."""
-        if math.isfinite(row["loss"]) and math.isfinite(row["norm"]):
-            return
-        good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
-        raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped before "
-                         f"the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first samples of "
-                         f"this batch: {samples[:6]}")
+    def shows(self, step):
+        return step % self.log_every == 0 or step in (1, self.steps)
 
-    def check_data(self, sources):
-        """Stop a run that would go on with other data than it began with."""
-        now = {source.name: source.fingerprint for source in sources}
-        begun = self.state.setdefault("data", now)
-        changed = [name for name in sorted({*now, *begun}) if now.get(name) != begun.get(name)]
-        if changed:
-            raise SystemExit(f"{self.folder} was begun on other data: {', '.join(changed)} changed since. Bring the "
-                             f"old data back, take another --out, or delete {self.folder}")
+    def finish_step(self, step, row, samples):
+        """One row of log.csv; a line and a checkpoint now and then.  A step without a finite loss and gradient stops
+        the run: the weights have not moved."""
+        if not math.isfinite(row["loss"] + row["norm"]):
+            good = f"{self.folder} (step {self.saved})" if self.saved else "none of this stage yet"
+            raise SystemExit(f"{self.name} step {step}: loss {row['loss']}, gradient norm {row['norm']}; stopped "
+                             f"before the update. Last good checkpoint: {good}. Try a lower --lr, or look at the first "
+                             f"samples of this batch: {samples[:6]}")
+        self.log.add(stage=self.name, step=step, **row)
+        if self.shows(step):
+            line = f"{self.name} {step}/{self.steps}"
+            for key, value in row.items():
+                line += f" | {key} {value:.5g}"
+            print(line, flush=True)
+        if step % self.save_every == 0 or step == self.steps:   # the last one too, before anything is evaluated
+            self.save(step)
 
 
 def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype):
@@ -1155,24 +1079,22 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     state = checkpointer.state
     # Data: samples of all sources, packed into rows of the stage's context length.
     sources = make_sources(config, stage, tokenizer)
-    checkpointer.check_data(sources)
+    for source in sources:
+        if state["data"].setdefault(source.name, source.fingerprint) != source.fingerprint:
+            raise SystemExit(f"{checkpointer.folder} was begun on other data: {source.name} changed since. Bring the "
+                             f"old data back, take another --out, or delete {checkpointer.folder}")
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
-    # Held-out losses of the model as the last stage left it; `late` positions are those that pretraining never saw.
-    late = config.context[STAGES[0]]
-    if "before" not in state:
-        state["before"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
     # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
-    optimizers = make_optimizers(model, stage.lr, config.weight_decay)
+    optimizers = make_optimizers(model, stage.lr, weight_decay=0.1)
     balancer = PIDBalancer(model, config.balancer_lr)
-    checkpointer.resume(model, loader=loader, balancer=balancer, optimizers=OptimizerState(model, optimizers))
-    compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
-    if config.no_compile:
-        compiled, why = False, "the training step is not compiled: --no-compile"
-    print(f"{name}: {why}")
-    loss_of = compile_loss() if compiled else summed_loss
-    log = Log(config.out, name, state["step"])
+    checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
+    loss_of = summed_loss
+    if not config.no_compile:
+        compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
+        loss_of = compile_loss() if compiled else summed_loss
+        print(f"{name}: {why}")
 
     for step in range(state["step"] + 1, stage.steps + 1):
         begun = time.perf_counter()
@@ -1181,27 +1103,18 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
         # them has on average.
         count = max(1, (batch[1] >= 0).sum().item()) / world_size()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count)
-        average_over_processes(row, "loss")
-        checkpointer.check(row, step, origins)
-        # One row of log.csv a step; a line, samples and a checkpoint now and then.
+        row = average(train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count))
         seconds = time.perf_counter() - begun
         row |= {"lr": lr, "seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
-        log.add(stage=name, step=step, **row)
-        if step % config.log_every == 0 or step in (1, stage.steps):
-            print_row(name, step, stage.steps, row)
-        if step % max(1, stage.steps // 4) == 0 and step < stage.steps:
+        checkpointer.finish_step(step, row, origins)
+        if step % max(1, stage.steps // 4) == 0:
             show_samples(model, tokenizer, sources, step)
-        if step % config.save_every == 0 or step == stage.steps:    # the last one too, before anything is evaluated
-            checkpointer.save(step)
 
-    state["after"] = held_out_loss(model, sources, stage, tokenizer.pad, late)
-    show_samples(model, tokenizer, sources, stage.steps)
+    state["measured"]["loss"] = held_out_loss(model, sources, stage, tokenizer.pad)
     checkpointer.save(stage.steps, done=True)
     for source in sources:
         if isinstance(source, TaskSource):
-            counts = ", ".join(f"{count} {how}" for how, count in source.trim_counts.items())
-            print(f"{name}: generated conversations trimmed to {stage.context} tokens: {counts}")
+            print(f"{name}: generated conversations, trimmed to {stage.context} tokens: {dict(source.trim_counts)}")
     return state
 
 
@@ -1225,7 +1138,8 @@ def grpo_advantage(rewards, bonus=0.0):
     >>> grpo_advantage(torch.tensor([[0.2, 0.4, 0.6]]))
     tensor([[-1.2247,  0.0000,  1.2247]])
     """
-    mean, std = rewards.mean(-1, keepdim=True), rewards.std(-1, keepdim=True, correction=0)
+    mean = rewards.mean(-1, keepdim=True)
+    std = rewards.std(-1, keepdim=True, correction=0)
     return (rewards - mean + bonus) / std.clamp_min(1e-4)
 
 
@@ -1242,7 +1156,8 @@ def length_reward(lengths, correct, best, coefficient=0.1, tolerance=0.1, near=0
     p = correct.mean().item()
     if correct.sum() < 2 or p < best - near:
         return torch.zeros_like(lengths)
-    shortest, longest = lengths[correct > 0].min(), lengths[correct > 0].max()
+    right = lengths[correct > 0]
+    shortest, longest = right.min(), right.max()
     scale = 0.5 - ((lengths - shortest) / (longest - shortest).clamp_min(1)).clamp(0, 1)
     scale = torch.where(lengths <= shortest * (1 + tolerance), 0.5, scale)
     return coefficient * p * scale * (correct > 0)
@@ -1287,8 +1202,11 @@ def repetitive(text, chunk=2048, ratio=0.05):
     >>> repetitive("7+5=12," * 80), repetitive("7+5=12,")
     (True, False)
     """
-    pieces = [text[i:i + chunk].encode("utf-8", "replace") for i in range(0, len(text), chunk)]
-    return any(len(zlib.compress(piece)) < ratio * len(piece) for piece in pieces)
+    for start in range(0, len(text), chunk):
+        piece = text[start:start + chunk].encode("utf-8", "replace")
+        if len(zlib.compress(piece)) < ratio * len(piece):
+            return True
+    return False
 
 
 def next_difficulty(d, solve_rate):
@@ -1348,36 +1266,46 @@ class Group:
     ended: list = field(default_factory=list)               # whether the end token came in time
     rewards: list = field(default_factory=list)
 
+    def add(self, tokenizer, tokens, logps, choices):
+        """One rollout of `roll_out`."""
+        ended = tokens[-1] == tokenizer.end
+        self.tokens.append(tokens)
+        self.logps.append(logps)
+        self.choices.append(choices)
+        self.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
+        self.ended.append(ended)
+
     def lengths(self):
         return list(map(len, self.tokens))
 
 
-def roll_out(model, groups, group_size, context, tokenizer, uniform):
-    """Sample `group_size` replies of up to `context` tokens to each group's prompt, at temperature 1, into the groups.
+def roll_out(model, prompts, group_size, context, end, generator=None, uniform=None):
+    """Sample `group_size` replies of up to `context` tokens to each prompt (a list of ids) at temperature 1 -> for each
+    prompt a list of rollouts: (tokens up to the end token, log probabilities (n,) fp32, experts (L, prompt + n - 1)).
 
-    uniform (context, len(groups) * group_size): the random numbers, as in zaya.Zaya.generate.
+    generator, or uniform (context, len(prompts) * group_size): where the random numbers are from, as in
+    zaya.Zaya.generate.
     """
-    owners = [group for group in groups for _ in range(group_size)]
-    prompts, mask = left_padded([group.prompt for group in owners], tokenizer.pad, model.norm.weight.device)
-    S, end = prompts.shape[1], tokenizer.end
-    sampled, logps, choices = model.generate(prompts, context, attention_mask=mask, eos_token_id=end, uniform=uniform,
-                                             record=True)
-    logps, choices = logps.cpu(), choices.cpu()
-    for row, (group, tokens) in enumerate(zip(owners, sampled[:, S:].tolist())):
-        ended = end in tokens
-        if ended:
+    owners = [prompt for prompt in prompts for _ in range(group_size)]
+    inputs, mask = left_padded(owners, model.config.pad_token_id or 0, model.norm.weight.device)
+    S = inputs.shape[1]
+    sampled, logps, choices = model.generate(inputs, context, attention_mask=mask, generator=generator,
+                                             eos_token_id=end, uniform=uniform, record=True)
+    logps, choices, rolled = logps.cpu(), choices.cpu(), [[] for _ in prompts]
+    for row, tokens in enumerate(sampled[:, S:].tolist()):
+        if end in tokens:
             tokens = tokens[:tokens.index(end) + 1]
-        group.tokens.append(tokens)
-        group.ended.append(ended)
-        group.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
-        group.logps.append(logps[row, :len(tokens)].clone())
         # Left of the prompt is padding; the last token was sampled but not read, so no expert saw it.
-        group.choices.append(choices[:, row, S - len(group.prompt):S + len(tokens) - 1].clone())
+        seen = slice(S - len(owners[row]), S + len(tokens) - 1)
+        rollout = tokens, logps[row, :len(tokens)].clone(), choices[:, row, seen].clone()
+        rolled[row // group_size].append(rollout)
+    return rolled
 
 
 def verifier_rewards(group):
     """The usual reward: what the verifier says."""
-    return [find_task(group.problem.task).verify(group.problem, text)[0] for text in group.texts]
+    verify = find_task(group.problem.task).verify
+    return [verify(group.problem, text)[0] for text in group.texts]
 
 
 class Actor:
@@ -1385,24 +1313,25 @@ class Actor:
 
     The sampler is a copy of the model that gets the trainer's weights every `sync_every` steps.  Each task is an
     environment, with a difficulty of its own.  Groups wait in a buffer until the trainer takes them, and are dropped
-    when they are more than `most_stale` steps old.  `score(group)` -> rewards and `adapt(d, solve rate)` -> next
-    difficulty can be swapped.  state_dict holds it all, so a killed run goes on bit for bit.
+    when they are more than `most_stale` steps old.  `score(group)` gives the rewards.
     """
-    sync_every, most_stale, pool_size, dead_after = 2, 2, 64, 25
+    sync_every, most_stale, pool_size = 2, 2, 64
+    STATE = ("difficulty", "asked", "best_rates", "useful", "version", "rounds")
 
-    def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, adapt=next_difficulty,
-                 dtype=torch.float32):
-        self.sampler, self.tokenizer, self.stage, self.seed = copy.deepcopy(model), tokenizer, stage, seed
-        self.score, self.adapt, self.dtype = score, adapt, dtype
-        # d: difficulty; groups: how many were asked; best: the highest solve rate so far at each difficulty.
-        self.environments = {name: {"d": 1, "groups": 0, "best": {}} for name in stage.tasks}
-        self.buffer, self.pool = [], []         # groups to train on; (problem, tails) to aggregate
-        self.version = self.rounds = self.dead = 0
-        self.useful = 1.0                       # the running share of groups with a signal
+    def __init__(self, model, tokenizer, stage, seed, score=verifier_rewards, dtype=torch.float32):
+        self.sampler, self.tokenizer = copy.deepcopy(model), tokenizer
+        self.stage, self.seed = stage, seed
+        self.score, self.dtype = score, dtype
+        self.difficulty = dict.fromkeys(stage.tasks, 1)
+        self.asked = dict.fromkeys(stage.tasks, 0)              # groups so far
+        self.best_rates = {}                                    # the highest solve rates by task and difficulty
+        self.useful = 1.0                                       # the running share of groups with a signal
+        self.buffer, self.pool = [], []                         # groups to train on; (problem, tails) to aggregate
+        self.version = self.rounds = 0
 
     def sync(self, model, version):
         """The sampler, which is whole in every process, gets the trainer's weights."""
-        self.sampler.load_state_dict(whole_weights(model))
+        self.sampler.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
         self.version = version
 
     def take(self, version):
@@ -1415,7 +1344,8 @@ class Actor:
             if len(self.buffer) >= 0.75 * self.stage.groups:
                 break
             generated += self.generate()
-        taken, self.buffer = self.buffer[:self.stage.groups], self.buffer[self.stage.groups:]
+        taken = self.buffer[:self.stage.groups]
+        del self.buffer[:self.stage.groups]
         return taken, generated
 
     def generate(self):
@@ -1431,10 +1361,6 @@ class Actor:
         signals = [group for group in groups if has_signal(group.rewards)]
         self.buffer += signals
         self.useful = max(0.1, 0.8 * self.useful + 0.2 * len(signals) / len(groups))
-        rewarded = any(max(group.rewards) > 0 for group in groups)
-        self.dead = 0 if rewarded else self.dead + 1
-        if self.dead == self.dead_after:
-            self.stop(groups)
         return groups
 
     def draw_prompt(self, rng):
@@ -1444,10 +1370,10 @@ class Actor:
             problem, tails = self.pool[rng.randrange(len(self.pool))]
             prompt = terse_prompt(problem.prompt, rng.sample(tails, min(4, len(tails))))
             return Group(problem, prompt_ids(self.tokenizer, prompt))
-        name = min(self.environments, key=lambda n: self.environments[n]["groups"])
-        environment, levels = self.environments[name], find_task(name).levels
-        d = environment["d"] if self.stage.adaptive else levels[environment["groups"] % len(levels)]
-        environment["groups"] += 1
+        name = min(self.asked, key=self.asked.get)
+        levels = find_task(name).levels
+        d = self.difficulty[name] if self.stage.adaptive else levels[self.asked[name] % len(levels)]
+        self.asked[name] += 1
         return self.new_group(name, d, rng)
 
     def new_group(self, name, d, rng):
@@ -1459,13 +1385,16 @@ class Actor:
         # A rollout's random numbers depend on its place among all, not on the process that samples it.
         rng = random.Random(f"{self.seed} sample {self.rounds}")
         generator = torch.Generator().manual_seed(rng.getrandbits(60))
-        places = torch.arange(len(groups) * group_size).view(len(groups), group_size)
-        uniform = torch.rand(self.stage.context, places.numel(), generator=generator)
-        uniform = uniform[:, shard(places).flatten()]
+        uniform = torch.rand(self.stage.context, len(groups), group_size, generator=generator)
+        uniform = shard(uniform.transpose(0, 1)).transpose(0, 1).flatten(1)
         mine = shard(groups)
         if mine:
             with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
-                roll_out(self.sampler, mine, group_size, self.stage.context, self.tokenizer, uniform)
+                rolled = roll_out(self.sampler, [group.prompt for group in mine], group_size, self.stage.context,
+                                  self.tokenizer.end, uniform=uniform)
+            for group, rollouts in zip(mine, rolled):
+                for rollout in rollouts:
+                    group.add(self.tokenizer, *rollout)
         # Rambling earns nothing: neither a reply without an end nor one that repeats itself.
         for group in mine:
             group.version = self.version
@@ -1476,26 +1405,22 @@ class Actor:
 
     def remember(self, group):
         """What a group's solve rate changes: its environment's difficulty and best rate, and the pool."""
-        name, rate = group.problem.task, sum(group.rewards) / len(group.rewards)
-        environment, task = self.environments[name], find_task(name)
-        if self.stage.adaptive and group.level == environment["d"]:
-            environment["d"] = min(task.hardest, self.adapt(environment["d"], rate))
+        task, rate = find_task(group.problem.task), float(np.mean(group.rewards))
+        if self.stage.adaptive and group.level == self.difficulty[task.name]:
+            self.difficulty[task.name] = min(task.hardest, next_difficulty(group.level, rate))
         if group.level:
-            environment["best"][group.level] = max(environment["best"].get(group.level, 0.0), rate)
+            self.best_rates[task.name, group.level] = max(self.best(group), rate)
         if self.stage.aggregation and task.reads and rate < 1:  # replies to aggregation prompts are aggregated too
             tails = [cut_tail(text, self.stage.tail, self.tokenizer) for text in group.texts]
             self.pool = [*self.pool, (group.problem, tails)][-self.pool_size:]
 
     def best(self, group):
         """The highest solve rate so far of this group's environment at its difficulty."""
-        return self.environments[group.problem.task]["best"].get(group.level, 0.0)
-
-    def difficulties(self):
-        return {name: environment["d"] for name, environment in self.environments.items()}
+        return self.best_rates.get((group.problem.task, group.level), 0.0)
 
     def init_difficulty(self, rounds=6, group_size=8):
         """Set each environment's first difficulty to where half of the rollouts pass."""
-        beliefs = {name: LogisticBelief() for name in self.environments}
+        beliefs = {name: LogisticBelief() for name in self.difficulty}
         for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
@@ -1505,27 +1430,20 @@ class Actor:
                 right = sum(reward > 0 for reward in group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
         for name, belief in beliefs.items():
-            self.environments[name]["d"] = min(find_task(name).hardest, belief.middle())
-
-    def stop(self, groups):
-        """End a run that earns no rewards, and say what its replies look like."""
-        ended, last = np.mean([group.ended for group in groups]), groups[-1]
-        raise SystemExit(f"no rollout earned a reward in {self.dead} rounds of {', '.join(self.environments)}. "
-                         f"{ended:.0%} of the last replies ended within {self.stage.context} tokens; one of them, to "
-                         f"{last.problem.prompt!r}: {last.texts[0][:80]!r}. Reinforcement learning starts from "
-                         "successes: train sft for longer, or leave out what it cannot do yet")
+            self.difficulty[name] = min(find_task(name).hardest, belief.middle())
 
     def state_dict(self):
-        # Groups as plain dictionaries: trainer.pt is read with weights_only.
-        return {"sampler": self.sampler.state_dict(), "environments": self.environments, "version": self.version,
-                "rounds": self.rounds, "dead": self.dead, "useful": self.useful,
-                "buffer": [dataclasses.asdict(group) for group in self.buffer],
-                "pool": [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]}
+        """Everything that a round depends on; groups as plain dictionaries, as trainer.pt is read with weights_only."""
+        state = {name: getattr(self, name) for name in self.STATE}
+        state["sampler"] = self.sampler.state_dict()
+        state["buffer"] = [dataclasses.asdict(group) for group in self.buffer]
+        state["pool"] = [(dataclasses.asdict(problem), tails) for problem, tails in self.pool]
+        return state
 
     def load_state_dict(self, state):
-        self.sampler.load_state_dict(state["sampler"])
-        for name in ("environments", "version", "rounds", "dead", "useful"):
+        for name in self.STATE:
             setattr(self, name, state[name])
+        self.sampler.load_state_dict(state["sampler"])
         self.buffer = [Group(**{**group, "problem": Problem(**group["problem"])}) for group in state["buffer"]]
         self.pool = [(Problem(**problem), tails) for problem, tails in state["pool"]]
 
@@ -1541,7 +1459,7 @@ def autocast(model, dtype):
 def rl_batches(groups, advantages, micro_batch, pad, device):
     """Groups and their advantages (P, G) -> this process' micro-batches: four or more, of at most `micro_batch` tokens.
 
-    Every process gets equally many micro-batches and rows, as FSDP2 needs it: what is missing is padding.
+    Every process gets equally many micro-batches and rows, as FSDP2 needs it.
     """
     rollouts = []
     for group, row in zip(groups, advantages.tolist()):
@@ -1549,43 +1467,33 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
             rollouts.append((group.prompt, *rollout))
     # Rows of a micro-batch are about as long as each other, so that little of it is padding.
     rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
-    processes, batches = world_size(), [[]]
-    most = max(len(rollouts) // processes // 4, 1)
-    for prompt, tokens, *rest in rollouts:
-        rows = len(batches[-1]) // processes + 1                # of each process, with this one
-        if rows > 1 and (rows > most or rows * (len(prompt) + len(tokens)) > micro_batch):
-            batches.append([])
-        batches[-1].append((prompt, tokens, *rest))
-    for batch in batches:
-        missing = -len(batch) % processes
-        batch += [(*batch[-1][:4], None)] * missing
-    return [collate(shard(batch), pad, device) for batch in batches]
+    prompt, tokens, *_ = rollouts[-1]
+    longest, processes, batches = len(prompt) + len(tokens), world_size(), []
+    rows = processes * max(1, min(len(rollouts) // processes // 4, micro_batch // longest))
+    for start in range(0, len(rollouts), rows):
+        batch = rollouts[start:start + rows]
+        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % processes)                # no advantage, no gradient
+        batches.append(collate(shard(batch), pad, device))
+    return batches
 
 
 def collate(rollouts, pad, device):
     """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `rl_step`:
     input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
-    A rollout whose advantage is None fills up a batch: its row is padding.
     """
-    R, S = len(rollouts), max(len(prompt) + len(tokens) for prompt, tokens, *_ in rollouts) - 1
-    inputs, targets, positions = torch.full((R, S), pad), torch.full((R, S), -100), torch.full((R, S), -1)
-    logps, advantages = torch.zeros(R, S), torch.zeros(R, S)
-    choices = torch.zeros(len(rollouts[0][3]), R, S, dtype=torch.long)
-    for row, (prompt, tokens, logp, choice, advantage) in enumerate(rollouts):
-        if advantage is None:
-            continue
+    rows, columns, logps, advantages = [], [], [], []
+    for prompt, tokens, logp, choice, advantage in rollouts:
         # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
-        n = len(prompt) + len(tokens) - 1
-        predicting = slice(len(prompt) - 1, n)
-        inputs[row, :n] = torch.tensor((prompt + tokens)[:-1])
-        targets[row, predicting] = torch.tensor(tokens)
-        positions[row, :n] = torch.arange(n)
-        choices[:, row, :n] = choice
-        logps[row, predicting] = logp
-        advantages[row, predicting] = advantage
-    real = targets >= 0
-    return (inputs.to(device), targets.to(device), positions.to(device), list(choices.to(device)),
-            logps[real].to(device), advantages[real].to(device))
+        targets = torch.tensor([-100] * (len(prompt) - 1) + tokens)
+        inputs = torch.tensor(prompt + tokens)[:-1]
+        rows.append((inputs, targets, torch.arange(len(inputs)), choice.T.long()))
+        logps.append(logp)
+        advantages.append(torch.full_like(logp, advantage))
+    for column, padding in zip(zip(*rows), (pad, -100, -1, 0)):
+        columns.append(pad_sequence(column, batch_first=True, padding_value=padding).to(device))
+    inputs, targets, positions, choices = columns
+    choices = list(choices.permute(2, 0, 1).contiguous())       # (R, S, L) -> L x (R, S)
+    return inputs, targets, positions, choices, torch.cat(logps).to(device), torch.cat(advantages).to(device)
 
 
 def token_logps(model, inputs, targets, positions, routing):
@@ -1645,37 +1553,31 @@ def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtyp
     return row
 
 
-def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=next_difficulty, gate=verifier_rewards):
+def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     """Train one RL stage to its end, from `state` if it was begun, and leave its checkpoint in out/<stage> -> the state
-    (see Checkpointer).
-
-    `adapt` and `gate` can be swapped: the difficulty rule, and what has to hold before the reward model's score counts.
-    """
+    (see Checkpointer)."""
     checkpointer = Checkpointer(name, config, tokenizer, state)
-    state = checkpointer.state
+    state, measured = checkpointer.state, checkpointer.state["measured"]
     model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
     score, advantage, parts = verifier_rewards, maxrl_advantage, {}
     if stage.reward_model_steps:
-        parts["reward_model"] = RewardModel(model).to(device).eval()
-        score, advantage = GatedReward(parts["reward_model"], tokenizer, gate), grpo_advantage
-    actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, adapt, dtype)
+        reward_model = RewardModel(model).to(device).eval()
+        score, advantage, parts = GatedReward(reward_model, tokenizer), grpo_advantage, {"reward_model": reward_model}
+    actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, dtype)
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the
     # specialisation learned earlier.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    resumed = checkpointer.resume(model, actor=actor, balancer=balancer, optimizers=OptimizerState(model, optimizers),
-                                  **parts)
+    resumed = checkpointer.resume(model, optimizers, actor=actor, balancer=balancer, **parts)
     if stage.reward_model_steps and not resumed:
-        state["judged"] = train_reward_model(parts["reward_model"], tokenizer, stage.reward_model_steps,
-                                             config.lr["sft"] / 4, config.seed)
-        print(f"{name}: the reward model agrees with {state['judged']:.1%} of 200 held-out preferences")
+        measured["judged"] = train_reward_model(reward_model, tokenizer, stage.reward_model_steps,
+                                                config.lr["sft"] / 4, config.seed)
+        print(f"{name}: the reward model agrees with {measured['judged']:.1%} of 200 held-out preferences")
     if stage.adaptive and not resumed:
         actor.init_difficulty()
-        state["start"] = actor.difficulties()
-        print(f"{name}: starts at difficulty {state['start']}")
-    log = Log(config.out, name, state["step"])
+        measured["start"] = dict(actor.difficulty)
 
     for step in range(state["step"] + 1, stage.steps + 1):
         # The sampler gets the trainer's weights every other step, and lags behind in between.
@@ -1684,10 +1586,8 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=
         # Groups of rollouts with their rewards, from the buffer or sampled now.
         begun = time.perf_counter()
         groups, generated = actor.take(step - 1)
-        sampled = time.perf_counter() - begun
         row = {"loss": 0.0, "norm": 0.0}
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        shows = step % max(1, config.log_every // 4) == 0 or step in (1, stage.steps)
         if groups:
             # A rollout's advantage over its group; short right ones get a little more.
             rewards = torch.tensor([group.rewards for group in groups])                     # (P, G)
@@ -1697,55 +1597,33 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype, adapt=
                 bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
             batches = rl_batches(groups, advantage(rewards, bonus), config.micro_batch, tokenizer.pad, device)
             # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
-            row = rl_step(model, optimizers, balancer, batches, rewards.numel() / world_size(),
-                          lengths.sum().item() / world_size(), config, dtype, lr, measure=shows)
-            average_over_processes(row, "loss", "masked", "flips", "kl", "kl_live")
-            checkpointer.check(row, step, [group.problem.prompt for group in groups])
-        # One row of log.csv a step; a line, rollouts and a checkpoint now and then.
+            rollouts = rewards.numel() / world_size()
+            tokens = lengths.sum().item() / world_size()
+            row = average(rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr,
+                                  measure=checkpointer.shows(step)))
         row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
-        if generated:
-            row["rollouts_per_second"] = len(generated) * stage.group_size / sampled
-        if stage.adaptive:
-            row["difficulty"] = " ".join(f"{task}={d}" for task, d in actor.difficulties().items())
-        log.add(stage=name, step=step, **row)
-        if shows:
-            print_row(name, step, stage.steps, row)
+        checkpointer.finish_step(step, row, [group.problem.prompt for group in groups])
         if step % max(1, stage.steps // 4) == 0 and generated:
-            show_rollouts(generated)
-        if step % max(1, config.save_every // 5) == 0 or step == stage.steps:
-            checkpointer.save(step)
+            last = generated[-1]
+            print(f"    reward {last.rewards[0]:.2f} | {last.problem.prompt} -> {last.texts[0][:200]!r}")
 
-    state["end"] = actor.difficulties()
+    if stage.adaptive:
+        measured["end"] = actor.difficulty
     checkpointer.save(stage.steps, done=True)
     return state
 
 
 def rollout_metrics(generated, taken, version):
     """What the log says of the rollouts just sampled (reward … zero_groups), and of those trained on (staleness)."""
-    row, staleness = {}, [version - group.version for group in taken]
-    if taken:
-        row["staleness"] = float(np.mean(staleness))
-    rewards, lengths, ended, repeats, silent = [], [], [], [], []
+    rows = collections.defaultdict(list)
+    for group in taken:
+        rows["staleness"].append(version - group.version)
     for group in generated:
-        rewards += group.rewards
-        lengths += group.lengths()
-        ended += group.ended
-        repeats += map(repetitive, group.texts)
-        silent.append(not has_signal(group.rewards))
-    if generated:
-        row["reward"] = float(np.mean(rewards))
-        row["length"] = float(np.mean(lengths))
-        row["no_end"] = 1 - float(np.mean(ended))
-        row["repetitive"] = float(np.mean(repeats))
-        row["zero_groups"] = float(np.mean(silent))
-    return row
-
-
-def show_rollouts(groups):
-    """Print the best and the worst rollout of the last round's first and last problem."""
-    for group in (groups[0], groups[-1]):
-        for i in sorted({int(np.argmax(group.rewards)), int(np.argmin(group.rewards))}):
-            print(f"    reward {group.rewards[i]:.2f} | {group.problem.prompt} -> {group.texts[i][:200]!r}")
+        rows["reward"].append(np.mean(group.rewards))
+        rows["length"].append(np.mean(group.lengths()))
+        rows["no_end"].append(1 - np.mean(group.ended))
+        rows["zero_groups"].append(not has_signal(group.rewards))
+    return {key: float(np.mean(values)) for key, values in rows.items()}
 
 
 # ---- the behavioral stage's reward model ----------------------------------------------------------------------------
@@ -1757,9 +1635,8 @@ class RewardModel(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.backbone = copy.deepcopy(model)
-        self.head = torch.nn.Linear(model.config.hidden_size, 1)
+        self.head = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
         torch.nn.init.zeros_(self.head.weight)
-        torch.nn.init.zeros_(self.head.bias)
 
     def forward(self, conversations):
         ids, mask = left_padded(conversations, 0, self.head.weight.device)
@@ -1836,26 +1713,21 @@ class GatedReward:
 
 
 @torch.no_grad()
-def held_out_loss(model, sources, stage, pad, late, tokens=16384):
-    """Mean loss on held-out samples: {source: {"loss": all positions, "late": from position `late` on}}."""
+def held_out_loss(model, sources, stage, pad, tokens=16384):
+    """Mean loss on held-out samples, by source."""
     result, device = {}, model.norm.weight.device
     model.eval()
     for source in sources:
         if source.size(held_out=True) == 0:
             continue
         loader = Loader([source], stage, max(tokens, stage.context), 0, pad, held_out=True)
-        inputs, targets, positions, _ = loader.next()
-        losses = []                                             # a tensor (S,) for each of this process' rows
-        for batch in zip(*(part.split(8) for part in shard_rows((inputs, targets, positions)))):
-            x, y, p = (part.to(device) for part in batch)
-            logits = model.logits(model.hidden_states(x, position_ids=p))
-            losses += F.cross_entropy(logits.transpose(1, 2), y, reduction="none").cpu()
-        losses = torch.stack(unshard(losses)[:len(inputs)])     # (rows, S), without the padding of shard_rows
-        counted = targets >= 0
-        far = counted & (positions >= late)
-        if counted.any():
-            result[source.name] = {"loss": losses[counted].mean().item(),
-                                   "late": losses[far].mean().item() if far.any() else None}
+        *batch, _ = loader.next()
+        total = 0.0
+        for inputs, targets, positions in zip(*map(torch.split, shard_rows(batch), (8, 8, 8))):
+            total += summed_loss(model, inputs.to(device), targets.to(device), positions.to(device)).item()
+        count = max(1, (batch[1] >= 0).sum().item())
+        name = source.name.encode("utf-8", "replace").decode()  # some file systems' names are no UTF-8
+        result[name] = round(sum(all_gather(total)) / count, 4)
     return result
 
 
@@ -1885,194 +1757,103 @@ def verify_replies(problems, replies):
     return np.array(rewards, float)
 
 
-def solve_rates(model, tokenizer, problems, samples, temperature=1.0, seed=0):
+def solve_rates(model, tokenizer, problems, samples, temperature=1.0):
     """The share of `samples` replies to each problem that are right: (problems,) array."""
     source, rates = Checkpoint(model, tokenizer, temperature), np.zeros(len(problems))
     names = sorted({problem.task for problem in problems})
     # The processes share out the tasks: replies to one are about equally long, and a batch waits for its longest.
     for name in tqdm(shard(names), desc="held-out problems", leave=False, disable=None):
-        task, mine, prompts, limit = find_task(name), [], [], 160
+        mine = np.array([problem.task == name for problem in problems])
+        asked, prompts, limit = list(itertools.compress(problems, mine)), [], 160
         # A reply may be half as long again as the teacher's, and a short one longer: a search takes its time.
-        for i, problem in enumerate(problems):
-            if problem.task == name:
-                mine.append(i)
-                prompts += [problem.prompt] * samples
-                limit = max(limit, len(tokenizer.encode(task.solve(problem))) * 3 // 2 + 16)
-        replies = np.array(source(prompts, limit, seed), object).reshape(-1, samples)
-        rates[mine] = verify_replies([problems[i] for i in mine], replies).mean(1)
-    return np.array(all_reduce(*rates))
-
-
-def chance_rates(problems):
-    """What the teacher's replies to *other* problems of the same task and difficulty would earn: (problems,) array."""
-    rates = np.zeros(len(problems))
-    for i, problem in enumerate(problems):
-        task, rewards = find_task(problem.task), []
-        for other in problems:
-            alike = (other.task, other.difficulty) == (problem.task, problem.difficulty)
-            if alike and other.prompt != problem.prompt:
-                rewards.append(task.verify(problem, task.solve(other, i))[0])
-        rates[i] = sum(rewards) / max(1, len(rewards))
-    return rates
+        for problem in asked:
+            prompts += [problem.prompt] * samples
+            limit = max(limit, len(tokenizer.encode(find_task(name).solve(problem))) * 3 // 2 + 16)
+        replies = np.array(source(prompts, limit, 0), object).reshape(-1, samples)
+        rates[mine] = verify_replies(asked, replies).mean(1)
+    return sum(all_gather(rates))
 
 
 def pass_at_1(model, tokenizer, tasks, problems, samples):
-    """Mean accuracy of single samples at temperature 1 on held-out problems, `problems` a task over its levels.
-
-    -> {"pass@1", "ci95": [low, high], "greedy", "problems", and by task: "tasks", "tasks_ci95", "greedy_tasks",
-    "chance"}; chance is the teacher's reply to another problem of the same task and difficulty.
-    """
+    """Accuracy of single samples at temperature 1 on `problems` held-out problems a task -> report.json's {"pass@1",
+    "ci95", "problems", "tasks"}."""
     # The same problems after every stage, so that stages can be compared.
     held = held_out_problems(tasks, problems if samples else 0)
-    result = {"pass@1": 0.0, "ci95": [0.0, 0.0], "greedy": 0.0, "problems": len(held), "tasks": {}, "tasks_ci95": {},
-              "greedy_tasks": {}, "chance": {}}
-    if held:
-        rates, greedy = solve_rates(model, tokenizer, held, samples), solve_rates(model, tokenizer, held, 1, 0.0)
-        chance = chance_rates(held)
-        result |= {"pass@1": float(rates.mean()), "ci95": interval(rates), "greedy": float(greedy.mean())}
-        for i, task in enumerate(tasks):
-            its = slice(i * problems, (i + 1) * problems)
-            result["tasks"][task] = float(rates[its].mean())
-            result["tasks_ci95"][task] = interval(rates[its])
-            result["greedy_tasks"][task] = float(greedy[its].mean())
-            result["chance"][task] = float(chance[its].mean())
-    return result
+    if not held:
+        return {"pass@1": 0.0, "ci95": [0.0, 0.0], "problems": 0, "tasks": {}}
+    rates = solve_rates(model, tokenizer, held, samples)
+    by_task = dict(zip(tasks, rates.reshape(len(tasks), problems).mean(1).tolist()))
+    return {"pass@1": float(rates.mean()), "ci95": interval(rates), "problems": len(held), "tasks": by_task}
 
 
-def vote(texts):
-    """The most frequent answer, letter by letter; a reply without one has no vote.  "" if none has."""
-    votes = collections.Counter()
-    for text in texts:
-        answer = split_answer(text)
-        if answer:
-            votes[answer] += 1
-    return votes.most_common(1)[0][0] if votes else ""
-
-
-def field_vote(labels, texts):
-    """The most frequent value of each label, put together; a dot, which says that a value was not found, has no vote.
-
-    >>> field_vote("bc", ["<think></think>b5c.", "<think></think>b5c1", "<think></think>b2c.", "<think>"])
-    'b5c1'
-    """
-    votes, chosen = collections.Counter(), ""
-    for text in texts:
-        answer = split_answer(text) or ""
-        votes.update(answer[i:i + 2] for i in range(0, len(answer) - 1, 2))     # "b5c1" -> "b5", "c1"
-    for label in labels:
-        chosen += max((label + value for value in "0123456789"), key=votes.__getitem__)
-    return chosen
-
-
-def sample_together(model, tokenizer):
-    """-> generate(prompts, max_new_tokens, seed) for markovian_rsa.  Every process samples its share of the batches and
-    gets all; a call that was made before, as the methods' first rounds are, is not sampled again."""
-    source, known = Checkpoint(model, tokenizer, share=shard), {}
-
-    def generate(prompts, max_new_tokens, seed):
-        call = (tuple(prompts), max_new_tokens, seed)
-        if call not in known:
-            bar = functools.partial(tqdm, desc="test-time compute", total=len(prompts), leave=False, disable=None)
-            known[call] = [None] * len(prompts)
-            for part in all_gather(source(prompts, max_new_tokens, seed, progress=bar)):
-                known[call] = [old if new is None else new for old, new in zip(known[call], part)]
-        return known[call]
-
-    return generate
+def majority_rates(problems, replies):
+    """Whether each problem's most frequent answer is right, 0 or 1; a reply without an answer has no vote."""
+    right = []
+    for problem, texts in zip(problems, replies):
+        answer, _ = majority([split_answer(text) or None for text in texts])
+        right.append(find_task(problem.task).verify_answer(problem.data, answer or ""))
+    return np.array(right, float)
 
 
 def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
-    """Test-time compute on one task: Markovian RSA beside what else as many tokens can buy, as an entry of report.json.
+    """Test-time compute on one task: Markovian RSA beside what else as many tokens buy, as an entry of report.json.
 
-    Shares are of held-out problems, with 95 % intervals over them.  Votes, pass@N and the choice of a reply that says
-    of itself that it holds look at plain samples: N of them, or N (T + 1), which cost as much as T rounds.  rounds: by
-    method, the mean correctness of the population after each round, or of a vote; tokens: what was generated until
-    then, a problem.
+    Shares of held-out problems that are right, with 95 % intervals over them.  rounds: by method, the population's
+    after each round, or a vote's; tokens: what was generated until then, a problem.
     """
-    task, budget, difficulty = find_task(name), eval_spec.budget, eval_spec.tasks[name]
-    N, T = budget.population, budget.rounds
+    budget, difficulty = eval_spec.budget, eval_spec.tasks[name]
+    N, T, tail = budget.population, budget.rounds, budget.tail
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
-    prompts = [problem.prompt for problem in problems]
-    generate, longest = sample_together(model, tokenizer), {}
-    tokens, curves, scores = {}, {}, {}                         # curves[method][round], scores[key]: (problems,) arrays
+    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
+    bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
+    source, known = Checkpoint(model, tokenizer), {}
+    longest, rates = {}, {}                                     # rates: (problems,) arrays
 
-    def sample(method, population, subset, rounds, tail):
-        """-> the texts of all populations, an array (rounds + 1, problems, population)."""
-        results = markovian_rsa(prompts, generate, population, subset, rounds, budget.budget, tail, seed, tokenizer)
+    def generate(prompts, max_new_tokens, seed):
+        """A call that another method made before, as the first rounds are, is not sampled again."""
+        call = (tuple(prompts), max_new_tokens, seed)
+        if call not in known:
+            known[call] = source(prompts, max_new_tokens, seed, progress=bar)
+        return known[call]
+
+    # Population, subset, rounds, tail of Markovian RSA, two special cases, and as many plain samples as T rounds cost.
+    runs = {"markovian_rsa": (N, budget.subset, eval_spec.most_rounds, tail), "delethink": (N, 1, T, tail),
+            "full_rsa": (N, budget.subset, T, budget.budget), "vote": (N * (T + 1), 1, 0, 0)}
+    for method, (population, subset, rounds, tail) in runs.items():
+        results = markovian_rsa([problem.prompt for problem in problems], generate, population, subset, rounds,
+                                budget.budget, tail, seed, tokenizer)
         longest[method] = max(result.longest_prompt for result in results)
         texts = [[[candidate.text for candidate in some] for some in result.rounds] for result in results]
-        return np.array(texts, object).swapaxes(0, 1)
-
-    def follow(method, texts):
-        """What a method's rounds yield and cost."""
-        spent, curves[method] = [], []
-        for replies in texts:
-            spent.append(sum(count_tokens(text, tokenizer) for text in replies.flat))
-            curves[method].append(verify_replies(problems, replies).mean(1))
-        tokens[method] = (np.cumsum(spent) / len(problems)).tolist()
-        return texts
-
-    def right(answers):
-        return np.array([task.verify_answer(p.data, answer) for p, answer in zip(problems, answers)], float)
-
-    # Markovian RSA, and two special cases of it.
-    recursive = follow("markovian_rsa", sample("markovian_rsa", N, budget.subset, eval_spec.most_rounds, budget.tail))
-    follow("delethink", sample("delethink", N, 1, T, budget.tail))
-    follow("full_rsa", sample("full_rsa", N, budget.subset, T, budget.budget))
-    curves["markovian_rsa_majority"] = [right(map(vote, replies)) for replies in recursive]
-    for method in list(curves):
-        scores[method] = curves[method][T]
-
-    # As many plain samples as T rounds cost: T + 1 rounds of N, of which a vote looks at all so far.
-    plain = sample("vote", N * (T + 1), 1, 0, 0)[0]
-    follow("vote", plain.reshape(-1, T + 1, N).swapaxes(0, 1))
-    curves["vote"] = [right(map(vote, plain[:, :N * (t + 1)])) for t in range(T + 1)]
-    scores["maj@N"] = curves["vote"][0]
-    scores["maj@equal_tokens"] = curves["vote"][T]
-    rewards = verify_replies(problems, plain)
-    scores["single"] = rewards.mean(1)
-    scores["pass@N"] = rewards[:, :N].max(1)
-    scores["pass@equal_tokens"] = rewards.max(1)
-    greedy = Checkpoint(model, tokenizer, 0.0)(prompts, budget.budget, seed)
-    scores["greedy"] = verify_replies(problems, zip(greedy))[:, 0]
-    if task.self_verified("") is not None:                      # the first reply that says it holds, else the first
-        chosen = [max(texts, key=task.self_verified) for texts in plain]
-        scores["certified@equal_tokens"] = verify_replies(problems, zip(chosen))[:, 0]
-    if task.labelled:
-        labels = [[label for *_, label in problem.data["columns"]] for problem in problems]
-        scores["field_vote@equal_tokens"] = right(map(field_vote, labels, plain))
-
-    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "population": N,
-           "subset": budget.subset, "T": T, "tail": budget.tail, "longest_prompt": longest["markovian_rsa"],
-           "longest_prompt_full_rsa": longest["full_rsa"], "generated_tokens": tokens["markovian_rsa"][T],
-           "rounds": {}, "rounds_ci95": {}, "tokens": tokens}
-    for method, rounds in curves.items():
-        row["rounds"][method] = np.mean(rounds, 1).tolist()
-        row["rounds_ci95"][method] = list(map(interval, rounds))
-    for key, rates in scores.items():
-        row[key] = float(rates.mean())
-        row[key + "_ci95"] = interval(rates)
-    return row
+        texts = np.array(texts, object).swapaxes(0, 1)          # (rounds + 1, problems, population)
+        curve = [verify_replies(problems, replies).mean(1) for replies in texts]
+        if method == "markovian_rsa":
+            rates["markovian_rsa_majority"] = majority_rates(problems, texts[T])
+        if method == "vote":                                    # it looks at N samples, then at N more, …
+            rates["single"] = curve[0]
+            curve = [majority_rates(problems, texts[0][:, :N * (t + 1)]) for t in range(T + 1)]
+            texts = texts.reshape(-1, T + 1, N).swapaxes(0, 1)
+        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in texts]
+        row["tokens"][method] = (np.cumsum(spent) / len(problems)).tolist()
+        row["rounds"][method] = np.mean(curve, 1).tolist()
+        rates["maj@equal_tokens" if method == "vote" else method] = curve[T]
+    for key, each in rates.items():
+        row[key] = float(each.mean())
+        row[key + "_ci95"] = interval(each)
+    return {**row, "generated_tokens": row["tokens"]["markovian_rsa"][T], "longest_prompt": longest["markovian_rsa"],
+            "longest_prompt_full_rsa": longest["full_rsa"]}
 
 
 def show_samples(model, tokenizer, sources, seed):
-    """Print how the model goes on with a held-out sample of each source, and how it answers two held-out problems."""
-    rng, device, tasks = random.Random(seed), model.norm.weight.device, []
-    generator = torch.Generator().manual_seed(seed)
+    """Print how the model goes on with a held-out sample of each source: a text, or the answer to a question."""
     for source in sources:
-        if isinstance(source, TaskSource):
-            tasks += source.tasks
-        elif source.size(held_out=True):
-            ids, wanted = source.get(rng.randrange(source.size(held_out=True)), held_out=True)
-            shown = wanted.index(True) if source.is_traces and True in wanted else 24       # a chat: up to the reply
-            ids = ids[:shown][-200:]
-            text = model.generate(torch.tensor([ids], device=device), 48, 0.8, generator=generator)[0].tolist()
-            print(f"    {source.name} | {tokenizer.decode(ids)[-100:]!r} -> {tokenizer.decode(text[len(ids):])!r}")
-    for name in rng.sample(tasks, min(2, len(tasks))):
-        problem = draw(find_task(name), f"show {seed}", 2, held_out=True)
-        answer = reply(model, tokenizer, [problem.prompt], 96, seed)[0]
-        verdict = "right" if find_task(name).verify(problem, answer)[0] else "wrong"
-        print(f"    {verdict} | {problem.prompt} -> {answer!r}")
+        size = source.size(held_out=True)
+        if size == 0:
+            continue
+        ids, by_assistant = source.get(seed % size if size else seed, held_out=True)
+        start = by_assistant.index(True) if source.is_traces and True in by_assistant else 24
+        prompt = torch.tensor([ids[:start]], device=model.norm.weight.device)
+        out = model.generate(prompt, 48, 0.8, generator=torch.Generator().manual_seed(seed))[0, prompt.shape[1]:]
+        print(f"    {source.name} | {tokenizer.decode(ids[:start])[-100:]!r} -> {tokenizer.decode(out.tolist())!r}")
 
 
 # ---- checkpoints and the log ----------------------------------------------------------------------------------------
@@ -2080,27 +1861,14 @@ def show_samples(model, tokenizer, sources, seed):
 
 @contextlib.contextmanager
 def lock_folder(out):
-    """Keep other runs out of a folder until this one ends: two would delete each other's checkpoints and log.
-
-    The system holds the lock and drops it when the process ends, be it by kill -9.  Raises SystemExit if it is taken.
-    """
-    if not is_main():                                           # the first process holds it for all
-        yield
-        return
-    with open(os.path.join(out, ".lock"), "a", encoding="utf-8") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
-                                 "--out") from None
-            print(f"{out} cannot be locked ({error.strerror}): nothing keeps a second run out of it")
-        yield
+    """Keep other runs out of a folder until this one ends, be it by kill -9: two would delete each other's files."""
+    lock = FileLock(os.path.join(out, ".lock"), timeout=0) if is_main() else contextlib.nullcontext()
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise SystemExit(f"{out} is taken: another run is at work in it; wait for its end, or take another "
+                         "--out") from None
 
 
 def write_text(path, text):
@@ -2110,14 +1878,12 @@ def write_text(path, text):
     os.replace(path + ".tmp", path)
 
 
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=1))
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)    # whole tensors, in the first process
 
 
 def save_checkpoint(folder, model, tokenizer, state=None):
     """Write a checkpoint beside the old one, then swap them by rename: at any moment one of the two is whole."""
-    # All processes gather the weights, the first one gets them whole and writes them.
-    weights = get_model_state_dict(model, options=OptimizerState.options)
+    weights = get_model_state_dict(model, options=WHOLE)        # every process takes part, the first one writes
     if is_main():
         shutil.rmtree(folder + ".new", ignore_errors=True)
         model.save_pretrained(folder + ".new", state_dict=weights)
@@ -2139,39 +1905,33 @@ def save_checkpoint(folder, model, tokenizer, state=None):
 def load_checkpoint(folder, device):
     """-> model, tokenizer, trainer state (None if it has none); None for a folder that is not there.
 
-    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises Damaged.
+    Puts right what a kill between the renames of `save_checkpoint` left behind.  Raises SystemExit if it is damaged.
     """
-    if is_main():
-        if not os.path.exists(folder) and os.path.exists(folder + ".old"):
-            os.rename(folder + ".old", folder)
-        for leftover in (folder + ".new", folder + ".old"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    if is_main() and not os.path.exists(folder) and os.path.exists(folder + ".old"):
+        os.rename(folder + ".old", folder)
     barrier()
     if not os.path.exists(folder):
         return None
+    path, state = os.path.join(folder, "trainer.pt"), None
     try:
-        model, tokenizer = fuse(Zaya.from_pretrained(folder, torch.float32, device)), Tokenizer.from_pretrained(folder)
-    except ValueError as error:
-        raise Damaged(f"{folder} is damaged: {error}") from None
+        model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
+        tokenizer = Tokenizer.from_pretrained(folder)
+        if os.path.exists(path):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not {"step", "seconds", "settings", "parts"} <= state.keys():
+                raise ValueError("no run of this program wrote trainer.pt")
+    except Exception as error:                                  # damage has many kinds
+        raise SystemExit(f"{folder} is damaged: {type(error).__name__} {' '.join(str(error).split())[:150]}") from None
     # The weights move out of the mapped file into aligned memory, else a resumed run may round differently.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    path, state = os.path.join(folder, "trainer.pt"), None
-    if os.path.exists(path):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise Damaged(f"{path} is damaged: {' '.join(str(error).split())[:150] or type(error).__name__}") from None
-        if not (isinstance(state, dict) and {"step", "seconds", "settings", "parts"} <= state.keys()):
-            raise Damaged(f"{path} was not written by a run of this program")
     return model, tokenizer, state
 
 
 class Log:
     """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
     COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
-               "reward", "length", "no_end", "repetitive", "zero_groups", "staleness", "masked", "flips", "kl",
-               "kl_live", "rollouts_per_second", "difficulty"]
+               "reward", "length", "no_end", "zero_groups", "staleness", "masked", "flips", "kl", "kl_live"]
 
     def __init__(self, out, stage, step):
         path = os.path.join(out, "log.csv") if is_main() else os.devnull
@@ -2192,7 +1952,7 @@ class Log:
 
 
 def read_log(out):
-    """log.csv as dictionaries; a last row that a kill cut in half is left out.  Raises Damaged."""
+    """log.csv as dictionaries; a last row that a kill cut in half is left out."""
     path = os.path.join(out, "log.csv")
     if not os.path.exists(path):
         return []
@@ -2200,14 +1960,12 @@ def read_log(out):
         with open(path, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if None not in row.values()]
-        if not {"stage", "step"} <= {*(reader.fieldnames or Log.COLUMNS)} <= {*Log.COLUMNS}:
-            raise ValueError("it has other columns")
         for row in rows:
-            STAGES.index(row["stage"])
-            for key in row.keys() - {"stage", "difficulty"}:
-                float(row[key] or 0)
-    except (ValueError, TypeError, csv.Error) as error:
-        raise Damaged(f"{path} is damaged: {error}") from None
+            STAGES.index(row["stage"]), int(row["step"]), float(row["loss"]), float(row["reward"] or 0)
+        if reader.fieldnames != Log.COLUMNS:
+            raise ValueError("it has other columns")
+    except (LookupError, TypeError, ValueError, csv.Error) as error:
+        raise SystemExit(f"{path} is damaged: {error}; delete it, or put it right") from None
     return rows
 
 
@@ -2219,27 +1977,20 @@ def read_log(out):
 
 
 def world_size():
-    """How many processes there are: 1 without torchrun."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if world_size() > 1 else 0
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main():
     """Whether this is the process that writes files."""
-    return rank() == 0
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 def shard(items):
     """This process' part of a list, range or tensor: every N-th, so that what is sorted is shared out evenly."""
-    return items[rank()::world_size()]
+    return items[dist.get_rank()::world_size()] if world_size() > 1 else items
 
 
 def all_gather(value):
-    """The values of all processes, in a list."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value)
@@ -2255,18 +2006,14 @@ def unshard(part):
     return whole
 
 
-def all_reduce(*numbers):
-    """Numbers, each summed over the processes."""
-    if world_size() == 1:
-        return numbers
-    total = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist()
+def average(row):
+    """A row of the log, each of its numbers averaged over the processes."""
+    rows = all_gather(row)
+    return {key: sum(other[key] for other in rows) / len(rows) for key in row}
 
 
 def barrier():
-    """Wait until all processes are here."""
-    all_reduce(0)
+    all_gather(None)
 
 
 def shard_model(model, size=0):
@@ -2277,70 +2024,24 @@ def shard_model(model, size=0):
     """
     if world_size() == 1:
         return model
-    device, copies = next(model.parameters()).device.type, world_size() // (size or world_size())
-    if copies == 1:
-        mesh = dist.init_device_mesh(device, (world_size(),), mesh_dim_names=("shard",))
-    else:
-        mesh = dist.init_device_mesh(device, (copies, size), mesh_dim_names=("replicate", "shard"))
+    device, size = model.norm.weight.device.type, size or world_size()
+    mesh = dist.init_device_mesh(device, (world_size() // size, size), mesh_dim_names=("replicate", "shard"))
     # A layer's router state is a view, which FSDP2 warns about: an operation in place would lose its gradient.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for module in model.modules():
-        if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh)
     register_fsdp_forward_method(model, "hidden_states")
     return model
-
-
-def whole_weights(model):
-    """The state dict of a model, sharded or not, with whole tensors: every process takes part and gets all of them."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
 
 def shard_rows(batch):
     """This process' rows of input_ids, targets, position_ids (rows, S).  Rows of padding are added until all processes
     have equally many, since FSDP2 wants every process to take part in every forward pass."""
     missing = -len(batch[0]) % world_size()
-    return [shard(F.pad(part, (0, 0, 0, missing), value=padding)) for part, padding in zip(batch, (0, -100, -1))]
-
-
-class OptimizerState:
-    """All optimizers of a model as one part of a checkpoint: whole tensors by parameter name, for any number of
-    processes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-    def __init__(self, model, optimizers):
-        # Muon without momentum, as in RL, has no state, and torch's functions ask for one.
-        self.model, self.optimizers = model, [o for o in optimizers if o.defaults.get("momentum") != 0]
-
-    def state_dict(self):
-        """Whole in the first process, empty in the others."""
-        if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
-            self.model.reshard()
-        return get_optimizer_state_dict(self.model, self.optimizers, options=self.options)
-
-    def load_state_dict(self, state):
-        set_optimizer_state_dict(self.model, self.optimizers, state, options=self.options)
-
-
-def exit_on_sigterm(say):
-    """torchrun sends SIGTERM when another process has ended.  A thread waits for it, as the main thread may be waiting
-    for a message that will never come."""
-    reader, writer = os.pipe()
-
-    def wait():
-        while os.read(reader, 1)[0] != signal.SIGTERM:
-            pass
-        try:
-            say("stopped, because another process of this run ended (torchrun says which); the same command goes on "
-                "from the last checkpoint")
-        finally:
-            os._exit(1)
-
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)              # the byte in the pipe is what counts
-    signal.set_wakeup_fd(writer)
-    threading.Thread(target=wait, daemon=True).start()
+    rows = []
+    for part, padding in zip(batch, (0, -100, -1)):
+        rows.append(shard(F.pad(part, (0, 0, 0, missing), value=padding)))
+    return rows
 
 
 @contextlib.contextmanager
@@ -2351,66 +2052,67 @@ def process_group():
         yield
         return
     store, number, processes = next(dist.rendezvous("env://"))
+    ended = "stopped, because another process of this run ended (torchrun says which); the same command goes on from " \
+        "the last checkpoint"
 
-    def say(message):
-        if store.add("said", 1) == 1:
+    def stop(message):
+        if store.add("stopped", 1) == 1:
             print(message, file=sys.__stderr__, flush=True)
+        os._exit(1)                                             # without waiting for those that are no more
 
-    exit_on_sigterm(say)
+    signal.signal(signal.SIGTERM, lambda *_: stop(ended))       # torchrun's, when another process has ended
     if number:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    gpu = torch.cuda.is_available()
-    if gpu:
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # The first process may tokenise a file for long while the others wait; an end is noticed by torchrun, not by this.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=store, rank=number, world_size=processes,
-                            timeout=datetime.timedelta(hours=4))
+    # The first process may tokenise a file for long while the others wait.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=number,
+                            world_size=processes, timeout=datetime.timedelta(hours=4))
     try:
         yield
-    except BaseException as error:
-        if isinstance(error, SystemExit) and isinstance(error.code, str):
-            say(error.code)
-            raise SystemExit(1) from None
-        if number or not isinstance(error, SystemExit):
-            time.sleep(5)                                       # another's end may be the cause: then SIGTERM comes
-            sys.stderr = sys.__stderr__
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            stop(error.code)
         raise
+    except BaseException as error:
+        lost = re.search("gloo|NCCL", str(error))               # the other end of a connection is gone
+        stop(ended if lost else traceback.format_exc())
     dist.destroy_process_group()
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
-def first_characters(path, skip_bad_lines, most=4_000_000):
-    """The text that a file begins with; of chats what is said, a message a line."""
-    if file_kind(path) == "txt":
-        pieces = read_text(path)
-    else:
-        pieces = (message["content"] + "\n" for messages in read_jsonl(path, skip_bad_lines) for message in messages)
-    text = io.StringIO()
-    for piece in pieces:
-        text.write(piece)
-        if text.tell() >= most:
-            break
-    if not text.getvalue().strip():
-        raise SystemExit(f"{path} has no text")
-    return text.getvalue()[:most]
+def choose_device(config):
+    """-> device, dtype.  Raises SystemExit for what this machine does not have."""
+    check_choice("--dtype", config.dtype, ["auto", "float32", "bfloat16"])
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device, dtype = config.device, config.dtype
+    if device == "auto":
+        device = "cuda" if available["cuda"] else "cpu"
+    if not available[device]:
+        raise SystemExit(f"--device {device}: this PyTorch sees no such GPU; use --device cpu, or another build")
+    if config.shard and world_size() % config.shard:
+        raise SystemExit(f"--shard {config.shard}: the {world_size()} processes are no multiple of it")
+    if dtype == "auto":                                         # bfloat16 where it is known to be faster
+        fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if fast else "float32"
+    return device, getattr(torch, dtype)
 
 
 def make_tokenizer(config, vocab_size):
-    """A new run's tokenizer: named, or trained on the data (digits stay single).  Every checkpoint keeps it."""
-    if config.tokenizer and vocab_size:
-        raise SystemExit("--tokenizer brings its own vocabulary: leave out --vocab-size")
-    if config.tokenizer:
-        try:
-            return Tokenizer.named(config.tokenizer)
-        except (RuntimeError, ValueError) as error:
-            raise SystemExit(f"--tokenizer {config.tokenizer}: {str(error).splitlines()[0]}") from None
-    texts = [first_characters(path, config.skip_bad_lines) for path in config.data]
+    """A new run's tokenizer, trained on the data (digits stay single).  Every checkpoint keeps it."""
+    texts = []
+    for path in config.data:                                    # a beginning is enough: 4 MB, or a thousand rows
+        if file_kind(path) == "txt":
+            texts += itertools.islice(read_text(path), 4)
+        else:
+            for messages in itertools.islice(read_jsonl(path, config.skip_bad_lines), 1000):
+                texts += [message["content"] for message in messages]
     texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
+    bar = functools.partial(tqdm, desc="learning tokens", leave=False, disable=None)
     try:
-        return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size,
-                               functools.partial(tqdm, desc="learning tokens", leave=False, disable=None))
+        return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size, bar)
     except ValueError as error:
         raise SystemExit(f"--vocab-size: {error}") from None
 
@@ -2443,41 +2145,41 @@ def check_same_run(folder, name, model, state, config, shape):
                              f"value, take another --out, or delete {folder}")
 
 
-def open_stage(name, stages, config, shape, device):
+def open_stage(name, before, config, shape, device):
     """Where a stage goes on: its own checkpoint if it was begun, else the end of the stage before, else new weights
     -> model, tokenizer, trainer state (None: not begun)."""
-    before = stages[stages.index(name) - 1]
     for origin in (name, before):
         folder = os.path.join(config.out, origin)
         found = load_checkpoint(folder, device)
         if found:
             model, tokenizer, state = found
-            if origin != name and not (state and state.get("done")):
-                raise SystemExit(f"{before} in {config.out} is not finished: run --stages {before} first")
             check_same_run(folder, origin, model, state, config, shape)
-            return model, tokenizer, state if origin == name else None
+            if origin == name:
+                return found
+            if state["done"]:
+                return model, tokenizer, None
         if name == STAGES[0]:
             tokenizer = make_tokenizer(config, shape.get("vocab_size"))
-            model = new_model(config, shape, tokenizer).to(device)
-            print(f"the first loss should be near ln({tokenizer.vocab_size}) = {math.log(tokenizer.vocab_size):.2f}, "
-                  "or up to half a nat above it: random logits have a variance near 1")
-            return model, tokenizer, None
-    raise SystemExit(f"{name} goes on from {before}, but that is not in {config.out}: run --stages {before} first")
+            return new_model(config, shape, tokenizer).to(device), tokenizer, None
+    raise SystemExit(f"{name} goes on from the end of {before}, which {config.out} does not have: run --stages "
+                     f"{before} first")
 
 
-def finish_stage(name, stages, config, shape, report, device, dtype):
-    """Train one stage to its end from wherever it stands, and measure it once -> model, tokenizer."""
-    model, tokenizer, state = open_stage(name, stages, config, shape, device)
+def finish_stage(name, before, config, shape, report, device, dtype):
+    """Train one stage to its end from wherever it stands, and measure it once."""
+    model, tokenizer, state = open_stage(name, before, config, shape, device)
     counts = model.parameter_counts()
     report["params"] = {"total": counts["total"], "active": counts["active"]}
-    if name == STAGES[0]:
-        print(f"{counts['total'] / 1e6:.2f}M parameters, {counts['active'] / 1e6:.2f}M active per token (without the "
-              f"embedding), vocabulary {tokenizer.vocab_size}")
-    if not (state and state.get("done")):
-        # What an older run in this folder measured from this stage on was measured on other weights.
-        for later in [*STAGES[STAGES.index(name):], "evaluate"]:
-            report["stages"].pop(later, None)
-            report["seconds"].pop(later, None)
+    if not (state and state["done"]):
+        print(f"{name}: {counts['total']:,} parameters, {counts['active']:,} active per token (without the embedding), "
+              f"vocabulary {tokenizer.vocab_size}")
+        for later in STAGES[STAGES.index(name) + 1:]:
+            if os.path.exists(os.path.join(config.out, later)):
+                raise SystemExit(f"{name} is still to be trained, but {os.path.join(config.out, later)} was made from "
+                                 "another one: delete it, or take another --out")
+        # What an older run in this folder measured was measured on other weights.
+        report["stages"].pop(name, None)
+        report["seconds"].pop("evaluate", None)
         report["ttc"].clear()
         stage = stage_settings(config, name)
         train = rl_stage if isinstance(stage, RLStage) else supervised_stage
@@ -2486,205 +2188,142 @@ def finish_stage(name, stages, config, shape, report, device, dtype):
             model, tokenizer, _ = load_checkpoint(os.path.join(config.out, name), device)
     # A checkpoint is on disk before anything is measured; a run killed in between is measured when it goes on.
     if name in report["stages"]:
-        print(f"{name}: done before, {report['stages'][name]['pass@1']:.3f} pass@1")
-    else:
-        measure_stage(name, config, model, tokenizer, state, report)
-    return model, tokenizer
-
-
-def measure_stage(name, config, model, tokenizer, state, report):
-    """Ask a finished stage's model held-out problems; the results go into the report and are printed."""
+        print(f"{name}: done before")
+        return
     result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
-    result |= {key: state[key] for key in ("start", "end", "judged") if key in state}
-    result["loss"], losses = {}, []
-    for source, after in state.get("after", {}).items():
-        before = state["before"][source]
-        result["loss"][source] = {"before": before["loss"], "after": after["loss"], "late_before": before["late"],
-                                  "late_after": after["late"]}
-        losses.append(f"{source} {before['loss']:.2f} -> {after['loss']:.2f}")
-    report["stages"][name], report["seconds"][name] = result, state["seconds"]
+    report["stages"][name] = {**result, **state["measured"]}
+    report["seconds"][name] = state["seconds"]
     write_report(config.out, report)
-    said = [f"{name}: {state['seconds']:.0f} s"]
-    if losses:
-        said.append("held-out loss " + ", ".join(losses))
-    said.append("pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}], greedy {greedy:.3f}, on {problems} held-out "
-                "problems".format(**result))
-    print(" | ".join(said))
+    solved = "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
+    print(f"{name}: {state['seconds']:.0f} s | {solved}")
+    for what, numbers in state["measured"].items():             # losses by source, difficulties by task
+        if isinstance(numbers, dict):
+            numbers = ", ".join(f"{key} {number:.4g}" for key, number in numbers.items())
+            print(f"    {what}: {numbers}")
 
 
 def run_evaluation(config, report, tasks, device):
     """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
-    eval_spec, final = PRESETS[config.preset]["evaluate"], load_checkpoint(os.path.join(config.out, "final"), device)
+    eval_spec = PRESETS[config.preset]["evaluate"]
+    final = load_checkpoint(os.path.join(config.out, "final"), device)
     if not (final and report["stages"]):
         raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
                          "first")
     model, tokenizer, _ = final
-    done = [(row["task"], row["difficulty"]) for row in report["ttc"]]
-    for name in tasks:
-        if (name, eval_spec.tasks[name]) in done:
-            continue
-        begun = time.perf_counter()
-        row = evaluate_ttc(model, tokenizer, name, eval_spec, config.seed)
-        seconds = time.perf_counter() - begun
-        report["ttc"].append(row)
-        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + seconds
+    done = [row["task"] for row in report["ttc"]]
+    todo = [name for name in tasks if name not in done]
+    # As many tasks at a time as there are processes.
+    for start in range(0, len(todo), world_size()):
+        begun, rows = time.perf_counter(), []
+        for name in shard(todo[start:start + world_size()]):
+            rows.append(evaluate_ttc(model, tokenizer, name, eval_spec, config.seed))
+        rows = unshard(rows)
+        report["ttc"] += rows
+        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
         write_report(config.out, report)
-        print("evaluate: {task} at {difficulty} | single {single:.3f}, vote at equal tokens {maj@equal_tokens:.3f}, "
-              "Markovian RSA {markovian_rsa:.3f} [{markovian_rsa_ci95[0]:.3f}, {markovian_rsa_ci95[1]:.3f}], full RSA "
-              "{full_rsa:.3f} | ".format(**row) + f"{seconds:.0f} s")
+        for row in rows:
+            print(f"evaluate: {ttc_line(row)}")
 
 
 def read_report(config):
-    """report.json of this run so far.  Raises Damaged if there is one that no run of this program wrote."""
+    """report.json of this run so far.  Raises SystemExit if another run or no run of this program wrote it."""
     path = os.path.join(config.out, "report.json")
     if not os.path.exists(path):
         return {"preset": config.preset, "seed": config.seed, "seconds": {}, "params": {}, "stages": {}, "ttc": []}
-    report = read_json(path)
     try:
+        report = read_json(path)
         report_table(report)                                    # a report of this program can be shown
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise Damaged(f"{path} is no report of this program, or a part of one (without it finished stages are measured "
-                      "again)") from None
-    if config.stages == "evaluate" and (report["preset"], report["seed"]) != (config.preset, config.seed):
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} is damaged, or no report of this program ({error}): put it back, or delete it, then "
+                         "finished stages are measured again") from None
+    if (report["preset"], report["seed"]) != (config.preset, config.seed):
         raise SystemExit(f"{config.out} was made with --preset {report['preset']} --seed {report['seed']}: say so "
-                         "again")
-    return {**report, "preset": config.preset, "seed": config.seed}
+                         "again, or take another --out")
+    return report
+
+
+def ttc_line(row):
+    return ("{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: majority "
+            "{maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA "
+            "{markovian_rsa:.2f} [{markovian_rsa_ci95[0]:.2f}, {markovian_rsa_ci95[1]:.2f}]").format(**row)
 
 
 def report_table(report):
-    """report.md: pass@1 by task, a column a stage; then test-time compute, a line a task."""
-    stages = sorted(report["stages"], key=STAGES.index)
-    tasks = report["stages"][stages[-1]]["chance"]
-    rl_tasks = [task for task in REASONING if task in tasks]
-    columns = [["task", "---", *tasks, "mean of the RL stages' tasks", "**all**", "95 % interval", "greedy"],
-               ["chance", "---", *map("{:.2f}".format, tasks.values()), "", "", "", ""]]
-    for name in stages:
+    """report.md: held-out pass@1 at temperature 1, a line a stage; then test-time compute, a line a task."""
+    text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token".format(**report)
+    text += "\n\n| after | held-out pass@1 | 95 % interval | by task |\n|---|---|---|---|\n"
+    for name in sorted(report["stages"], key=STAGES.index):
         result = report["stages"][name]
-        solved = {task: result["tasks"].get(task, 0.0) for task in tasks}
-        mean = sum(map(solved.get, rl_tasks)) / max(1, len(rl_tasks))
-        columns.append([name, "---", *map("{:.2f}".format, solved.values()), f"{mean:.3f}",
-                        "**{pass@1:.3f}**".format(**result), "{:.3f}-{:.3f}".format(*result["ci95"]),
-                        f"{result['greedy']:.3f}"])
-    text = "# {preset}, seed {seed}: {params[total]:,} parameters, {params[active]:,} active per token\n\n" \
-        "Held-out pass@1 at temperature 1 (chance: the teacher's answer to another problem):\n\n".format(**report)
-    for row in zip(*columns):
-        text += f"| {' | '.join(row)} |\n"
+        tasks = ", ".join(f"{task} {rate:.2f}" for task, rate in result["tasks"].items())
+        text += "| {} | {pass@1:.3f} | {ci95[0]:.3f}-{ci95[1]:.3f} | {} |\n".format(name, tasks, **result)
     for row in report["ttc"]:
-        text += "\n{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: " \
-            "majority {maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA " \
-            "{markovian_rsa:.2f} [{markovian_rsa_ci95[0]:.2f}, {markovian_rsa_ci95[1]:.2f}], its majority " \
-            "{markovian_rsa_majority:.2f}\n".format(**row)
+        text += f"\n{ttc_line(row)}\n"
     return text
 
 
 def write_report(out, report):
     """report.json for programs; report.md, report.png and loss.png for people."""
-    if is_main():
-        write_json(os.path.join(out, "report.json"), report)
-        write_text(os.path.join(out, "report.md"), report_table(report))
-        for name, figure in (("report.png", draw_report(report)), ("loss.png", draw_log(read_log(out)))):
-            path = os.path.join(out, name)
-            figure.savefig(path + ".tmp", format="png", dpi=110)
-            os.replace(path + ".tmp", path)
+    if not is_main():
+        return
+    write_json(os.path.join(out, "report.json"), report)
+    write_text(os.path.join(out, "report.md"), report_table(report))
+    solved, losses = collections.defaultdict(dict), collections.defaultdict(dict)
+    for stage in sorted(report["stages"], key=STAGES.index):
+        for task, rate in report["stages"][stage]["tasks"].items():
+            solved[task][stage] = rate
+    for number, row in enumerate(read_log(out), 1):
+        if row["stage"] in STAGES[:3]:
+            losses[row["stage"]][number] = float(row["loss"])
+    draw_curves(os.path.join(out, "report.png"), solved, "after", "held-out pass@1 at temperature 1")
+    draw_curves(os.path.join(out, "loss.png"), losses, "step", "training loss (nats a token)")
 
 
-def draw_report(report):
-    """report.png: what each stage solves of each task, and what chance would."""
-    from matplotlib import colormaps
+def draw_curves(path, curves, xlabel, ylabel):
+    """A picture of {label: {x: y}}."""
     from matplotlib.figure import Figure
-    stages = sorted(report["stages"], key=STAGES.index)
-    chance = report["stages"][stages[-1]]["chance"]
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axis, width, places = figure.subplots(), 0.8 / len(stages), np.arange(len(chance))
-    for i, stage in enumerate(stages):
-        solved = [report["stages"][stage]["tasks"].get(task, 0) for task in chance]
-        axis.bar(places - 0.4 + (i + 0.5) * width, solved, width, label=f"after {stage}",
-                 color=colormaps["viridis"](i / len(stages)))
-    axis.hlines(list(chance.values()), places - 0.45, places + 0.45, "black", "dotted", label="chance")
-    axis.set_xticks(places, list(chance), rotation=20)
-    axis.set(ylim=(0, 1.05), ylabel="pass@1", title="Held-out problems solved, one sample at temperature 1")
-    figure.legend(loc="outside right center")
-    return figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, points in curves.items():
+        axis.plot(list(points), list(points.values()), ".-", linewidth=0.8, markersize=3, label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if curves:
+        figure.legend(loc="outside right center")
+    figure.savefig(path + ".tmp", format="png", dpi=110)
+    os.replace(path + ".tmp", path)
 
 
-def draw_log(rows):
-    """loss.png: the loss over the steps of the supervised stages and, if there are any, the reward over those of RL."""
-    from matplotlib.figure import Figure
-    panels = [("loss", "training loss (nats a token)", STAGES[:3])]
-    if any(row["reward"] for row in rows):
-        panels.append(("reward", "mean reward", STAGES[3:]))
-    figure = Figure(figsize=(9, 3.5 * len(panels)), layout="constrained")
-    for axis, (column, label, stages) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels):
-        start = 0
-        for stage in stages:
-            seen = [row for row in rows if row["stage"] == stage and row[column]]
-            values = np.array([float(row[column]) for row in seen])
-            steps = start + np.array([int(row["step"]) for row in seen])
-            if seen:                                            # the running mean, and pale behind it each step
-                width = min(15, 2 * (len(values) // 8) + 1)
-                smooth = np.convolve(np.pad(values, width // 2, "edge"), np.ones(width) / width, "valid")
-                line, = axis.plot(steps, smooth, label=stage)
-                axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.7)
-                start = steps[-1]
-        axis.set(xlabel="step", ylabel=label)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    return figure
-
-
-def check_files(config):
-    """The files of --data can be read."""
-    for path in config.data:
-        if not os.path.isfile(path):
-            raise SystemExit(f"--data {path}: no such file")
-        if file_kind(path) is None:
-            raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
-                             "convert it")
-    if len(set(config.data)) < len(config.data):
-        raise SystemExit("--data names a file twice")
-
-
-def save_final(config, last, model, tokenizer):
-    """final/ is the last stage there is: one before it that was only measured again leaves it alone."""
-    for later in STAGES[STAGES.index(last) + 1:]:
-        if os.path.exists(os.path.join(config.out, later)):
-            return
-    save_checkpoint(os.path.join(config.out, "final"), model, tokenizer)
-
-
+@explained("stopped", (OSError, SafetensorError))               # what the system refuses ends in one sentence
 def main(arguments=None):
     """The command line: the stages that were asked for, one after the other, a report after each, then evaluation."""
     begun = time.perf_counter()
     config, shape = parse_arguments(arguments)
-    check_files(config)
-    device, dtype, why = choose_device(config)
-    print(why)
+    for path in config.data:
+        if file_kind(path) is None:
+            raise SystemExit(f"--data {path}: .txt and .jsonl files are read, .json too, each also as .gz; rename or "
+                             "convert it")
+    device, dtype = choose_device(config)
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print(f"device {device}, {dtype}, {torch.get_num_threads()} threads{processes}")
     print("settings: " + ", ".join(f"{name}={value}" for name, value in vars(config).items()))
-    # An RL stage is left out if --tasks has nothing for it.
+    asked, tasks = config.stages.split(","), []
     stages = [name for name in STAGES if getattr(stage_settings(config, name), "tasks", True)]
-    wanted, evaluated = [], []
-    for name in sorted(config.stages.split(","), key=[*STAGES, "evaluate"].index):
-        if name == "evaluate":
-            evaluated = [task for task in PRESETS[config.preset]["evaluate"].tasks if task in task_names(config.tasks)]
-        elif name in stages:
-            wanted.append(name)
-        else:
-            print(f"{name} is left out: --tasks {config.tasks} has none of what it asks, "
-                  + ", ".join(PRESETS[config.preset]["stages"][name].tasks))
-    if not (wanted or evaluated):
+    for name in set(asked) - {*stages, "evaluate"}:
+        print(f"{name} is left out: --tasks {config.tasks} has nothing for it")
+    if "evaluate" in asked:
+        tasks = [task for task in PRESETS[config.preset]["evaluate"].tasks if task in task_names(config.tasks)]
+    if not (tasks or set(asked) & set(stages)):
         raise SystemExit(f"--stages {config.stages} with --tasks {config.tasks} leaves nothing to run")
     os.makedirs(config.out, exist_ok=True)
     with lock_folder(config.out):
         report = read_report(config)
-        for name in wanted:
-            model, tokenizer = finish_stage(name, stages, config, shape, report, device, dtype)
-        if wanted:
-            save_final(config, name, model, tokenizer)
-        if evaluated:
-            run_evaluation(config, report, evaluated, device)
+        for before, name in zip([None, *stages], stages):
+            if name in asked:
+                finish_stage(name, before, config, shape, report, device, dtype)
+        if tasks:
+            run_evaluation(config, report, tasks, device)
     print("\n" + report_table(report))
     print(f"{(time.perf_counter() - begun) / 60:.1f} minutes in all; {config.out} holds final/ (the checkpoint), "
-          "report.md, report.png, report.json, loss.png, log.csv")
+          "report.md, report.png, report.json, loss.png, log.csv", flush=True)
 
 
 # ---- appendix: the tasks --------------------------------------------------------------------------------------------
@@ -2692,7 +2331,7 @@ def main(arguments=None):
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: what the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
+    """What the user asks, and the data that checks an answer (JSON only: a verifier keeps no state)."""
     task: str
     difficulty: int
     prompt: str
@@ -2715,14 +2354,13 @@ class Task:
     """A family of problems: make(seed, d), verify(problem, text), solve(problem, seed), corrupt(problem, seed).
 
     A subclass gives `generate(rng, d)` -> (prompt, data); `solution(data, rng, error_rate)` -> (reasoning, answer), in
-    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string.
-    To copy one, take Problem, split_answer, draw, is_held_out and this class along, and what its docstring names.
+    which each step goes wrong with that probability; and `verify_answer(data, answer)` -> bool for any string, unless
+    the teacher's answer is the only right one.
     """
     exact = True                            # the teacher always finds the answer; otherwise it searches and may fail
     levels = (1, 2, 3)                      # the fixed difficulties of evaluation and RL, where SFT leaves room above
     hardest = 30                            # difficulties end here
-    reads = False                           # `aggregate` builds on the replies that it is shown
-    labelled = False                        # an answer is a list of labels and values, one character each
+    reads = False                           # aggregate(problem, replies, seed) builds on the replies that it is shown
 
     def __init__(self, name):
         self.name = name
@@ -2731,6 +2369,9 @@ class Task:
         """The same seed and difficulty (an integer from 1) give the same problem."""
         prompt, data = self.generate(random.Random(f"{self.name} {seed} {d}"), max(1, d))
         return Problem(self.name, d, prompt, data)
+
+    def verify_answer(self, data, answer):
+        return answer == self.solution(data, None, 0.0)[1]
 
     def verify(self, problem, text):
         """(reward, format), 0 or 1 each, for any text."""
@@ -2748,25 +2389,16 @@ class Task:
         """A plausible reply with a wrong answer: the teacher makes more and more errors until one spoils it.  If none
         does, we take the teacher's reply to another problem."""
         rng = random.Random(f"corrupt {seed}")
-        error_rate, data = 0.1, problem.data
-        for attempt in range(10_000):
-            if attempt > 30:
+        error_rate, answer, data = 0.0, None, problem.data
+        while answer is None or self.verify_answer(problem.data, answer):
+            if error_rate > 3.05:                               # after 31 attempts
                 data = draw(self, rng.getrandbits(48), problem.difficulty, held_out=False).data
+            error_rate += 0.1
             reasoning, answer = self.solution(data, rng, error_rate)
-            if not self.verify_answer(problem.data, answer):
-                return f"<think>{reasoning}</think>{answer}"
-            error_rate = min(1.0, error_rate + 0.1)
-        raise RuntimeError(f"task {self.name} made no wrong reply to {problem.prompt!r}")
-
-    def self_verified(self, text):
-        """Whether a reply says that its answer was checked and holds; None where replies of the task say nothing."""
+        return f"<think>{reasoning}</think>{answer}"
 
     def good_rollout(self, problem, seed=0):
-        """A reply that helps whoever reads it, for aggregation prompts."""
-        return self.solve(problem, seed)
-
-    def aggregate(self, problem, replies, seed=0):
-        """The teacher's reply after reading other replies; a task that does not read solves the problem by itself."""
+        """A reply that helps whoever reads it in an aggregation prompt."""
         return self.solve(problem, seed)
 
 
@@ -2774,11 +2406,14 @@ class Search(Task):
     """A task whose teacher guesses and checks: guess(data, rng) -> answer, and trial(data, answer, rng, error_rate) ->
     (its text, whether the answer seems to work).  "#y" or "#n" before the answer says how the last trial went.
 
-    After a failed trial the teacher gives up with probability `gives_up`.  So imitating it is capped, and only reward
-    can teach a model to guess better and to go on.
+    The teacher often gives up after a failed trial.  So imitating it is capped, and only reward can teach a model to
+    guess better and to go on.  An answer that is_valid(data, answer) is right if a trial without errors works.
     """
     exact = False
     gives_up, most = 0.6, 8
+
+    def verify_answer(self, data, answer):
+        return self.is_valid(data, answer) and self.trial(data, answer, random.Random(0), 0.0)[1]
 
     def solution(self, data, rng, error_rate):
         trials = []
@@ -2799,17 +2434,13 @@ class Search(Task):
 
     def aggregate(self, problem, replies, seed=0):
         """Take over one of the right answers and check it anew; if there is none, search honestly."""
-        right = [split_answer(reply) for reply in replies if self.verify(problem, reply)[0]]
+        right = [reply for reply in replies if self.verify(problem, reply)[0]]
         if not right:
             return self.solve(problem, seed)
         rng = random.Random(f"aggregate {seed}")
-        answer = rng.choice(right)
+        answer = split_answer(rng.choice(right))
         text, _ = self.trial(problem.data, answer, rng, 0.0)
         return f"<think>{text}#y{answer}</think>{answer}"
-
-    def self_verified(self, text):
-        answer = split_answer(text)
-        return answer is not None and text.partition("</think>")[0].endswith(f"#y{answer}")
 
 
 def with_error(value, rng, error_rate):
@@ -2819,25 +2450,27 @@ def with_error(value, rng, error_rate):
     return value - value % 10 + (value + rng.randrange(1, 10)) % 10
 
 
-def column_labels(rng, count):
-    """`count` letters in a row of the alphabet with a random start; after z comes A, then a again."""
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    start = rng.randrange(52)
-    return [letters[(start + i) % 52] for i in range(count)]
+def draw_columns(rng, count, least, most):
+    """Columns of a digit, a number from `least` to `most` and a letter; letters follow each other in the alphabet."""
+    letters = 2 * "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    start, columns, said = rng.randrange(52), [], []
+    for label in letters[start:start + count]:
+        columns.append([rng.randrange(10), rng.randint(least, most), label])
+        said.append("{}{}{}".format(*columns[-1]))
+    return ",".join(said), {"columns": columns}
 
 
 class ColumnSums(Task):
     """The last digit of each column's sum; d columns.  One right answer, made of independent steps.
 
     sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
-    A value stands right behind its label only at the end, where a reader of the tail finds it.  Needs with_error and
-    column_labels.
+    A value stands right behind its label only at the end, where a reader of the tail finds it.
     """
-    levels, labelled = (6, 7, 8), True
+    levels = (6, 7, 8)
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(10), label] for label in column_labels(rng, d)]
-        return "sum " + ",".join(f"{a}{b}{label}" for a, b, label in columns), {"columns": columns}
+        said, data = draw_columns(rng, d, 0, 9)
+        return f"sum {said}", data
 
     def solution(self, data, rng, error_rate):
         steps, answer = "", ""
@@ -2847,14 +2480,11 @@ class ColumnSums(Task):
             answer += f"{label}{total}"
         return f"{steps}#{answer}", answer
 
-    def verify_answer(self, data, answer):
-        return answer == self.solution(data, None, 0.0)[1]
-
 
 class Add(Task):
     """Addition of two d-digit numbers with carries.  An error spoils only what follows it.
 
-    47+85 -> <think>7+5+0=12,4+8+1=13</think>132          (digit + digit + carry = carry and digit; needs with_error)
+    47+85 -> <think>7+5+0=12,4+8+1=13</think>132                (digit + digit + carry = carry and digit)
     """
     levels = (4, 5, 6)
 
@@ -2864,18 +2494,15 @@ class Add(Task):
         return f"{a}+{b}", {"a": a, "b": b}
 
     def solution(self, data, rng, error_rate):
-        a, b, steps, carry, total, place = data["a"], data["b"], [], 0, 0, 1
-        while place == 1 or place <= max(a, b):
-            x, y = a // place % 10, b // place % 10
+        a, b = data["a"], data["b"]
+        steps, carry, answer = [], 0, ""
+        for place in range(len(str(max(a, b)))):
+            x, y = a // 10**place % 10, b // 10**place % 10
             value = with_error(x + y + carry, rng, error_rate)
-            steps.append(f"{x}+{y}+{carry}={value // 10}{value % 10}")
+            steps.append(f"{x}+{y}+{carry}={value:02}")
             carry = value // 10
-            total += value % 10 * place
-            place *= 10
-        return ",".join(steps), str(total + carry * place)
-
-    def verify_answer(self, data, answer):
-        return answer == str(data["a"] + data["b"])
+            answer = f"{value % 10}{answer}"
+        return ",".join(steps), str(int(f"{carry}{answer}"))
 
 
 class Sort(Task):
@@ -2892,50 +2519,45 @@ class Sort(Task):
         return f"sort {digits}", {"digits": digits}
 
     def solution(self, data, rng, error_rate):
-        left, steps, answer = list(data["digits"]), [], ""
+        left, steps, answer = data["digits"], [], ""
         while left:
-            pick = rng.choice(left) if rng.random() < error_rate else min(left)
-            left.remove(pick)
+            pick = min(left)
+            if error_rate and rng.random() < error_rate:
+                pick = rng.choice(left)
+            left = left.replace(pick, "", 1)
             answer += pick
-            steps.append(f"{pick}:{''.join(left)}")
+            steps.append(f"{pick}:{left}")
         return ",".join(steps), answer
 
-    def verify_answer(self, data, answer):
-        return answer == "".join(sorted(data["digits"]))
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+DIGITS = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "6": 6, "7": 7, "8": 8, "9": 9}
 
 
-def run_expression(text, registers, rng=None, error_rate=0.0):
+def run_expression(text, registers, rng=None, error_rate=0.0, modulus=10):
     """The values an expression goes through, left to right, all mod 10: the language of every program here.
 
         expression := operand (operator operand)*      operand := digit | register      operator := + - *
 
-    `registers` {letter: 0 … 9}.  None for any text that is not such an expression, has an unknown register or more than
-    100 characters.  Nothing else can happen: the work is linear in the text and numbers stay below 10.
+    `registers` {letter: 0 … 9}.  None for any other text, or more than 100 characters.  Nothing else can happen: the
+    work is linear in the text and numbers stay below 10.
 
     >>> run_expression("x*2+3", {"x": 4}), run_expression("y+1", {"x": 4}), run_expression("__import__('os')", {})
     ([8, 1], None, None)
     """
+    known = {**DIGITS, **registers}
     if len(text) > 100 or len(text) % 2 == 0:
         return None
-    values = []
-    for i in range(0, len(text), 2):
-        operand = int(text[i]) if text[i] in "0123456789" else registers.get(text[i])
-        if operand is None:
-            return None
-        if i == 0:
-            value = operand
-            continue
-        if text[i - 1] not in "+-*":
-            return None
-        value = with_error(calculate(value, text[i - 1], operand) % 10, rng, error_rate)
+    if not (set(text[::2]) <= known.keys() and set(text[1::2]) <= OPERATORS.keys()):
+        return None
+    value, values = known[text[0]], []
+    for sign, operand in zip(text[1::2], text[2::2]):
+        value = OPERATORS[sign](value, known[operand])
+        if modulus:
+            value %= modulus
+        value = with_error(value, rng, error_rate)
         values.append(value)
     return values or [value]
-
-
-def calculate(a, operator, b):
-    if operator == "*":
-        return a * b
-    return a + b if operator == "+" else a - b
 
 
 def run_program(text, registers, rng=None, error_rate=0.0):
@@ -2952,7 +2574,7 @@ def run_program(text, registers, rng=None, error_rate=0.0):
 
 
 class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.  Needs run_program.
+    """Output prediction: what a program of d + 1 lines leaves in its registers.
 
     run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
     """
@@ -2976,14 +2598,11 @@ class Registers(Task):
             steps.append(f"{line}>{answer}")
         return ";".join(steps), answer
 
-    def verify_answer(self, data, answer):
-        return answer == self.solution(data, None, 0.0)[1]
-
 
 class Program(Task):
     """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
 
-    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a          (a try: on input 6, a is 0, then 3; needs run_program)
+    code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a           (a try: on input 6, a is 0, then 3)
     """
     levels = (4, 5, 6)
 
@@ -2994,11 +2613,10 @@ class Program(Task):
             for _ in range(d + 1):
                 other, operator = rng.choice("x123456789"), rng.choice("+-*")
                 if rng.random() < 0.5:
-                    formula = f"({other}{operator}{formula})"
-                    lines.append(f"a={other}{operator}{inner}")
+                    formula, line = f"({other}{operator}{formula})", f"a={other}{operator}{inner}"
                 else:
-                    formula = f"({formula}{operator}{other})"
-                    lines.append(f"a={inner}{operator}{other}")
+                    formula, line = f"({formula}{operator}{other})", f"a={inner}{operator}{other}"
+                lines.append(line)
                 inner = "a"
             outputs = {self.output(";".join(lines), x) for x in range(10)}
         return f"code {formula}", {"lines": lines}
@@ -3024,10 +2642,10 @@ class Program(Task):
         return all(self.output(answer, x) == self.output(program, x) for x in range(10))
 
 
-def worked(expression, x, rng, error_rate):
+def worked(expression, x, rng, error_rate, modulus=10):
     """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
     value, steps = x, []
-    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate)):
+    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate, modulus)):
         steps.append(f"{value}{expression[2 * i + 1:2 * i + 3]}={result}")
         value = result
     return ",".join(steps), value
@@ -3045,14 +2663,15 @@ class Synthesize(Search):
     """Rebuild a function from d + 1 examples (CodeARC's form), (d + 1) // 2 operations.  Many valid programs.
 
     fit 0>3,4>7 -> <think>x*2:0*2=0>3;x+3:0+3=3>3/4+3=7>7#yx+3</think>x+3       (the value, then what it should be)
-    A trial stops at the first example that does not hold.  Needs Search, run_expression, worked, random_chain.
+    A trial stops at the first example that does not hold.
     """
     reads, levels = True, (1, 2)
 
     def generate(self, rng, d):
-        count = (d + 1) // 2
+        count, examples = (d + 1) // 2, []
         hidden = self.guess({"count": count}, rng)
-        examples = [[x, run_expression(hidden, {"x": x})[-1]] for x in rng.sample(range(10), min(d + 1, 8))]
+        for x in rng.sample(range(10), min(d + 1, 8)):
+            examples.append([x, run_expression(hidden, {"x": x})[-1]])
         return "fit " + ",".join(f"{x}>{y}" for x, y in examples), {"examples": examples, "count": count}
 
     def guess(self, data, rng):
@@ -3067,19 +2686,15 @@ class Synthesize(Search):
                 break
         return f"{answer}:" + "/".join(parts), value == y
 
-    def verify_answer(self, data, answer):
-        for x, y in data["examples"]:
-            values = run_expression(answer, {"x": x})
-            if values is None or values[-1] != y:
-                return False
-        return True
+    def is_valid(self, data, answer):
+        return run_expression(answer, {"x": 0}) is not None
 
 
 class Falsify(Search):
     """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
 
     break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
-    A trial asks whether the input takes the branch, and if so works out both programs.  Needs what Synthesize needs.
+    A trial asks whether the input takes the branch, and if so works out both programs.
     """
     hardest = 12
 
@@ -3089,46 +2704,37 @@ class Falsify(Search):
             above, count = rng.random() < 0.5, rng.randrange(1, 5)
             branch = f"x>{9 - count}" if above else f"x<{count}"
             data = {"right": right, "other": other, "branch": branch}
-            if any(self.verify_answer(data, str(x)) for x in range(10)):
+            if any(self.verify_answer(data, x) for x in DIGITS):
                 return f"break {right},{branch}?{other}", data
 
     def guess(self, data, rng):
         return str(rng.randrange(10))
 
-    @staticmethod
-    def taken(data, x):
-        """Whether input x takes the branch 'x>6' or 'x<3'."""
-        bound = int(data["branch"][2])
-        return x > bound if data["branch"][1] == ">" else x < bound
-
     def trial(self, data, answer, rng, error_rate):
-        x = int(answer)
+        _, sign, bound = data["branch"]                         # digits compare as their numbers do
+        taken = answer > bound if sign == ">" else answer < bound
         misjudged = rng.random() < error_rate
-        if self.taken(data, x) == misjudged:
-            return f"{x}n", False
-        steps, value = worked(data["right"], x, rng, error_rate)
-        more, other = worked(data["other"], x, rng, error_rate)
-        return f"{x}y:{steps}/{more}", value != other
+        if taken == misjudged:
+            return f"{answer}n", False
+        steps, value = worked(data["right"], int(answer), rng, error_rate)
+        more, other = worked(data["other"], int(answer), rng, error_rate)
+        return f"{answer}y:{steps}/{more}", value != other
 
-    def verify_answer(self, data, answer):
-        if answer not in list("0123456789") or not self.taken(data, int(answer)):
-            return False
-        right, other = (run_expression(data[key], {"x": int(answer)}) for key in ("right", "other"))
-        return right[-1] != other[-1]
+    def is_valid(self, data, answer):
+        return answer in DIGITS
 
 
 class Find(Task):
     """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
 
     find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
-    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.  Needs
-    with_error and column_labels.
+    The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.
     """
-    exact, labelled, reads = False, True, True
+    exact, reads = False, True
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(4, 9), label] for label in column_labels(rng, d)]
-        return "find " + ",".join(f"{a}{t}{label}" for a, t, label in columns), {"columns": columns}
+        said, data = draw_columns(rng, d, 4, 8)
+        return f"find {said}", data
 
     def solution(self, data, rng, error_rate, candidates=None):
         """`candidates` {label: digits}: guess among these where there are any."""
@@ -3146,19 +2752,17 @@ class Find(Task):
             return False
         for i, (a, t, label) in enumerate(data["columns"]):
             mark, x = answer[2 * i], answer[2 * i + 1]
-            if mark != label or x not in "0123456789" or (a + int(x)) % 10 >= t:
+            if mark != label or x not in DIGITS or (a + int(x)) % 10 >= t:
                 return False
         return True
-
-    def self_verified(self, text):
-        return "." not in (split_answer(text) or ".")
 
     def aggregate(self, problem, replies, seed=0):
         """For each column take a valid value that one of the replies has, else guess; check each anew."""
         answers = "|".join(split_answer(text) or "" for text in replies)
         valid = {}
         for a, t, label in problem.data["columns"]:
-            valid[label] = [int(x) for x in re.findall(f"{label}([0-9])", answers) if (int(x) + a) % 10 < t]
+            found = map(int, re.findall(f"{label}([0-9])", answers))
+            valid[label] = [x for x in found if (x + a) % 10 < t]
         reasoning, answer = self.solution(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
         return f"<think>{reasoning}</think>{answer}"
 
@@ -3167,70 +2771,55 @@ class Countdown(Search):
     """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
 
     make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
-    Needs Search, with_error, calculate.
     """
     levels, hardest = (1, 2), 7
 
     def generate(self, rng, d):
         while True:
             numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            target = self.value(self.guess({"numbers": numbers}, rng))
+            target = run_expression(self.guess({"numbers": numbers}, rng), {}, modulus=None)[-1]
             if target <= 99:
                 return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
-
-    @staticmethod
-    def value(expression):
-        total = int(expression[0])
-        for operator, number in zip(expression[1::2], expression[2::2]):
-            total = calculate(total, operator, int(number))
-        return total
 
     def guess(self, data, rng):
         """A random expression over all numbers that never goes below 0."""
         first, *others = rng.sample(data["numbers"], len(data["numbers"]))
         text = str(first)
         for number in others:
-            operators = "+-*" if self.value(text) >= number else "+*"
-            text += f"{rng.choice(operators)}{number}"
+            value = run_expression(text, {}, modulus=None)[-1]
+            text += f"{rng.choice('+-*' if value >= number else '+*')}{number}"
         return text
 
     def trial(self, data, answer, rng, error_rate):
-        value, steps = int(answer[0]), []
-        for operator, number in zip(answer[1::2], answer[2::2]):
-            result = with_error(calculate(value, operator, int(number)), rng, error_rate)
-            steps.append(f"{value}{operator}{number}={result}")
-            value = result
-        return f"{answer}:{','.join(steps)}", value == data["target"]
+        steps, value = worked(answer, int(answer[0]), rng, error_rate, modulus=None)
+        return f"{answer}:{steps}", value == data["target"]
 
-    def verify_answer(self, data, answer):
-        if not re.fullmatch(r"[0-9]([-+*][0-9]){0,9}", answer):
-            return False
-        numbers = sorted(int(number) for number in answer[::2])
-        return numbers == sorted(data["numbers"]) and self.value(answer) == data["target"]
+    def is_valid(self, data, answer):
+        return run_expression(answer, {}) is not None and sorted(map(int, answer[::2])) == sorted(data["numbers"])
 
 
 class Sat(Search):
     """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
 
     sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
-    A trial stops at the first clause that does not hold.  Needs Search.
+    A trial stops at the first clause that does not hold.
     """
 
     def generate(self, rng, d):
-        variables, clauses = range(1, min(d + 1, 9) + 1), []
-        planted = "".join(f"{v}{self.sign(rng)}" for v in variables)
+        variables, clauses = "123456789"[:d + 1], []
+        planted = "".join(self.literals(rng, variables))
         while len(clauses) < d + 2:
-            clause = "".join(sorted(f"{v}{self.sign(rng)}" for v in rng.sample(variables, 2)))
+            clause = "".join(sorted(self.literals(rng, rng.sample(variables, 2))))
             if self.holds(clause, planted) and clause not in clauses:
                 clauses.append(clause)
         return "sat " + ",".join(clauses), {"count": len(variables), "clauses": clauses}
 
     @staticmethod
-    def sign(rng):
-        return "+" if rng.random() < 0.5 else "-"
+    def literals(rng, variables):
+        return [variable + ("+" if rng.random() < 0.5 else "-") for variable in variables]
 
     def guess(self, data, rng):
-        return "".join(f"{v}{rng.choice('+-')}" for v in range(1, data["count"] + 1))
+        return "".join(variable + rng.choice("+-") for variable in "123456789"[:data["count"]])
 
     @staticmethod
     def holds(clause, answer):
@@ -3247,9 +2836,9 @@ class Sat(Search):
                 break
         return f"{answer}:" + ",".join(parts), works
 
-    def verify_answer(self, data, answer):
-        form = "".join(f"{v}[+-]" for v in range(1, data["count"] + 1))
-        return re.fullmatch(form, answer) is not None and all(self.holds(c, answer) for c in data["clauses"])
+    def is_valid(self, data, answer):
+        variables = "123456789"[:data["count"]]
+        return re.fullmatch("([0-9][+-])+", answer) is not None and answer[::2] == variables
 
 
 WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
@@ -3260,9 +2849,8 @@ WORDS = WARM + ["red", "sun", "map", "tree", "cold", "fish", "book", "rain", "st
 class Constraints(Task):
     """Follow instructions: a reply of different words that obeys up to d + 1 rules (from d = 4 on, longer ones).
 
-    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!
-    Rules: so many words; a letter that must not occur; the first letter; the last character; a word to include.
-    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.  Needs WORDS.
+    write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!        (or has WORD)
+    The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
     """
     levels = (2, 3, 4)
 
@@ -3279,22 +2867,22 @@ class Constraints(Task):
         return ",".join([f"write {rules['count']} words", *said]), {"rules": rules}
 
     @staticmethod
-    def fitting(rules, first=True):
-        """The words that may stand at a place."""
-        words = [word for word in WORDS if rules.get("no", "#") not in word]
-        return [word for word in words if word.startswith(rules.get("begins", ""))] if first else words
+    def fitting(rules, first=True, but=()):
+        """The words that may stand at a place, without those that stand before it."""
+        words, begins = [], rules.get("begins", "") if first else ""
+        for word in WORDS:
+            if word.startswith(begins) and rules.get("no", "#") not in word and word not in but:
+                words.append(word)
+        return words
 
     def solution(self, data, rng, error_rate):
         rules = data["rules"]
-        count = rules["count"]
+        count, words = rules["count"], []
         if rng.random() < error_rate:
             count += rng.choice((-1, 1))
-        words = []
         for i in range(count):
-            choice = WORDS
-            if rng.random() >= error_rate:
-                choice = [word for word in self.fitting(rules, i == 0) if word not in words]
-            words.append(rng.choice(choice))
+            forgets = rng.random() < error_rate
+            words.append(rng.choice(WORDS if forgets else self.fitting(rules, i == 0, words)))
         has, begins = rules.get("has"), rules.get("begins", "#")
         if has and has not in words and rng.random() >= error_rate:
             place = 0 if has.startswith(begins) or count == 1 else rng.randrange(1, count)
@@ -3324,20 +2912,18 @@ def warmth(answer):
 class ReasoningGym(Task):
     """Any dataset of reasoning-gym (pip install reasoning-gym) as a task: --tasks reasoning_gym:chain_sum
 
-    The difficulty is the level of the dataset's curriculum, where it has one.  Its teacher knows the answer and no
-    trace.  A score of 0.99 or more is right; the verifiers are reasoning-gym's, so neither ours nor bounded in time.
+    The difficulty is the level of the dataset's curriculum, where it has one; a score of 0.99 or more is right.  The
+    teacher knows no reasoning, and nothing bounds the time of these verifiers.
     """
 
     def __init__(self, name):
         super().__init__(name)
         try:
-            import reasoning_gym.factory as factory
+            import reasoning_gym.factory
         except ImportError:
             raise SystemExit(f"--tasks {name} needs reasoning-gym: pip install reasoning-gym") from None
-        self.factory, self.dataset = factory, name.removeprefix("reasoning_gym:")
-        if self.dataset not in factory.DATASETS:
-            close, = difflib.get_close_matches(self.dataset, factory.DATASETS, 1, 0)
-            raise SystemExit(f"--tasks {name}: reasoning-gym has no {self.dataset!r}; did you mean {close}?")
+        self.factory, self.dataset = reasoning_gym.factory, name.removeprefix("reasoning_gym:")
+        check_choice("--tasks reasoning_gym:", self.dataset, self.factory.DATASETS)
 
     def entry(self, seed, level):
         settings = {}
@@ -3350,19 +2936,17 @@ class ReasoningGym(Task):
 
     def generate(self, rng, d):
         data = {"seed": rng.getrandbits(31), "level": d}
-        _, entry = self.entry(**data)
-        return entry["question"].strip(), data
+        return self.entry(**data)[1]["question"].strip(), data
 
     def solution(self, data, rng, error_rate):
         seed = rng.getrandbits(31) if rng.random() < error_rate else data["seed"]
-        _, entry = self.entry(seed, data["level"])
-        return "", entry["answer"]
+        return "", self.entry(seed, data["level"])[1]["answer"]
 
     def verify_answer(self, data, answer):
         dataset, entry = self.entry(**data)
         try:
             return dataset.score_answer(answer, entry) >= 0.99
-        except Exception:                                       # a verifier of theirs that did not expect this text
+        except Exception:                                       # it did not expect this text
             return False
 
 
@@ -3395,7 +2979,8 @@ def draw(task, seed, d, held_out):
 
 
 if __name__ == "__main__":
-    with process_group(), plain_errors():
+    sys.stdout.reconfigure(errors="replace")                    # a code page that lacks a character must not end a run
+    with process_group():
         try:
             main()
         except KeyboardInterrupt:

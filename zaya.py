@@ -12,8 +12,8 @@ One rule covers padding, packing, caching and sliding windows: **a token at posi
 Attention, both convolutions and the value shift obey it, so `position_ids` that restart at 0 pack several samples in
 one row, and position -1 marks padding.  Nothing else in this file knows about either.
 
-Featuring: the whole architecture, cached and left-padded generation, the official checkpoint layout, the balancer that
-trains the router's biases, a tokenizer.  Does NOT include: fused kernels (kernels.py), training (train.py).
+Featuring: the whole architecture, cached and left-padded generation, official checkpoints, the balancer that trains the
+router's biases, a tokenizer.  Does NOT include: fused kernels (kernels.py), training (train.py).
 """
 import json
 import math
@@ -38,21 +38,19 @@ def read_json(path):
     return content
 
 
-def write_json(path, content, indent=2):
+def write_json(path, content):
     """Write under a temporary name, then rename: nobody ever reads half a file."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=indent, ensure_ascii=False)
+        json.dump(content, file, indent=2, ensure_ascii=False)
     os.replace(f"{path}.tmp", path)
 
 
 @dataclass
 class ZayaConfig:
-    """The model's shape; every field has the name of the official config (HF ZayaConfig) except `skip_expert`.
+    """The model's shape; every field has the name of the official config (HF ZayaConfig).  TR table I.
 
-    TR table I.  Sizes are in channels, positions in tokens.  `rope_parameters` maps a layer type ("hybrid", or
-    "hybrid_sliding" with `sliding_window`) to its `rope_theta` and `partial_rotary_factor`.  Raises ValueError, naming
-    the field, for values of a wrong type and shapes that cannot work.  We differ: `skip_expert=False` removes the
-    router's extra class, and then HF cannot load the checkpoint.
+    Sizes are in channels, positions in tokens.  `rope_parameters` maps a layer type ("hybrid", or "hybrid_sliding" with
+    `sliding_window`) to its `rope_theta` and `partial_rotary_factor`.  ValueError names the field that cannot work.
     """
     vocab_size: int = 262272
     hidden_size: int = 2048
@@ -66,7 +64,6 @@ class ZayaConfig:
     rope_parameters: dict | None = None
     sliding_window: int | None = None
     layer_types: list | None = None         # one of "hybrid", "hybrid_sliding" per layer
-    skip_expert: bool = True                # one more router class, whose tokens get nothing from the MoE block
     max_position_embeddings: int = 131072
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -75,85 +72,59 @@ class ZayaConfig:
     bos_token_id: int | None = 2
     eos_token_id: int | list | None = 106
 
-    # What HF writes too and no published ZAYA varies.  A file that does is refused rather than computed wrongly.
-    # cca_time0 and cca_time1 are the taps of CCA's convolutions.
+    # What HF writes too and no published ZAYA varies: another value is refused.  (cca_time: taps of the convolutions.)
     FIXED = dict(model_type="zaya", hidden_act="silu", num_experts_per_tok=1, attention_bias=False, lm_head_bias=False,
                  attention_dropout=0.0, cca_time0=2, cca_time1=2)
-    # What a config.json says about the file, HF's outputs and its generate.  It changes no logit, as no name does that
-    # begins with _ or ends with _token_id.  Any other unknown field may change one: refused.
-    DESCRIPTIVE = """
-        architectures auto_map dtype torch_dtype transformers_version unsloth_version unsloth_fixed name_or_path
-        id2label label2id num_labels problem_type use_cache return_dict output_attentions output_hidden_states
-        output_router_logits chunk_size_feed_forward is_decoder is_encoder_decoder tie_encoder_decoder
-        do_sample temperature top_k top_p max_length min_length repetition_penalty""".split()
+    # Other fields that change no logit.  Any unknown field may change one: refused.
+    DESCRIPTIVE = re.compile("architectures|auto_map|(torch_)?dtype|transformers_version|unsloth_.*|id2label|label2id|"
+                             "problem_type|use_cache|return_dict|output_.*|chunk_size_feed_forward|is_encoder_decoder|"
+                             "do_sample|temperature|top_[kp]|.*_token_id|_.*")
 
     def __post_init__(self):
-        self._check_types()
-        self.layer_types = list(self.layer_types or ["hybrid"] * self.num_hidden_layers)
-        self._check_shape()
-        self._complete_rope()
-
-    def _check_types(self):
-        def whole(value, least=1):
-            return type(value) is int and value >= least
-
-        def token(value):
-            return value is None or whole(value, 0)
-
-        for names, works, wanted in (
-            ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim num_experts "
-             "moe_intermediate_size router_hidden_size max_position_embeddings", whole, "a positive integer"),
-            ("rms_norm_eps initializer_range", self._positive, "a positive number"),
-            ("tie_word_embeddings skip_expert", lambda value: type(value) is bool, "true or false"),
-            ("sliding_window", lambda value: value is None or whole(value), "null or a positive number of tokens"),
-            ("layer_types", lambda value: value is None or type(value) in (list, tuple), "a list of layer types"),
-            ("pad_token_id bos_token_id", token, "null or a token's number"),
-            ("eos_token_id", lambda value: token(value) or type(value) is list and all(whole(i, 0) for i in value),
-             "null, a token's number or a list of them"),
-        ):
-            for name in names.split():
-                value = getattr(self, name)
-                self._require(works(value), f"{name} must be {wanted}, not {value!r}")
-
-    def _check_shape(self):
+        for field in fields(self):
+            name, value, kind = field.name, getattr(self, field.name), field.type
+            if value is None and kind not in (int, float, bool):
+                continue                                        # null is a value that this field may have
+            wanted, works = f"of type {kind}", isinstance(value, kind)
+            if name.endswith("token_id"):
+                wanted = "null or a token's number; eos_token_id may be a list of them"
+                ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+                works = all(type(i) is int and i >= 0 for i in ids)
+            elif kind in (int, int | None):
+                wanted, works = "a positive integer", type(value) is int and value > 0
+            elif kind is float:
+                wanted, works = "a positive number", self._positive(value)
+            self._require(works, f"{name} must be {wanted}, not {value!r}")
         H, K, D, L = self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.num_hidden_layers
-        kinds = self.layer_types
-        unknown = [kind for kind in kinds if kind not in ("hybrid", "hybrid_sliding")]
-        for works, problem in (
-            (H % K == 0, f"num_attention_heads ({H}) must be a multiple of num_key_value_heads ({K})"),
-            (K * D % 2 == 0, f"num_key_value_heads * head_dim ({K} * {D}) must be even: half of the value channels "
-             "come from the previous token"),
-            (len(kinds) == L, f"layer_types names {len(kinds)} layers, num_hidden_layers {L}"),
-            (not unknown, f"layer_types knows 'hybrid' and 'hybrid_sliding', not {unknown[:1]}"),
-            ("hybrid_sliding" not in kinds or self.sliding_window,
-             "layer_types has 'hybrid_sliding' layers: set sliding_window to the number of tokens they see"),
-        ):
-            self._require(works, problem)
+        self._require(H % K == 0, f"num_attention_heads ({H}) must be a multiple of num_key_value_heads ({K})")
+        # Half of the value channels come from the previous token.
+        self._require(K * D % 2 == 0, f"num_key_value_heads * head_dim ({K} * {D}) must be even")
+        self.layer_types = list(self.layer_types or ["hybrid"] * L)
+        self._require(len(self.layer_types) == L, f"layer_types must name {L} layers, as num_hidden_layers says")
+        for kind in self.layer_types:
+            self._require(kind in ("hybrid", "hybrid_sliding"), f"layer_types does not know {kind!r}")
+            self._require(kind == "hybrid" or self.sliding_window,
+                          "layer_types has 'hybrid_sliding': set sliding_window to the number of tokens it sees")
+        self._complete_rope()
 
     def _complete_rope(self):
         """Fill `rope_parameters` up with the published values, and refuse every RoPE but the default one."""
-        given, thetas = self.rope_parameters or {}, {"hybrid": 5e6, "hybrid_sliding": 1e4}
-        self._require(type(given) is dict and (not given or thetas.keys() & given.keys()),
-                      f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
-        # The file on the hub has a "rope_type" beside the layer types, which HF ignores.
-        others = [item for item in given.items() if item[0] not in thetas]
+        # The file on the hub has a "rope_type" beside the layer types too.
+        given = {"rope_type": "default", "hybrid": {}, "hybrid_sliding": {}, **(self.rope_parameters or {})}
         self.rope_parameters = {}
-        for kind, theta in thetas.items():
-            own, where = given.get(kind) or {}, f"rope_parameters[{kind!r}]"
-            self._require(type(own) is dict, f"{where} must be a dict, not {own!r}")
-            rope = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": theta}
-            rope.update((name, value) for name, value in own.items() if value is not None)
+        for kind, theta in (("hybrid", 5e6), ("hybrid_sliding", 1e4)):
+            own = given[kind]
+            self._require(len(given) == 3 and isinstance(own, dict),
+                          f"rope_parameters must have a dict per layer type ('hybrid', 'hybrid_sliding'), not {given}")
+            share = 1.0 if own else 0.5                         # as HF: all channels turn where a file names no share
+            rope = {"rope_type": given["rope_type"], "rope_theta": theta, "partial_rotary_factor": share, **own}
+            self._require(len(rope) == 3 and rope["rope_type"] == "default",
+                          f"rope_parameters[{kind!r}]: only the rope_type 'default' is implemented, not {rope}")
+            numbers = self._positive(rope["rope_theta"]) and self._positive(rope["partial_rotary_factor"])
+            self._require(numbers and self.head_dim * rope["partial_rotary_factor"] in range(0, self.head_dim + 1, 2),
+                          f"rope_parameters[{kind!r}] must have a positive rope_theta and a partial_rotary_factor that "
+                          f"turns an even number of the {self.head_dim} channels of a head, not {rope}")
             self.rope_parameters[kind] = rope
-            if kind in self.layer_types:
-                others += [item for item in rope.items() if item[0] not in ("partial_rotary_factor", "rope_theta")]
-                theta, share = rope["rope_theta"], rope["partial_rotary_factor"]
-                self._require(self._positive(theta), f"{where}: rope_theta must be a positive number, not {theta!r}")
-                self._require(type(share) in (int, float) and 0 <= share <= 1 and self.head_dim * share % 2 == 0,
-                              f"{where}: partial_rotary_factor {share!r} must make head_dim ({self.head_dim}) times it "
-                              "an even number of rotated channels")
-        for name, value in others:
-            self._require(value is None or (name, value) == ("rope_type", "default"),
-                          f"rope_parameters: {name} {value!r} is not implemented, only the rope_type 'default'")
 
     @staticmethod
     def _positive(value):
@@ -164,17 +135,12 @@ class ZayaConfig:
         if not condition:
             raise ValueError(f"ZayaConfig: {message}")
 
-    @property
-    def router_classes(self):
-        return self.num_experts + self.skip_expert
-
     @classmethod
     def preset(cls, name, **changes):
         """smoke: seconds.  tiny: minutes on two CPU cores.  small: one GPU.  zaya1-8b: the published shape.
 
-        `small` keeps the published ratios: queries E/2 wide, keys and values E/8, router E/8.  `tiny` is too narrow for
-        them: with keys of E/8 = 16 channels it hardly learned to copy, with 32 it did.
-        """
+        `small` keeps the published ratios: queries E/2 wide, keys and values E/8, router E/8.  `tiny` hardly learned to
+        copy with keys of E/8 = 16 channels, so it has 32."""
         sizes = [field.name for field in fields(cls)[:9]] + ["max_position_embeddings", "initializer_range"]
         shapes = {  # V   E   L  H  K   D   X    F   R  positions  std
             "smoke": (384, 64, 2, 2, 1, 16, 4, 64, 16, 4096, 0.125),
@@ -188,31 +154,21 @@ class ZayaConfig:
 
     @classmethod
     def from_dict(cls, values):
-        """Read an official config.json.  ValueError for a field that may change the numbers and is not implemented:
-        one that is neither ours nor descriptive, unless it is null or empty."""
+        """Read an official config.json.  ValueError for a field that may change the numbers and is not implemented."""
         ours = {}
         for name, value in values.items():
             if name in cls.__dataclass_fields__:
                 ours[name] = value
-            elif not (name in cls.DESCRIPTIVE or name.startswith("_") or name.endswith("_token_id")):
+            elif not cls.DESCRIPTIVE.fullmatch(name):
                 only = cls.FIXED.get(name)
-                cls._require(value in (None, {}, [], only), f"{name} {value!r} is not implemented, only {only!r}; set "
-                             "it to null if the model computes the same without it")
-        rope = ours.get("rope_parameters")
-        if type(rope) is dict:                                  # HF rotates all channels where a file names no share
-            ours["rope_parameters"] = {kind: {"partial_rotary_factor": 1.0, **own} if type(own) is dict else own
-                                       for kind, own in rope.items()}
+                cls._require(value in (None, {}, [], only), f"{name} {value!r} is not implemented, only {only!r}")
         return cls(**ours)
 
     def to_dict(self):
-        values = {"architectures": ["ZayaForCausalLM"], "dtype": "float32", "use_cache": True,
-                  "output_router_logits": False, **self.FIXED, **asdict(self)}
-        if self.skip_expert:                                    # HF has no such field, and always that expert
-            del values["skip_expert"]
-        return values
+        return {"architectures": ["ZayaForCausalLM"], **self.FIXED, **asdict(self)}
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square norm, computed in fp32: y = w * x / sqrt(mean(x^2) + eps).
 
     (…, size) any float -> (…, size) in the weight's dtype, which is what the next matrix product wants.
@@ -220,18 +176,14 @@ class RMSNorm(nn.Module):
     """
 
     def __init__(self, size, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        super().__init__(size, eps)
 
     def forward(self, x):
-        x = x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return (self.weight.float() * x).to(self.weight.dtype)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(self.weight.dtype)
 
 
 class CCA(nn.Module):
-    """Compressed convolutional attention: attention whose queries, keys and values live in a narrow, convolved space.
+    """Compressed convolutional attention: queries, keys and values live in a narrow, convolved space.
 
         q~, k~ = Wq x, Wk x                                     compress: E -> H*D and E -> K*D
         [q; k] = conv_in_head(conv_per_channel([q~; k~])) + [m_q; m_k]
@@ -240,18 +192,16 @@ class CCA(nn.Module):
         q, k  <- sqrt(D) q / |q|,  temp_k sqrt(D) k / |k|,  then RoPE on their first channels
         out    = Wo softmax(q k^T / sqrt(D)) v
 
-    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  `positions` says where the tokens stand, and thereby
-    what they may see: position ids (B, S) int64, 0 where a sample begins and -1 for padding; None where each row is
-    one sample; or the `Positions` that `CCA.positions` makes of either, once for all layers of a model.
-    `cache`: a LayerCache, read and advanced.  `rope_parameters`: {"rope_theta", "partial_rotary_factor"}.
-    ValueError for ids of another shape.  Equals HF ZayaAttention (ZayaCCAProjection and ZayaQKNorm within).
-    We differ: one code path for packed, padded and cached rows (HF cannot pack), convolutions of two taps only, written
-    as a sum, fp32 from q-k-mean to RoPE in any dtype, temperature initialised to 1 (HF's 0 would make every key zero).
+    TR section II, CCA sections 3-4.  x (B, S, E) -> (B, S, E).  positions: position ids (B, S) int64, 0 where a sample
+    begins and -1 for padding; None where each row is one sample; or the `Positions` that `CCA.positions` makes of
+    either, once for all layers.  cache: a LayerCache, read and advanced.  Equals HF ZayaAttention.  We differ: packed
+    rows, which HF lacks, padded and cached ones take one path; convolutions of two taps only; fp32 from q-k-mean to
+    RoPE in any dtype; a temperature of 1 at first (HF's 0 would make every key zero).
     """
 
     class Positions:
-        """Where the tokens of one call stand, and what follows from it: position_ids (B, S) int64, or None for rows of
-        one sample each; cos, sin (B or 1, S, R/2) fp32; mask (B, 1, S, T) bool, None for causal attention."""
+        """What `positions` says of the tokens of one call: position_ids (B, S) int64 or None; cos, sin (B or 1, S, R/2)
+        fp32; mask (B or 1, 1, S, T) bool, None for causal attention."""
 
         def __init__(self, position_ids, cos, sin, mask):
             self.position_ids, self.cos, self.sin, self.mask = position_ids, cos, sin, mask
@@ -274,24 +224,30 @@ class CCA(nn.Module):
         self.o_proj = nn.Linear(q_size, hidden_size, bias=False)
 
     def forward(self, x, positions=None, cache=None):
-        positions = self.locate(x, positions, cache)
+        if not isinstance(positions, self.Positions):
+            rotated = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
+            positions = self.positions(x, positions, self.rope_parameters["rope_theta"], rotated, self.sliding_window,
+                                       cache.columns if cache is not None else 0)
         packed = torch.cat([self.q_proj(x), self.k_proj(x)], -1)                    # (B, S, C)
         current, delayed = self.v_proj_current(x), self.v_proj_delayed(x)           # (B, S, K*D/2) each
         q, k, v = self.mix(packed, current, delayed, positions, cache)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)           # (B, H or K, S, D)
         if cache is not None:
-            k, v = cache.append(k, v, self.sliding_window)                          # (B, K, T, D)
+            k, v = cache.append(k, v)                                               # (B, K, T, D)
         return self.o_proj(self.attend(q, k, v, positions, cache))
 
     def mix(self, packed, current, delayed, positions, cache):
         """From the projections to what attention compares: rotated q (B, S, H, D), k and v (B, S, K, D)."""
         S, ids = packed.shape[1], positions.position_ids
         # What came before the new tokens: two packed latents and one delayed value, zeros where a row begins.
-        seen, shifted = F.pad(packed, (0, 0, 2, 0)), F.pad(delayed, (0, 0, 1, 0))   # (B, 2 + S, C), (B, 1 + S, K*D/2)
+        seen = F.pad(packed, (0, 0, 2, 0))                                          # (B, 2 + S, C)
+        shifted = F.pad(delayed, (0, 0, 1, 0))                                      # (B, 1 + S, K*D/2)
         if cache is not None:
             if cache.packed is not None:
-                seen[:, :2], shifted[:, :1] = cache.packed, cache.delayed
-            cache.packed, cache.delayed = seen[:, S:].float(), shifted[:, S:].float()
+                seen[:, :2] = cache.packed
+                shifted[:, :1] = cache.delayed
+            cache.packed = seen[:, S:].float()
+            cache.delayed = shifted[:, S:].float()
         shifted = shifted[:, :S]
         if ids is not None:
             shifted = shifted * (ids >= 1)[..., None]
@@ -313,49 +269,36 @@ class CCA(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, positions.mask, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2).flatten(2)
 
-    def locate(self, x, positions=None, cache=None):
-        """`positions` in any form that `forward` takes -> Positions."""
-        if positions is not None and not isinstance(positions, torch.Tensor):
-            return positions
-        if positions is not None and positions.shape != x.shape[:2]:
-            raise ValueError(f"CCA: position ids must have the shape (B, S) of x, {tuple(x.shape[:2])}, not "
-                             f"{tuple(positions.shape)}")
-        if cache is not None:
-            if positions is None and not cache.plain:
-                raise ValueError("CCA: the tokens in this cache came with position ids, so the next ones need theirs")
-            cache.plain = positions is None
-        rotated = int(self.head_dim * self.rope_parameters["partial_rotary_factor"])
-        return self.positions(x, positions, self.rope_parameters["rope_theta"], rotated, self.sliding_window,
-                              cache.columns if cache is not None else 0)
-
     @classmethod
     def positions(cls, x, position_ids, rope_theta, rotated, sliding_window=None, columns=0):
-        """The Positions of x (B, S, …), whose tokens follow `columns` cached ones in each row.
-
-        position_ids (B, S), or None for tokens `columns` … `columns` + S - 1 of one sample a row; rotated: channels.
-        """
-        B, S = x.shape[:2]
-        plain = position_ids is None
-        position = torch.arange(columns, columns + S, device=x.device)[None] if plain else position_ids
-        cos, sin = cls.rope_table(position, rope_theta, rotated)
-        keys = (min(columns, sliding_window - 1) if sliding_window else columns) + S
+        """The Positions of x (B, S, …) behind `columns` cached tokens a row.  Without ids they are those of one sample:
+        `columns` … `columns` + S - 1.  rotated: how many channels turn, channel i by p / theta^(2i / rotated)."""
+        S = x.shape[1]
+        T = columns + S
+        column = torch.arange(T, device=x.device)
+        ids = position_ids if position_ids is not None else column[None, columns:]
+        frequency = rope_theta ** (-torch.arange(0, rotated, 2, device=x.device, dtype=torch.float32) / rotated)
+        angle = ids[..., None].float() * frequency
+        mask = None
         # No mask: S queries on S keys are causal by themselves, and one query sees every key there is.
-        masked = not plain or (S > 1 and columns) or (sliding_window and keys > sliding_window)
-        mask = cls.attention_mask(position.expand(B, S), keys, sliding_window) if masked else None
-        return cls.Positions(position_ids, cos, sin, mask)
+        if position_ids is not None or (S > 1 and columns) or (sliding_window and T > sliding_window):
+            back = column[columns:, None] - column                                  # (S, T)
+            # Padding (position -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
+            farthest = ids.clamp(0, (sliding_window or T) - 1)[..., None]           # (B or 1, S, 1)
+            mask = ((back >= 0) & (back <= farthest))[:, None]
+        return cls.Positions(position_ids, angle.cos(), angle.sin(), mask)
 
     def qk_mean(self, packed):
         """(B, S, C) latents before the convolutions -> m_q (B, S, H, D), m_k (B, S, K, D)."""
         q, k = packed.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads], 2)
         q_mean = (q.unflatten(2, (self.kv_heads, -1)) + k.unsqueeze(3)) / 2                # (B, S, K, H/K, D)
-        return q_mean.flatten(2, 3), q_mean.mean(3)
+        k_mean = q_mean.mean(3)
+        return q_mean.flatten(2, 3), k_mean
 
     def convolve(self, seen, position_ids=None):
         """Both causal convolutions on `seen` (B, 2 + S, C) -> (B, S, H + K, D) for the last S tokens.
 
-        The latents are padded by zeros once, before the first convolution; so what the second one sees before a
-        sample's first token is the first one's bias, not zero.
-        """
+        Zeros are padded once, before the first convolution: before a sample's first token the second sees its bias."""
         depthwise, grouped, by_head = self.conv_qk_depthwise, self.conv_qk_grouped, (-1, self.head_dim)
         previous, newest = seen[:, :-1], seen[:, 1:]                                # (B, 1 + S, C)
         if position_ids is not None:                           # the column before the first token is one token earlier
@@ -375,14 +318,7 @@ class CCA(nn.Module):
     @staticmethod
     def unit(x):
         """Scale each head's vector to length sqrt(D)."""
-        return x * (x.shape[-1] ** 0.5 / x.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).eps))
-
-    @staticmethod
-    def rope_table(position_ids, theta, rotated):
-        """(B, S) positions -> cos, sin (B, S, rotated / 2) fp32; channel i turns by p / theta^(2i / rotated)."""
-        frequency = theta ** (-torch.arange(0, rotated, 2, device=position_ids.device, dtype=torch.float32) / rotated)
-        angle = position_ids[..., None].float() * frequency
-        return angle.cos(), angle.sin()
+        return x.shape[-1] ** 0.5 * F.normalize(x, dim=-1, eps=torch.finfo(x.dtype).eps)
 
     @staticmethod
     def apply_rotary(x, cos, sin):
@@ -391,19 +327,6 @@ class CCA(nn.Module):
         a, b, rest = x.tensor_split((half, 2 * half), -1)
         cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
-
-    @staticmethod
-    def attention_mask(position_ids, T, sliding_window=None):
-        """(B, S) position ids of the newest S of T columns -> (B, 1, S, T) bool, True where a query sees a key.
-
-        Padding (position -1) sees itself: nobody reads the result, and a softmax over nothing would be NaN.
-        """
-        S = position_ids.shape[1]
-        column = torch.arange(T, device=position_ids.device)
-        back = column[T - S:, None] - column                                        # (S, T)
-        farthest = position_ids.clamp(0, (sliding_window or T) - 1)[..., None]      # (B, S, 1)
-        sees = (back >= 0) & (back <= farthest)
-        return sees[:, None]
 
 
 class Router(nn.Module):
@@ -414,13 +337,14 @@ class Router(nn.Module):
         e   = argmax(s + b),  weight = s_e                               b: see PIDBalancer
 
     TR section II.  x (B, S, E), previous (B, S, R) or None -> weight (B, S) fp32, choice (B, S) int64, r (B, S, R).
-    `choice` given: keep that expert and recompute only its weight, so that the router still learns (router replay).
-    In training mode each call adds its choices to `load`, except where `count` (B, S) bool is False.
+    choice: keep these experts and recompute only their weights, so that the router still learns (router replay).
+    In training, with gradients, a call adds its choices to `load`, except where `count` (B, S) bool is False.
     Equals HF ZayaRouter with ZayaRouterMLP; we differ in an fp32 softmax whatever the dtype.
     """
 
-    def __init__(self, hidden_size, router_hidden_size, classes, eda=True, skip_expert=True, eps=1e-5):
+    def __init__(self, hidden_size, router_hidden_size, classes, eda=True, eps=1e-5):
         super().__init__()
+        self.skip_expert = True                                 # the last class is the skip expert
         self.down_proj = nn.Linear(hidden_size, router_hidden_size)
         if eda:
             self.router_states_scale = nn.Parameter(torch.ones(router_hidden_size))
@@ -428,11 +352,9 @@ class Router(nn.Module):
         self.fc1 = nn.Linear(router_hidden_size, router_hidden_size)
         self.fc2 = nn.Linear(router_hidden_size, router_hidden_size)
         self.out_proj = nn.Linear(router_hidden_size, classes, bias=False)
-        self.skip_expert = skip_expert                          # the last class is the skip expert
         self.register_buffer("balancing_biases", torch.zeros(classes))
         self.register_buffer("load", torch.zeros(classes, dtype=torch.long), persistent=False)     # exact in any dtype
-        if skip_expert:
-            self.balancing_biases[-1] = -1.0                    # as HF: practically never chosen
+        self.balancing_biases[-1] = -1.0                        # as HF: practically never chosen
 
     def forward(self, x, previous=None, choice=None, count=None):
         r = self.down_proj(x)
@@ -445,7 +367,7 @@ class Router(nn.Module):
         scores = self.out_proj(h).float().softmax(-1)                               # (B, S, classes), never rounded
         if choice is None:
             choice = (scores.detach() + self.balancing_biases.float()).argmax(-1)   # (B, S)
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             ones = torch.ones_like(choice) if count is None else count.long()
             self.load.scatter_add_(0, choice.flatten(), ones.flatten())
         return scores.gather(-1, choice[..., None]).squeeze(-1), choice, r
@@ -457,37 +379,35 @@ class PIDBalancer:
         error_e = p_e - 1 / classes          p_e: share of the global batch's tokens that chose e
         b      <- AdamW(b, gradient = error)
 
-    TR section II.  As a controller: the bias accumulates (integrates) the error through AdamW's steps.  Momentum acts
-    as a smoothed proportional term, and the second moment sets the gain.
+    TR section II.  As a controller: the bias integrates the error, momentum is a smoothed proportional term, and the
+    second moment sets the gain.  lr and betas are AMD Primus'.  A skip expert's bias stays as it is: ZAYA1-8B ships
+    with -1, never chosen.  HF only runs the trained biases.
 
-    Contract: `model` is any module; a router in it is a module with the buffers `balancing_biases` (classes,), which
-    it adds to its scores before the choice, and `load` (classes,) int64, to which it adds one per real token that chose
-    the class while `training` (see the last lines of Router.forward); `skip_expert` says whether the last class is one.
-    Make the balancer after loading weights.  Call `step()` once per optimizer step: counts of micro-batches, and of
-    processes if torch.distributed runs, add up until then.  The biases are kept in fp32, whatever the model's dtype.
-    lr and betas are unpublished; these are AMD Primus'.  ZAYA1-8B ships with its skip expert's bias still at -1, never
-    chosen, so by default it stays there; `balance_skip=True` gives it its share.  No official class: HF only runs the
-    trained biases.
+    `model` is any module.  A router in it has the buffers `balancing_biases` (classes,), which it adds to its scores
+    before the choice, and `load` (classes,) int64, to which it adds one per real token of training that chose the
+    class; `skip_expert` says whether the last class is one.  Make the balancer after loading weights; `step()` once per
+    optimizer step takes the counts of all micro-batches, and of all processes of torch.distributed.
     """
 
-    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999), balance_skip=False):
+    def __init__(self, model, lr=1e-3, betas=(0.9, 0.999)):
         self.routers = [module for module in model.modules() if hasattr(module, "balancing_biases")]
-        skip = any(router.skip_expert for router in self.routers) and not balance_skip
         self.biases = nn.Parameter(torch.stack([router.balancing_biases.float() for router in self.routers]))
-        self.classes = self.biases.shape[1] - skip
+        self.classes = self.biases.shape[1] - self.routers[0].skip_expert
         self.optimizer = torch.optim.AdamW([self.biases], lr=lr, betas=betas, weight_decay=0.0)
+        # All of its state but the biases, which are among the model's weights.
+        self.state_dict = self.optimizer.state_dict
+        self.load_state_dict = self.optimizer.load_state_dict
 
     @torch.no_grad()
     def step(self):
         """Update the biases from the counts and clear them.  Returns what to log: {"load": worst expert's load over
         the mean, "entropy": H(p) / ln(classes) averaged over layers, "bias": largest |bias|, "skip": skipped share}.
-        RuntimeError if nothing was counted.
-        """
+        RuntimeError if nothing was counted."""
         load = torch.stack([router.load for router in self.routers])                # (L, router classes) int64
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         if load.sum() == 0:
-            raise RuntimeError("PIDBalancer.step: no router counted anything; call model.train() before the forward")
+            raise RuntimeError("PIDBalancer.step: no router counted anything: model.train() and gradients let it")
         balanced = load[:, :self.classes]
         share = balanced / balanced.sum(1, keepdim=True).clamp_min(1)
         self.biases.grad = F.pad(share - 1 / self.classes, (0, load.shape[1] - self.classes))
@@ -501,13 +421,6 @@ class PIDBalancer:
                 "bias": self.biases[:, :self.classes].abs().max().item(),
                 "skip": (1 - balanced.sum() / load.sum()).item()}
 
-    def state_dict(self):
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state):
-        """Take up a saved state; the biases themselves are part of the model's weights."""
-        self.optimizer.load_state_dict(state)
-
 
 class Experts(nn.Module):
     """X SwiGLU networks; each token visits the one it was sent to: y = weight * W_down(silu(g) * u), [g; u] = W_gu x.
@@ -518,10 +431,8 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size, moe_intermediate_size, num_experts):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * moe_intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, moe_intermediate_size))
-        nn.init.normal_(self.gate_up_proj, std=0.02)
-        nn.init.normal_(self.down_proj, std=0.02)
+        self.gate_up_proj = nn.Parameter(0.02 * torch.randn(num_experts, 2 * moe_intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(0.02 * torch.randn(num_experts, hidden_size, moe_intermediate_size))
 
     def forward(self, x, choice, weight):
         order = choice.argsort(stable=True)
@@ -557,11 +468,10 @@ class ResidualScaling(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer: x <- scaled(x, CCA(norm x)), x <- scaled(x, MoE(norm x)).  Needs CCA, Router, Experts, RMSNorm,
-    ResidualScaling pasted with it.
+    """One layer: x <- scaled(x, CCA(norm x)), x <- scaled(x, MoE(norm x)).  Equals HF ZayaDecoderLayer.
 
     x (B, S, E) fp32, r (B, S, R) the router state of the layer before, or None -> x, r, choice (B, S) int64.
-    The other arguments are CCA's and Router's.  Equals HF ZayaDecoderLayer.
+    The other arguments are CCA's and Router's.  Needs CCA, Router, Experts, RMSNorm, ResidualScaling pasted with it.
     """
 
     def __init__(self, config, index):
@@ -574,7 +484,7 @@ class Layer(nn.Module):
                              config.rope_parameters[kind], window)
         self.post_attention_residual_scale = ResidualScaling(E)
         self.post_attention_layernorm = RMSNorm(E, eps)
-        self.gate = Router(E, config.router_hidden_size, config.router_classes, index > 0, config.skip_expert, eps)
+        self.gate = Router(E, config.router_hidden_size, config.num_experts + 1, index > 0, eps)
         self.experts = Experts(E, config.moe_intermediate_size, config.num_experts)
         self.post_mlp_residual_scale = ResidualScaling(E)
 
@@ -589,54 +499,34 @@ class Layer(nn.Module):
 class LayerCache:
     """What one layer remembers of a row: keys and values, the last packed latents, the last delayed value.
 
-    k, v: (B, K, T, D), kept in buffers that double when full, so a token costs no copy of the past.
-    packed (B, 2, C) and delayed (B, 1, K*D/2), both fp32 and *projected*: caching the raw x instead has the
-    same rank and dtype, and is silently wrong.
+    k, v: (B, K, T, D), kept in buffers that double when full, so a token costs no copy of the past.  packed (B, 2, C)
+    and delayed (B, 1, K*D/2), both fp32 and *projected*: the raw x instead would fit too, and be silently wrong.
     """
 
     def __init__(self):
         self.k = self.v = self.packed = self.delayed = None
-        self.start = self.end = 0                               # the live columns of k and v
         self.columns = 0                                        # tokens and padding seen so far, the same in each row
-        self.plain = True                                       # whether CCA was given no position ids of them
 
-    def append(self, k, v, sliding_window=None):
-        """Add (B, K, S, D) keys and values; return all that the new tokens may see, (B, K, T, D).
-
-        With a window T is at most window - 1 + S: older columns are forgotten.
-        """
-        S = k.shape[2]
-        if sliding_window:
-            self.start = max(self.start, self.end - sliding_window + 1)
-        if self.k is None or self.end + S > self.k.shape[2]:
-            live = self.end - self.start                        # full: twice the room
-            room = max(64, 2 * (live + S)) - live
-            self.k = self._with_room(self.k, k, room)
-            self.v = self._with_room(self.v, v, room)
-            self.start, self.end = 0, live
-        self.k[:, :, self.end:self.end + S] = k
-        self.v[:, :, self.end:self.end + S] = v
-        self.end += S
-        self.columns += S
-        return self.k[:, :, self.start:self.end], self.v[:, :, self.start:self.end]
-
-    def _with_room(self, old, new, room):
-        """The live columns of a buffer, and zeros behind them: they may be read, masked, and 0 * NaN is NaN."""
-        live = new[:, :, :0] if old is None else old[:, :, self.start:self.end]
-        return F.pad(live, (0, 0, 0, room))
-
-    def select(self, rows):
-        """Keep these rows (an index tensor; a row may be named several times), in this order."""
-        for name in ("k", "v", "packed", "delayed"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name)[rows])
+    def append(self, k, v):
+        """Add (B, K, S, D) keys and values; return all of them, (B, K, T, D)."""
+        start = self.columns
+        self.columns += k.shape[2]
+        if self.k is None:
+            self.k, self.v = k[:, :, :0], v[:, :, :0]
+        if self.columns > self.k.shape[2]:
+            # Zeros, not garbage, make the room: they may be read, masked, and 0 * NaN is NaN.
+            room = (0, 0, 0, max(64, self.columns))
+            self.k = F.pad(self.k, room)
+            self.v = F.pad(self.v, room)
+        self.k[:, :, start:self.columns] = k
+        self.v[:, :, start:self.columns] = v
+        return self.k[:, :, :self.columns], self.v[:, :, :self.columns]
 
 
 class Cache:
     """The decode state of a batch: a LayerCache per layer and the position of each row's next token.
 
-    `Cache(config.num_hidden_layers)`, then pass it to every call of the model; it is advanced in place.  Not shared
-    between two conversations: make a new one.
+    Make one with `Cache(config.num_hidden_layers)`; the model reads and advances it.
     """
 
     def __init__(self, num_hidden_layers):
@@ -649,16 +539,19 @@ class Cache:
 
     def select(self, rows):
         """Keep these rows (an index tensor), in this order; a row named twice is continued twice."""
-        self.position = self.position[rows] if self.position is not None else None
+        if self.position is not None:
+            self.position = self.position[rows]
         for layer in self.layers:
-            layer.select(rows)
+            for name, part in vars(layer).items():
+                if isinstance(part, torch.Tensor):
+                    setattr(layer, name, part[rows])
 
 
 class Zaya(nn.Module):
     """The language model: embedding, L layers, final norm, tied LM head in fp32.  Equals HF ZayaForCausalLM.
 
-    model(input_ids) -> logits (B, S, V) fp32.  Pasting it needs Layer and what Layer needs, Cache and LayerCache; its
-    checkpoints also need ZayaConfig, read_json and write_json.
+    model(input_ids) -> logits (B, S, V) fp32; `hidden_states` explains the other arguments.  Pasting it needs Layer and
+    what Layer needs, Cache and LayerCache; its checkpoints also need ZayaConfig, read_json and write_json.
     """
 
     def __init__(self, config):
@@ -678,7 +571,6 @@ class Zaya(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None):
-        """input_ids (B, S) int64 -> logits (B, S, V) fp32; the arguments are those of `hidden_states`."""
         return self.logits(self.hidden_states(input_ids, attention_mask, position_ids, cache))
 
     @property
@@ -694,22 +586,17 @@ class Zaya(nn.Module):
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         """Everything below the LM head: (B, S) int64 -> (B, S, E) in the weights' dtype.
 
-        attention_mask (B, S), 0 for padding, which lies before or after a row's tokens, never between them; of these
-        tokens only, not of those in the cache.
+        attention_mask (B, S): 0 for padding before or after a row's tokens; of these tokens, not of those in the cache.
         position_ids (B, S), instead of a mask: restart at 0 to pack samples in a row, -1 for padding.
         cache: continue from it, and advance it.
-        routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed.
-        """
-        columns = cache.columns if cache is not None else 0
-        offset = cache.position if cache is not None else None
+        routing: a list, filled with each layer's choice (B, S); or, if it already holds L of them, replayed."""
+        columns, offset = (cache.columns, cache.position) if cache is not None else (0, None)
         if position_ids is None and (attention_mask is not None or offset is not None):
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             if offset is None:
                 offset = real.new_full((len(real),), columns)
             position_ids = (offset[:, None] + real.cumsum(1) - 1).masked_fill(real == 0, -1)
-            if cache is not None:
-                cache.position = offset + real.sum(1)
-        elif position_ids is not None and cache is not None:
+        if position_ids is not None and cache is not None:
             cache.position = position_ids[:, -1] + 1
 
         positions = {}                                          # made once for all layers of a type
@@ -722,101 +609,95 @@ class Zaya(nn.Module):
         x = self.embed_tokens(input_ids)
         x = (x.float() + self.input_hidden_states_bias) * self.input_hidden_states_scale
         count = None if position_ids is None else position_ids >= 0                 # padding is no expert's load
-        r, replay = None, list(routing) if routing else [None] * len(self.layers)
-        for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types)):
-            layer_cache = cache.layers[index] if cache is not None else None
-            x, r, choice = layer(x, r, positions[kind], layer_cache, replay[index], count)
-            if routing is not None and replay[index] is None:
+        r, nothing = None, [None] * len(self.layers)
+        caches = cache.layers if cache is not None else nothing
+        replayed = list(routing) if routing else nothing
+        for layer, kind, layer_cache, given in zip(self.layers, self.config.layer_types, caches, replayed):
+            x, r, choice = layer(x, r, positions[kind], layer_cache, given, count)
+            if routing is not None and given is None:
                 routing.append(choice)
         return self.norm(x)
 
     @torch.no_grad()
     def generate(self, input_ids, max_new_tokens=64, temperature=1.0, top_p=1.0, attention_mask=None, generator=None,
-                 eos_token_id=None, prefill_chunk=2048, uniform=None, record=False):
+                 eos_token_id=None, uniform=None, record=False):
         """Sample on from each row: (B, S) int64 -> (B, S + new).
 
-        temperature 0 is greedy.  Runs to max_new_tokens unless `eos_token_id` (an id or several) ends a row, which
-        is then filled up with pad_token_id (None: with the first of these, as HF).  Left padding goes through
-        `attention_mask` (B, S).  A row's tokens depend on the random numbers of its place in the batch, not on when
-        others end: `generator` draws them, or `uniform` (max_new_tokens, B) fp32 in [0, 1) brings them.
-        record: -> (tokens, logps, choices), as RL needs them: the log probability that the model gives each new token
-        at temperature 1 (B, new) fp32, and the expert of each token that was read (L, B, S + new - 1) int16.  In both
-        a row's numbers end where its tokens do.
-        """
-        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or input_ids.shape[1] == 0:
-            raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more, "
-                             f"not {temperature}, {top_p} and {input_ids.shape[1]} tokens")
+        temperature 0 is greedy.  `eos_token_id`, an id or several, ends a row, which pad_token_id then fills up (None:
+        the first of these, as HF).  attention_mask (B, S): 0 for left padding.  `generator` draws the random numbers,
+        or `uniform` (max_new_tokens, B) in [0, 1) brings them; a row depends on its own alone.
+        record: -> (tokens, logps, choices) for RL: each new token's log probability at temperature 1 (B, new) fp32,
+        and the expert of each token that was read (L, B, S + new - 1) int16, up to a row's end."""
+        B, S = input_ids.shape
+        device, pad = input_ids.device, self.config.pad_token_id
+        if not 0 <= temperature < math.inf or not 0 < top_p <= 1 or S == 0:
+            raise ValueError("generate needs a finite temperature >= 0, 0 < top_p <= 1 and a token of prompt or more")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not (mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()):
             raise ValueError("generate needs all padding on the left: attention_mask must be 0 … 0 1 … 1 in each row")
-        B, device, pad = len(input_ids), input_ids.device, self.config.pad_token_id
         eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=device, dtype=torch.long).flatten()
         if pad is None:                                         # as HF: nobody reads what follows a row's end
             pad = eos[0].item() if len(eos) else 0
-        tokens, logps = [input_ids], [torch.zeros(B, 0, device=device)]
-        modes = {module: module.training for module in self.modules()}
-        self.eval()
-        try:
-            hidden, cache, choices = self.prefill(input_ids, attention_mask, prefill_chunk)
-            # The rows that are still in the batch, and which of these have ended: they are computed, but not kept.
-            rows, ended = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-            token = None
-            for step in range(max_new_tokens):
-                if step:
-                    routing = []
-                    hidden = self.hidden_states(token[:, None], cache=cache, routing=routing if record else None)[:, -1]
-                    if record:
-                        choices.append(choices[0].new_zeros(len(self.layers), B, 1))
-                        choices[-1][:, rows] = torch.stack(routing).short()
-                logits = self.logits(hidden)
-                if uniform is None:
-                    draw = torch.rand(B, generator=generator, device=generator.device if generator else device)
-                else:
-                    draw = uniform[step]
-                token = self.sample(logits, temperature, top_p, draw.to(device)[rows]).masked_fill(ended, pad)
-                tokens.append(input_ids.new_full((B, 1), pad))
-                tokens[-1][rows, 0] = token
-                if record:
-                    logps.append(logits.new_zeros(B, 1))
-                    logps[-1][rows] = logits.log_softmax(-1).gather(1, token[:, None])
-                ended |= torch.isin(token, eos)
-                # Leaving the batch costs a copy of the cache: worth it for an eighth of the rows.
-                if len(eos) and ended.sum() >= len(ended) / 8:
-                    going = (~ended).nonzero()[:, 0]
-                    rows, token, ended = rows[going], token[going], ended[going]
-                    if len(rows) == 0:
-                        break
-                    cache.select(going)
-        finally:                                                # also after an exception, or Ctrl-C in a notebook
-            for module, mode in modes.items():
-                module.training = mode
-        tokens = torch.cat(tokens, 1)
-        return (tokens, torch.cat(logps, 1), torch.cat(choices, 2)) if record else tokens
+        if uniform is None:
+            where = generator.device if generator else device
+            uniform = torch.rand(max_new_tokens, B, generator=generator, device=where)
+        uniform = uniform.to(device)
+
+        tokens = F.pad(input_ids, (0, max_new_tokens), value=pad)                   # (B, S + new)
+        logps = torch.zeros(B, max_new_tokens, device=device)
+        choices = torch.zeros(len(self.layers), B, S + max_new_tokens, dtype=torch.int16, device=device)
+        hidden, cache, choices[:, :, :S] = self.prefill(input_ids, mask)
+        # The rows that are still in the batch, and which of these have ended: they are computed, but not kept.
+        rows = torch.arange(B, device=device)
+        ended = torch.zeros(B, dtype=torch.bool, device=device)
+        end = S
+        for step in range(max_new_tokens):
+            if step:
+                routing = []
+                hidden = self.hidden_states(tokens[rows, end - 1, None], cache=cache, routing=routing)[:, -1]
+                choices[:, rows, end - 1] = torch.stack(routing)[:, :, 0].short()
+            logits = self.logits(hidden)
+            token = self.sample(logits, temperature, top_p, uniform[step, rows]).masked_fill(ended, pad)
+            tokens[rows, end] = token
+            if record:
+                logps[rows, step] = logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
+            end += 1
+            ended |= torch.isin(token, eos)
+            # Leaving the batch costs a copy of the cache: worth it for an eighth of the rows.
+            if len(eos) and ended.sum() >= len(ended) / 8:
+                going = (~ended).nonzero()[:, 0]
+                rows, ended = rows[going], ended[going]
+                if len(rows) == 0:
+                    break
+                cache.select(going)
+        if record:
+            return tokens[:, :end], logps[:, :end - S], choices[:, :, :end - 1]
+        return tokens[:, :end]
 
     def new_cache(self):
-        """An empty decode state for `generate`, which a subclass may keep in another form."""
+        """An empty decode state for `generate`; a subclass may keep its own."""
         return Cache(len(self.layers))
 
-    def prefill(self, input_ids, attention_mask, chunk):
-        """Read prompts (B, S) into a new cache -> their last hidden states (B, E), the cache, and a list with the
-        experts taken (L, B, S) int16."""
-        B, S = input_ids.shape
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    def prefill(self, input_ids, mask, chunk=2048):
+        """Read prompts and masks (B, S), `chunk` columns at a time -> the last hidden states (B, E), the new cache, and
+        the experts taken (L, B, S) int16."""
         # Equal rows are read once: N candidates for one prompt cost the prompt of one.
-        unique, copies = torch.cat([input_ids, real], 1).unique(dim=0, return_inverse=True)
-        shared = len(unique) < B
-        ids, mask = unique.split(S, 1) if shared else (input_ids, real)
+        unique, copies = torch.cat([input_ids, mask], 1).unique(dim=0, return_inverse=True)
+        shared = len(unique) < len(input_ids)
+        if shared:
+            input_ids, mask = unique.chunk(2, 1)
         cache, choices = self.new_cache(), []
-        for start in range(0, S, chunk):
-            part, routing = slice(start, start + chunk), []
-            some = None if attention_mask is None else mask[:, part]
-            hidden = self.hidden_states(ids[:, part], some, cache=cache, routing=routing)[:, -1]
+        padded = not mask.all()
+        for ids, real in zip(input_ids.split(chunk, 1), mask.split(chunk, 1)):
+            routing = []
+            hidden = self.hidden_states(ids, real if padded else None, cache=cache, routing=routing)[:, -1]
             choices.append(torch.stack(routing).short())
         choices = torch.cat(choices, 2)
         if shared:
             cache.select(copies)
-            hidden, choices = hidden[copies], choices[:, copies]
-        return hidden, cache, [choices]
+            hidden = hidden[copies]
+            choices = choices[:, copies]
+        return hidden, cache, choices
 
     @staticmethod
     def sample(logits, temperature, top_p, uniform):
@@ -832,12 +713,16 @@ class Zaya(nn.Module):
         return (cdf <= uniform[:, None] * cdf[:, -1:]).sum(-1).clamp_max(logits.shape[-1] - 1)
 
     def parameter_counts(self):
-        """{"total", "non_embedding", "active"}; active: non-embedding parameters that one token passes through."""
-        total = sum(p.numel() for p in self.parameters())
-        embeddings = self.output_weight.numel() * (1 if self.config.tie_word_embeddings else 2)
-        experts = sum(p.numel() for layer in self.layers for p in layer.experts.parameters())
-        idle = experts - experts // self.config.num_experts
-        return {"total": total, "non_embedding": total - embeddings, "active": total - embeddings - idle}
+        """{"total", "active"}; active: parameters that one token passes through, without the embedding."""
+        total = active = 0
+        for name, parameter in self.named_parameters():
+            size = parameter.numel()
+            total += size
+            if ".experts." in name:
+                active += size // self.config.num_experts
+            elif name not in ("embed_tokens.weight", "lm_head.weight"):
+                active += size
+        return {"total": total, "active": active}
 
     # ---- the official checkpoint layout -----------------------------------------------------------------------------
 
@@ -850,55 +735,32 @@ class Zaya(nn.Module):
         name = re.sub(r"\.(gate|experts)\.", r".mlp.\1.", name)
         return name if name.startswith("lm_head.") else "model." + name
 
-    def save_pretrained(self, directory, max_shard_bytes=5_000_000_000, state_dict=None):
-        """Write config.json, generation_config.json and model.safetensors (sharded with an index above
-        `max_shard_bytes`) that HF's ZayaForCausalLM.from_pretrained loads, each under a temporary name, then renamed.
+    def save_pretrained(self, directory, state_dict=None):
+        """Write what HF's ZayaForCausalLM.from_pretrained loads, each file under a temporary name, then renamed.
 
-        state_dict: instead of the model's own, such as the whole tensors of a sharded model.
-        """
+        state_dict: instead of the model's own, such as the whole tensors of a sharded model."""
         from safetensors.torch import save_file
         os.makedirs(directory, exist_ok=True)
-        shards, size, total = [{}], 0, 0
-        for name, tensor in (self.state_dict() if state_dict is None else state_dict).items():
-            if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-                shards.append({})
-                size = 0
-            shards[-1][self.official_name(name)] = tensor.contiguous()
-            size += tensor.nbytes
-            total += tensor.nbytes
-        places, written = {}, {"model.safetensors.index.json"} if len(shards) > 1 else set()
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            path = os.path.join(directory, name)
-            save_file(shard, path + ".tmp", metadata={"format": "pt"})
-            os.replace(path + ".tmp", path)
-            places.update(dict.fromkeys(shard, name))
-            written.add(name)
-        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
-        write_json(os.path.join(directory, "config.json"), {**self.config.to_dict(), "dtype": dtype})
+        state = self.state_dict() if state_dict is None else state_dict
+        state = {self.official_name(name): tensor.contiguous() for name, tensor in state.items()}
+        path = f"{directory}/model.safetensors"
+        save_file(state, path + ".tmp", metadata={"format": "pt"})
+        os.replace(path + ".tmp", path)
+        config = self.config.to_dict()
+        config["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        write_json(f"{directory}/config.json", config)
         # Without this file HF's generate and its server would be greedy, whatever temperature they are asked for.
-        write_json(os.path.join(directory, "generation_config.json"), {
-            "do_sample": True, "top_k": 0, "eos_token_id": self.config.eos_token_id,
-            "pad_token_id": self.config.pad_token_id})
-        if len(shards) > 1:
-            write_json(os.path.join(directory, "model.safetensors.index.json"),
-                       {"metadata": {"total_size": total}, "weight_map": places})
-        for name in os.listdir(directory):                      # an earlier save's shards, a killed one's leavings
-            ours = re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?", name)
-            if ours and name not in written:
-                os.remove(os.path.join(directory, name))
+        generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
+        write_json(f"{directory}/generation_config.json", {"do_sample": True, "top_k": 0, **generation})
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
-        """Read config.json and *.safetensors in the official layout.
+        """Read config.json and *.safetensors in the official layout.  `dtype` converts the weights one by one.
 
-        The weights stay memory-mapped until they are written to or moved: no second copy, and nothing is read that
-        is not used.  `dtype` converts them one by one.  Raises FileNotFoundError or ValueError naming the file or
-        tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
+        They stay memory-mapped until they are written to or moved.  Raises FileNotFoundError or ValueError naming the
+        file or tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
         """
-        path = os.path.join(directory, "config.json")
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path} not found: {directory!r} is no checkpoint in the official layout")
+        path = f"{directory}/config.json"
         values = read_json(path)
         try:
             config = ZayaConfig.from_dict(values)
@@ -906,70 +768,57 @@ class Zaya(nn.Module):
             raise ValueError(f"{path}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
-        wanted = {cls.official_name(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-        if config.tie_word_embeddings:                          # some files hold a copy of the tied LM head
-            wanted["lm_head.weight"] = None, model.output_weight.shape
+        names = {cls.official_name(name): name for name in model.state_dict()}
         state, source = {}, {}
         for file, official, tensor in cls.stored_tensors(directory):
             if official in source:
                 raise ValueError(f"{directory}: tensor {official!r} is in both {source[official]} and {file}: "
                                  "move one of the files away")
             source[official] = file
-            if official not in wanted:
-                raise ValueError(f"{file}: tensor {official!r} has no place in this config")
-            name, shape = wanted[official]
-            if tensor.shape != shape:
-                raise ValueError(f"{file}: tensor {official!r} has shape {tuple(tensor.shape)}, "
-                                 f"the config needs {tuple(shape)}")
-            if name:
-                # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
-                state[name] = tensor.to(device, torch.float32 if "balancing_biases" in name else dtype)
-        for official, (name, _) in wanted.items():
-            if name and name not in state:
-                raise ValueError(f"{directory}: tensor {official!r} is missing")
-        model.load_state_dict(state, assign=True)
+            if config.tie_word_embeddings and official == "lm_head.weight":
+                continue                                        # some files hold a copy of the tied LM head
+            # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
+            kept = torch.float32 if official.endswith("balancing_biases") else dtype
+            state[names.get(official, official)] = tensor.to(device, kept)
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:                           # it names what is missing, too much or of another shape
+            raise ValueError(f"{directory}: {' '.join(str(error).split())[:500]}") from None
         for layer in model.layers:                              # not in the file: born on the meta device
-            layer.gate.load = torch.zeros(config.router_classes, dtype=torch.long, device=device)
+            layer.gate.load = torch.zeros_like(layer.gate.balancing_biases, dtype=torch.long)
         return model.eval()
 
     @staticmethod
     def stored_tensors(directory):
-        """Yield (file name, official tensor name, tensor) of a folder's weights.
-
-        model.safetensors is the model, whatever lies beside it.  Without it the index says which file a tensor is read
-        from; without an index all files are read.
-        """
+        """Yield (file name, official tensor name, tensor) of a folder's weights: of model.safetensors, if it is there;
+        else as the index says, tensor by tensor; else of all files."""
         from safetensors import SafetensorError, safe_open
+        index, places = f"{directory}/model.safetensors.index.json", {}
         files = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
-        index, places = os.path.join(directory, "model.safetensors.index.json"), {}
         if "model.safetensors" in files:
             files = ["model.safetensors"]
         elif os.path.exists(index):
             places = read_json(index).get("weight_map")
-            if not (places and type(places) is dict and all(type(file) is str for file in places.values())):
+            if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
                 raise ValueError(f"{index} is damaged: weight_map must name a file for each tensor")
             files = sorted(set(places.values()))
         if not files:
             raise FileNotFoundError(f"{directory!r} has a config.json but no *.safetensors")
         for file in files:
-            path = os.path.join(directory, file)
-            if not os.path.exists(path):
-                raise FileNotFoundError(f"{index} names {file}, which is not in {directory!r}")
+            path = f"{directory}/{file}"
             try:
                 with safe_open(path, "pt") as opened:
-                    for name in [name for name in places if places[name] == file] or opened.keys():
+                    for name in opened.keys() if not places else [name for name in places if places[name] == file]:
                         yield file, name, opened.get_tensor(name)
             except SafetensorError as error:                    # also for a tensor that only the index knows
                 raise ValueError(f"{path} is damaged: {error}") from None
 
 
 class Tokenizer:
-    """Byte-level BPE with tiktoken inside; digits are single tokens (not so in `named` ones), any bytes round-trip.
+    """Byte-level BPE with tiktoken inside; digits are single tokens, and any text round-trips.
 
-    encode(str or bytes) -> list[int];  decode(list[int]) -> str;  decode_bytes -> the exact bytes.  Special tokens are
-    never made from ordinary text, only by `render`, which lays out a chat:
-    <|user|>…<|end|><|assistant|><think>…</think>…<|end|>.
-    Saved as tokenizer.json in the layout of the `tokenizers` library, so HF's AutoTokenizer reads our checkpoints;
+    encode(str) -> list[int];  decode(list[int]) -> str;  decode_bytes -> bytes.  Only `render`, which lays out a chat,
+    makes special tokens: <|user|>…<|end|><|assistant|><think>…</think>…<|end|>.  Saved as HF's AutoTokenizer reads it;
     for that it needs read_json and write_json pasted with it.
     """
     PATTERN = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -977,24 +826,29 @@ class Tokenizer:
     CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
-    def __init__(self, ranks, pattern=PATTERN, name="zaya"):
-        """ranks: bytes -> rank, the lower ranks merged first; the special tokens follow after the last rank."""
+    def __init__(self, merges=()):
+        """merges: pairs (bytes, bytes) of tokens that become one, the first ones first; without any, a byte a token."""
         import tiktoken
-        first = max(ranks.values()) + 1
-        self.special = {token: first + i for i, token in enumerate(self.SPECIAL)}
-        self.ranks, self.pattern = ranks, pattern
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
-        self.vocab_size = first + len(self.SPECIAL)
-        self.pad, self.end_of_text, self.end = (self.special[t] for t in ("<|pad|>", "<|endoftext|>", "<|end|>"))
+        self.merges = merges
+        self.ranks = {bytes([i]): i for i in range(256)}
+        for a, b in merges:
+            self.ranks.setdefault(a + b, len(self.ranks))
+        self.special = {token: len(self.ranks) + i for i, token in enumerate(self.SPECIAL)}
+        self.encoding = tiktoken.Encoding("zaya", pat_str=self.PATTERN, mergeable_ranks=self.ranks,
+                                          special_tokens=self.special)
+        self.vocab_size = len(self.ranks) + len(self.SPECIAL)
+        self.pad = self.special["<|pad|>"]
+        self.end_of_text = self.special["<|endoftext|>"]
+        self.end = self.special["<|end|>"]
 
     @classmethod
     def train(cls, text, vocab_size=512, progress=iter):
         """Learn `vocab_size` tokens (256 bytes, merges, specials) from a text; the same text gives the same tokens."""
         from collections import Counter, defaultdict
         import regex                                            # comes with tiktoken
-        merges = vocab_size - 256 - len(cls.SPECIAL)
-        if merges < 0:
-            raise ValueError(f"vocab_size {vocab_size} is below the {256 + len(cls.SPECIAL)} bytes and special tokens")
+        least = 256 + len(cls.SPECIAL)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size {vocab_size} is below the {least} bytes and special tokens")
         words, counts, pairs, where = [], [], Counter(), defaultdict(set)
 
         def count(index, times):                                # add or take away the pairs of a word
@@ -1006,13 +860,13 @@ class Tokenizer:
             words.append([bytes([byte]) for byte in word.encode("utf-8", "replace")])
             counts.append(times)
             count(len(words) - 1, 1)
-        ranks = {bytes([i]): i for i in range(256)}
-        for _ in progress(range(merges)):
+        merges = []
+        for _ in progress(range(vocab_size - least)):
             best = max(pairs, key=lambda pair: (pairs[pair], pair), default=None)
             if best is None or pairs[best] <= 0:
-                raise ValueError(f"the text has too few different words for {vocab_size} tokens: it gave {len(ranks)} "
-                                 f"and {len(cls.SPECIAL)} special ones; use a smaller vocab_size or more text")
-            ranks[best[0] + best[1]] = len(ranks)
+                raise ValueError(f"the text has too few different words for {vocab_size} tokens: it gave "
+                                 f"{least + len(merges)}; use a smaller vocab_size or more text")
+            merges.append(best)
             for index in sorted(where[best]):
                 count(index, -1)
                 word, i = words[index], 0
@@ -1022,33 +876,10 @@ class Tokenizer:
                     i += 1
                 count(index, 1)
             del pairs[best], where[best]
-        return cls(ranks)
-
-    @classmethod
-    def named(cls, name):
-        """One of tiktoken's encodings, such as "gpt2", with our special tokens after its own ranks."""
-        import tiktoken
-        try:
-            encoding = tiktoken.get_encoding(name)
-        except ValueError as error:
-            raise ValueError(f"tiktoken knows no encoding {name!r}: {error}") from None
-        except Exception as error:
-            raise RuntimeError(
-                f"tiktoken could not download the encoding {name!r} ({type(error).__name__}).  Set TIKTOKEN_CACHE_DIR "
-                f"to a folder, call tiktoken.get_encoding({name!r}) where there is a network, and copy the folder "
-                "here; or leave --tokenizer out, then a tokenizer is trained on your data") from None
-        return cls(encoding._mergeable_ranks, encoding._pat_str, name)
+        return cls(merges)
 
     def encode(self, text):
-        """str or bytes -> ids.  Bytes that are not UTF-8 become one token each."""
-        data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
-        ids = []
-        for i, piece in enumerate(re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape"))):
-            if i % 2:                                           # the odd pieces are the escaped bytes
-                ids += [self.ranks[byte.encode("utf-8", "surrogateescape")] for byte in piece]
-            else:
-                ids += self.encoding.encode_ordinary(piece)
-        return ids
+        return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(list(ids))
@@ -1057,22 +888,16 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def render(self, messages, generation_prompt=False):
-        """[{"role", "content"}, …] -> ids, targets: the chat as tokens, and for each whether the assistant wrote it.
-
-        A message with "weight": 0 is read and not learned: its targets are False.
-        With `generation_prompt` the chat ends with the token after which the assistant speaks.  The tags <think> and
-        </think> are special tokens in the assistant's turns only: nobody else can open or close its reasoning.
-        """
+        """[{"role", "content"}, …] -> ids, targets: the chat as tokens, and for each whether the assistant wrote it and
+        the message has no "weight": 0.  `generation_prompt`: the assistant is to speak next."""
         ids, targets = [], []
         for message in messages:
             role, content = message["role"], message["content"]
             if role not in ("system", "user", "assistant"):
                 raise ValueError(f"role {role!r} is not one of system, user, assistant")
-            if role == "assistant":
-                tags = {"<think>", "</think>"}
-                body = self.encoding.encode(content, allowed_special=tags, disallowed_special=())
-            else:
-                body = self.encode(content)
+            # Nobody else can open or close the assistant's reasoning.
+            tags = {"<think>", "</think>"} if role == "assistant" else set()
+            body = self.encoding.encode(content, allowed_special=tags, disallowed_special=())
             learned = role == "assistant" and message.get("weight", 1) != 0
             ids += [self.special[f"<|{role}|>"], *body, self.end]
             targets += [False] + [learned] * (len(body) + 1)
@@ -1086,20 +911,10 @@ class Tokenizer:
         """GPT-2's one printable character per byte, in which tokenizer.json spells tokens."""
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in plain]
-        return {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
-
-    def _merges(self):
-        """The pair of tokens that each token was merged from, by rank."""
-        merges = []
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-            parts = [token[i:i + 1] for i in range(len(token))]
-            while len(parts) > 2:                               # undo the last merge: apply all the earlier ones
-                ranks = [self.ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-                i = ranks.index(min(ranks))
-                parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            if len(parts) == 2:
-                merges.append(parts)
-        return merges
+        visible = {byte: chr(byte) for byte in plain}
+        for i, byte in enumerate(others):
+            visible[byte] = chr(256 + i)
+        return visible
 
     def save_pretrained(self, directory):
         """Write tokenizer.json and tokenizer_config.json (with the chat template), each by rename."""
@@ -1108,34 +923,35 @@ class Tokenizer:
         def spell(token):
             return "".join(visible[byte] for byte in token)
 
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        split = {"type": "Split", "pattern": {"Regex": self.PATTERN}, "behavior": "Isolated", "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         # The tags are no control tokens: a server that leaves those out of its replies must keep the tags.
         added = [dict(id=i, content=token, single_word=False, lstrip=False, rstrip=False, normalized=False,
                       special="think" not in token) for token, i in self.special.items()]
         os.makedirs(directory, exist_ok=True)
-        write_json(os.path.join(directory, "tokenizer.json"), {
+        write_json(f"{directory}/tokenizer.json", {
             "version": "1.0", "added_tokens": added, "decoder": level,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
             "model": {"type": "BPE", "vocab": {spell(token): rank for token, rank in self.ranks.items()},
-                      "merges": [[spell(a), spell(b)] for a, b in self._merges()]}}, indent=None)
-        write_json(os.path.join(directory, "tokenizer_config.json"), {
+                      "merges": [[spell(a), spell(b)] for a, b in self.merges]}})
+        write_json(f"{directory}/tokenizer_config.json", {
             "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|pad|>", "bos_token": "<|endoftext|>",
             "eos_token": "<|end|>", "chat_template": self.CHAT_TEMPLATE, "clean_up_tokenization_spaces": False})
 
     @classmethod
     def from_pretrained(cls, directory):
         """Read a tokenizer.json that `save_pretrained` wrote."""
-        path = os.path.join(directory, "tokenizer.json")
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{path} not found: {directory!r} has no tokenizer")
+        path = f"{directory}/tokenizer.json"
         content, byte_of = read_json(path), {character: byte for byte, character in cls._visible().items()}
         try:
+            merges = []
+            for pair in content["model"]["merges"]:
+                merges.append(tuple(bytes(byte_of[character] for character in token) for token in pair))
+            tokenizer = cls(merges)
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in content["model"]["vocab"].items()}
-            tokenizer = cls(ranks, pattern)
-            if {token["content"]: token["id"] for token in content["added_tokens"]} != tokenizer.special:
-                raise ValueError("other special tokens")
+            special = {added["content"]: added["id"] for added in content["added_tokens"]}
+            if (pattern, special) != (cls.PATTERN, tokenizer.special):
+                raise ValueError("another pattern or other special tokens")
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no tokenizer of this project, which is byte-level BPE with the "
                              f"special tokens {' '.join(cls.SPECIAL)} ({type(error).__name__}: {error})") from None

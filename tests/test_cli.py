@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import kernels
 import train
 from zaya import Tokenizer, Zaya
 
@@ -37,7 +36,7 @@ def run(*arguments):
 
 def stopped(*arguments):
     """What ends train.py with these arguments: a sentence."""
-    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+    with pytest.raises(SystemExit) as end:
         train.main([str(argument) for argument in arguments])
     assert isinstance(end.value.code, str) and "\n" not in end.value.code, end.value.code
     return end.value.code
@@ -83,36 +82,35 @@ def test_a_run_leaves_what_the_readme_says(smoke):
         entry = report["stages"][stage]
         assert report["seconds"][stage] > 0 and f"{entry['pass@1']:.3f}" in table
         assert entry["ci95"][0] <= entry["pass@1"] <= entry["ci95"][1] and entry["problems"] == 4 * len(train.TASKS)
-        assert all(set(entry[key]) == set(train.TASKS) for key in ("tasks", "tasks_ci95", "greedy_tasks", "chance"))
-        assert set(entry["loss"]) == ({"english", "code", "traces"} if stage in train.STAGES[:3] else set())
+        assert set(entry["tasks"]) == set(train.TASKS)
+        assert stage not in train.STAGES[:3] or set(entry["loss"]) == {"english", "code", "traces"}
     first = report["stages"]["pretrain"]["loss"]
-    assert all(loss["after"] < loss["before"] - 0.7 for loss in first.values()), first
-    assert report["stages"]["midtrain"]["loss"]["code"]["late_after"] is not None
+    assert all(loss < 5.2 for loss in first.values()), first    # from ln 384 = 5.95
     rows = log_rows(out)
     lengths = {name: stage.steps for name, stage in train.PRESETS["smoke"]["stages"].items()}
     assert [row["stage"] for row in rows] == [name for name in train.STAGES for _ in range(lengths[name])]
-    numbers = [row[key] for row in rows for key in row if key not in ("stage", "difficulty") and row[key]]
+    numbers = [row[key] for row in rows for key in row if key != "stage" and row[key]]
     assert all(math.isfinite(float(number)) for number in numbers)
     assert abs(float(rows[0]["loss"]) - math.log(Tokenizer.from_pretrained(str(out / "final")).vocab_size)) < 1.5
-    assert "device cpu" in printed and "kept" in printed and re.search(r"wrong \||right \|", printed)
+    assert Zaya.from_pretrained(out / "final").config.rope_parameters["hybrid"]["rope_theta"] == 5e5
+    assert "device cpu" in printed and "processes" not in printed and "kept" in printed and "traces | " in printed
 
 
 def test_reinforcement_learning_leaves_its_traces(smoke):
-    """Rewards, canaries, staleness, replay and difficulties in the log; a trained step in every kind of stage."""
+    """Rewards, staleness, replay and difficulties; a trained step in every kind of stage."""
     out, printed = smoke
     rows = log_rows(out)
     for stage in train.STAGES[3:]:
         mine = [row for row in rows if row["stage"] == stage]
-        assert any(row["reward"] and float(row["no_end"]) <= 1 and row["repetitive"] for row in mine)
+        assert any(row["reward"] and float(row["no_end"]) <= 1 for row in mine)
         trained = [row for row in mine if float(row["norm"]) > 0]
         assert trained or stage != "mathcode", "no group with a signal: the smoke preset learns nothing"
         assert all(0 <= float(row["staleness"]) <= 2 for row in trained)
         assert all(float(row["kl"]) < 1 and 0 <= float(row["flips"]) <= 1 for row in trained if row["kl"])
-        assert f"{stage} 1/" in printed and "without replay" in printed
+        assert f"{stage} 1/" in printed and "kl_live" in printed
     results = json.loads((out / "report.json").read_text())["stages"]
-    end, last = results["rlve"]["end"], [row["difficulty"] for row in rows if row["stage"] == "rlve"][-1]
-    assert set(results["rlve"]["start"]) == set(train.REASONING)
-    assert last == " ".join(f"{task}={d}" for task, d in end.items()) and 0.3 < results["behavior"]["judged"] <= 1
+    assert set(results["rlve"]["start"]) == set(results["rlve"]["end"]) == set(train.REASONING)
+    assert 0.3 < results["behavior"]["judged"] <= 1
 
 
 def test_a_finished_run_is_not_trained_again(smoke):
@@ -124,20 +122,6 @@ def test_a_finished_run_is_not_trained_again(smoke):
     run("--preset", "smoke", "--out", out, "--stages", "pretrain")
     final, last = (load_file(out / name / "model.safetensors") for name in ("final", train.STAGES[-1]))
     assert all(torch.equal(final[name], last[name]) for name in last)   # final/ stays the last stage
-
-
-def test_transformers_loads_what_was_trained(smoke):
-    transformers = pytest.importorskip("transformers")
-    folder, chat = str(smoke[0] / "final"), [{"role": "user", "content": "sort 3917"}]
-    theirs, ours = transformers.ZayaForCausalLM.from_pretrained(folder).eval(), Zaya.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert ids == Tokenizer.from_pretrained(folder).render(chat, True)[0]
-    ids = torch.tensor([ids])
-    with torch.no_grad():
-        assert (theirs(ids).logits - ours(ids)).abs().max() < 1e-4
-    assert theirs.config.eos_token_id == tokenizer.eos_token_id
-    assert theirs.config.rope_parameters["hybrid"]["rope_theta"] == 5e5
 
 
 def same_state(a, b):
@@ -183,7 +167,7 @@ def test_resuming_is_exact(tmp_path):
     run_until_killed("pretrain 2/10", *SHORT, "--out", parts)
     run_until_killed("pretrain 7/10", *SHORT, "--out", parts, before=try_another)
     assert torch.load(parts / "pretrain/trainer.pt", weights_only=True)["step"] == 4
-    assert "is not finished: run --stages pretrain" in stopped(*SHORT, "--out", parts, "--stages", "midtrain")
+    assert "run --stages pretrain first" in stopped(*SHORT, "--out", parts, "--stages", "midtrain")
     assert "pretrain: going on after step 4" in run(*SHORT, "--out", parts, "--stages", "pretrain")
     run_until_killed("midtrain 5/6", *SHORT, "--out", parts)
     assert "midtrain: going on after step 4" in run(*SHORT, "--out", parts)
@@ -194,7 +178,7 @@ def test_resuming_is_exact(tmp_path):
 
 
 @pytest.mark.parametrize("changed, says", [
-    (["--seed", "1"], "seed=0, and now it is 1"), (["--lr", "midtrain=0.5"], "midtrain was made with lr=0.003"),
+    (["--lr", "midtrain=0.5"], "midtrain was made with lr=0.003"),
     (["--num-experts", "8"], "num_experts=4, and now it is 8"),
     (["--stages", "evaluate", "--seed", "1"], "was made with --preset smoke --seed 0: say so again")])
 def test_other_settings_do_not_go_on_silently(smoke, changed, says):
@@ -230,8 +214,7 @@ def test_nan_and_changed_data_stop_a_run(tmp_path):
     said = stopped(*arguments)
     assert "midtrain step 1: loss nan" in said and "traces" in said
     assert "Last good checkpoint: none of this stage" in said
-    state.update(step=8)
-    del state["done"]
+    state.update(step=8, done=False)
     train.save_checkpoint(str(folder), model, tokenizer, state)
     said = stopped(*arguments)
     assert "pretrain step 9: loss nan" in said and f"{folder} (step 8)" in said
@@ -240,19 +223,18 @@ def test_nan_and_changed_data_stop_a_run(tmp_path):
 
 
 MISTAKES = {
-    "--sedd 3": "did you mean --seed?", "--steps middle=3": "'middle' is no stage",
+    "--sedd 3": "did you mean --seed?", "--steps middle=3": "did you mean midtrain?",
     "--steps many": "'many' is not a whole number", "--preset huge": "smoke, tiny, small, zaya1-8b",
     "--stages pretrian": "did you mean pretrain?", "--stages midtrain": "run --stages pretrain first",
     "--stages evaluate": "run the other stages first", "--stages rlve --tasks find": "leaves nothing to run",
     "--tasks addd": "did you mean add?", "--tasks none --data README.md": ".txt and .jsonl",
-    "--data nowhere.txt": "nowhere.txt: no such file", "--data README.md README.md": ".txt and .jsonl",
+    "--data nowhere.txt": "nowhere.txt: No such file", "--data README.md README.md": ".txt and .jsonl",
     "--lr nan": "--lr nan must be at least 0", "--grad-clip -1": "--grad-clip -1.0 must be at least 0",
     "--seed 99999999999999999999": "at most 9223372036854775807", "--save-every 0": "--save-every 0 must be at least",
     "--context 0": "--context 0 must be at least 2", "--tokens-per-step 1000": "multiple of pretrain's context",
-    "--device gpu": "There are auto, cpu, cuda, mps", "--device cuda": "no GPU", "--device mps": "sees no Apple GPU",
-    "--dtype float8": "float32 and bfloat16", "--num-experts 0": "num_experts must be a positive integer",
-    "--tokenizer gpt2 --vocab-size 300": "leave out --vocab-size", "--vocab-size 10": "--vocab-size",
-    "--tokenizer no-such-encoding": "no-such-encoding"}
+    "--device gpu": "There are auto, cpu, cuda, mps", "--device cuda": "no such GPU", "--device mps": "no such GPU",
+    "--dtype float8": "auto, float32, bfloat16", "--num-experts 0": "num_experts must be a positive integer",
+    "--vocab-size 10": "--vocab-size"}
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
@@ -261,7 +243,7 @@ def test_mistakes_get_one_clear_sentence(tmp_path, monkeypatch, capsys, argument
         pytest.skip("a GPU is there")
     monkeypatch.chdir(ROOT)
     arguments = ["--preset", "smoke", "--out", str(tmp_path / "out"), *arguments.split()]
-    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+    with pytest.raises(SystemExit) as end:
         train.main(arguments)
     said = capsys.readouterr().err.splitlines()[-1] if end.value.code == 2 else end.value.code     # 2: argparse's
     assert MISTAKES[" ".join(arguments[4:])] in said and "\n" not in said
@@ -275,7 +257,7 @@ def test_every_number_has_bounds(setting, value):
     with pytest.raises(SystemExit) as refused:
         train.parse_arguments([flag, f"pretrain=3,midtrain={value}"] if setting.type is dict else [f"{flag}={value}"])
     if refused.value.code != 2:                                 # 2: argparse has said that it is no whole number
-        assert flag in refused.value.code and "must be at least" in refused.value.code
+        assert flag in refused.value.code and re.search("must be at least|is not a whole number", refused.value.code)
 
 
 def test_a_terminal_without_utf8_stops_no_run(tmp_path):
@@ -292,12 +274,12 @@ def test_a_terminal_without_utf8_stops_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("report.json", b'{"preset": "smo'), ("report.json", b"{}"), ("report.json", b"[1]"), ("report.json", b"\xff\xfe{"),
-    ("report.json", b"[" * 200_000), ("report.json", b'{"preset": "smoke", "seed": 0, "seconds": {"pretrain": 1.0}, '
-                                      b'"params": {"total": 1, "active": 1}, "stages": {"pretrain": {}}, "ttc": []}'),
-    ("pretrain/trainer.pt", b"PK\x03\x04"), ("pretrain/trainer.pt", b""), ("pretrain/trainer.pt", b"hello, world"),
-    ("pretrain/trainer.pt", {"model": 1}), ("pretrain/trainer.pt", None), ("pretrain/trainer.pt", 0.5),
-    ("pretrain/config.json", b'{"hidden'), ("pretrain/tokenizer.json", b"{}"), ("pretrain/model.safetensors", b"cut"),
+    ("report.json", b'{"preset": "smo'), ("report.json", b"{}"), ("report.json", b"\xff\xfe{"),
+    ("report.json", b'{"preset": "smoke", "seed": 0, "seconds": {}, "params": {"total": 1, "active": 1}, "stages": '
+                    b'{"pretrain": {}}, "ttc": []}'),
+    ("pretrain/trainer.pt", b"PK\x03\x04"), ("pretrain/trainer.pt", b""), ("pretrain/trainer.pt", {"model": 1}),
+    ("pretrain/trainer.pt", None), ("pretrain/trainer.pt", 0.5), ("pretrain/config.json", b'{"hidden'),
+    ("pretrain/tokenizer.json", b"{}"), ("pretrain/model.safetensors", b"cut"),
 ])
 def test_damaged_files_are_named(smoke, tmp_path, name, content):
     """Cut, foreign, empty, no UTF-8 (a share: only a part of the file is left; None: it is gone)."""

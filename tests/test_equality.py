@@ -6,7 +6,6 @@ bias of 0.  The official model is saved and ours is loaded from the file: the la
 import copy
 import inspect
 import json
-import os
 
 import pytest
 import torch
@@ -55,22 +54,21 @@ def pair(request, tmp_path_factory):
     official = official_model(ZayaConfig(**{**BASE, **changes}))
     randomise(official, seed, skip_bias=0.0 if request.param == "skip" else -1.0)
     directory = tmp_path_factory.mktemp(request.param)
-    official.save_pretrained(directory)
+    official.save_pretrained(directory, max_shard_size="20KB" if request.param == "sliding" else "5GB")
+    assert (directory / "model.safetensors.index.json").exists() == (request.param == "sliding")
     ours = Zaya.from_pretrained(directory)
     ours.case = request.param
     return official, ours
 
 
 def tokens(batch=3, length=LENGTH, seed=0):
-    """Random ids without the pad id: the official embedding gives that one no gradient."""
+    """Without the pad id, whose embedding gets no gradient in the official model."""
     return torch.randint(1, BASE["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def left_padded(lengths=(LENGTH, 15, 2)):
-    ids, mask = tokens(len(lengths)), torch.zeros(len(lengths), LENGTH, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, LENGTH - length:] = 1
-    return ids.masked_fill(mask == 0, BASE.get("pad_token_id", 0)), mask
+    mask = (torch.arange(LENGTH) >= LENGTH - torch.tensor(lengths)[:, None]).long()
+    return tokens(len(lengths)).masked_fill(mask == 0, 0), mask
 
 
 def positions(mask):
@@ -83,18 +81,14 @@ def close(a, b, tolerance=TOLERANCE):
 
 
 @torch.no_grad()
-def ours_in_chunks(model, ids, sizes, mask=None):
-    cache, logits = Cache(model.config.num_hidden_layers), []
-    for part in torch.arange(ids.shape[1]).split(sizes):
-        logits.append(model(ids[:, part], None if mask is None else mask[:, part], cache=cache))
-    return torch.cat(logits, 1)
-
-
-@torch.no_grad()
-def official_in_chunks(model, ids, sizes, mask=None):
+def in_chunks(model, ids, sizes, mask=None):
     """HF wants the mask of everything so far, and the positions of the new tokens."""
-    cache, logits = transformers.DynamicCache(config=model.config), []
+    ours, logits = isinstance(model, Zaya), []
+    cache = Cache(len(model.layers)) if ours else transformers.DynamicCache(config=model.config)
     for part in torch.arange(ids.shape[1]).split(sizes):
+        if ours:
+            logits.append(model(ids[:, part], None if mask is None else mask[:, part], cache=cache))
+            continue
         extra = {} if mask is None else dict(attention_mask=mask[:, :part[-1] + 1],
                                              position_ids=positions(mask)[:, part])
         logits.append(model(ids[:, part], **{CACHE_NAME: cache}, use_cache=True, **extra).logits)
@@ -106,17 +100,12 @@ CHUNKS = {"one_by_one": [1] * LENGTH, "chunks": [4, 7, 1, 8, 1, 3], "prefill_the
 
 @torch.no_grad()
 def test_full_forward(pair):
+    """By models that use their experts: if every token went to one, the tests here would say little about routing."""
     official, ours = pair
     close(ours(tokens()), official(tokens()).logits)
-
-
-@torch.no_grad()
-def test_random_models_use_their_experts(pair):
-    """If every token went to one expert, the other tests here would say little about routing."""
-    _, ours = pair
     routing = []
     ours.hidden_states(tokens(8), routing=routing)
-    classes = ours.config.router_classes
+    classes = ours.config.num_experts + 1
     load = torch.stack([choice.flatten().bincount(minlength=classes) for choice in routing])
     assert ((load > 0).sum(1) >= 3).all(), load
     if ours.case == "skip":
@@ -130,15 +119,11 @@ def test_random_models_use_their_experts(pair):
 def test_decoding_with_a_cache(pair, sizes):
     """HF takes a lone token for a real one whatever the mask says: rows that pad in one-token steps are left out."""
     official, ours = pair
-    full, mine, theirs = official(tokens()).logits, *(
-        run(model, tokens(), sizes) for run, model in ((ours_in_chunks, ours), (official_in_chunks, official)))
-    close(mine, full)
-    close(theirs, full)
-    close(mine, theirs)
+    full = official(tokens()).logits
+    close(in_chunks(ours, tokens(), sizes), full)
+    close(in_chunks(official, tokens(), sizes), full)
     ids, mask = left_padded()
-    mine, theirs = ours_in_chunks(ours, ids, sizes, mask), official_in_chunks(official, ids, sizes, mask)
-    for row in range(len(ids)):
-        close(mine[row, mask[row] == 1], ours(ids[row, mask[row] == 1][None])[0])
+    mine, theirs = in_chunks(ours, ids, sizes, mask), in_chunks(official, ids, sizes, mask)
     single = [part[0] for part in torch.arange(LENGTH).split(sizes) if len(part) == 1]
     fair = (mask[:, single] == 1).all(1)
     assert fair.sum() > 1 or sizes[0] == 1
@@ -153,13 +138,7 @@ def test_padded_batch(pair, side):
     mine, theirs = ours(ids, mask), official(ids, attention_mask=mask, position_ids=positions(mask)).logits
     close(mine[mask == 1], theirs[mask == 1])
     for row in range(len(ids)):
-        alone = ids[row, mask[row] == 1][None]
-        close(mine[row, mask[row] == 1], ours(alone)[0])
-        close(mine[row, mask[row] == 1], official(alone).logits[0])
-
-
-def without_last_biases(state):
-    return {name: tensor[:-1] if name.endswith("balancing_biases") else tensor for name, tensor in state.items()}
+        close(mine[row, mask[row] == 1], official(ids[row, mask[row] == 1][None]).logits[0])
 
 
 def restore_last_biases(official, ours):
@@ -169,42 +148,20 @@ def restore_last_biases(official, ours):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 20_000], ids=["single", "sharded"])
-def test_round_trip_official_ours_official(pair, tmp_path, max_shard_bytes):
+def test_round_trip_official_ours_official(pair, tmp_path):
     official, ours = pair
-    ours.save_pretrained(tmp_path, max_shard_bytes)
-    assert len([name for name in os.listdir(tmp_path) if name.endswith(".safetensors")]) > 1 or max_shard_bytes > 1e9
+    ours.save_pretrained(tmp_path)
     back, report = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert back.dtype == torch.float32
     before, after = official.state_dict(), back.state_dict()
-    assert before.keys() == after.keys()
-    for name, tensor in without_last_biases(before).items():
-        assert torch.equal(tensor, without_last_biases(after)[name]), name
+    assert back.dtype == torch.float32 and before.keys() == after.keys()
+    for name, tensor in before.items():
+        kept = slice(-1 if name.endswith("balancing_biases") else None)
+        assert torch.equal(tensor[kept], after[name][kept]), name
     restore_last_biases(back, ours)
     close(back(tokens()).logits, official(tokens()).logits)     # mapped weights lie elsewhere: sums in another order
-    for name in CONFIG_FIELDS:
-        assert getattr(back.config, name) == getattr(official.config, name), name
-
-
-CONFIG_FIELDS = [name for name in ZayaConfig().to_dict() if name not in ("architectures", "dtype")]
-
-
-@torch.no_grad()
-def test_round_trip_ours_official_ours(tmp_path):
-    """From a model born here, with its own initialisation."""
-    first = Zaya(ZayaConfig(**BASE)).eval()
-    for number, layer in enumerate(first.layers):               # a fresh router is all but indifferent: without these
-        layer.gate.balancing_biases[number] = 0.1               # rounding would decide some token's expert
-    first.save_pretrained(tmp_path / "a")
-    official = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path / "a")
-    official.save_pretrained(tmp_path / "b")
-    second = Zaya.from_pretrained(tmp_path / "b")
-    assert first.config == second.config
-    assert first.state_dict().keys() == second.state_dict().keys()
-    for name, tensor in first.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
-    close(first(tokens()), official(tokens()).logits)
+    for name in ZayaConfig().to_dict():
+        assert getattr(back.config, name) == getattr(official.config, name) or name == "architectures", name
 
 
 @torch.no_grad()
@@ -222,12 +179,10 @@ def test_a_rope_without_a_share_rotates_all_channels(tmp_path):
 @torch.no_grad()
 def test_a_model_without_special_tokens(tmp_path):
     """Null ids: the official model loads them, and both fill up ended rows with the first token that ends one."""
-    randomise(official_model(ZayaConfig(**{**BASE, "pad_token_id": None, "eos_token_id": None}))).save_pretrained(
-        tmp_path / "a")
-    ours = Zaya.from_pretrained(tmp_path / "a")
-    assert (ours.config.pad_token_id, ours.config.eos_token_id) == (None, None)
-    ours.save_pretrained(tmp_path / "b")
-    official = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path / "b")
+    nulls = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    ours = randomise(Zaya(ZayaConfig(**{**BASE, **nulls}))).eval()
+    ours.save_pretrained(tmp_path)
+    official = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path)
     restore_last_biases(official, ours)
     ids = tokens(3, 10)
     free = ours.generate(ids, max_new_tokens=20, temperature=0)
@@ -241,19 +196,16 @@ def test_a_model_without_special_tokens(tmp_path):
 def test_fresh_models_are_alike():
     """The same initialisation: deviations of all matrices, and every other parameter the same but the temperature."""
     config = ZayaConfig(**BASE)
-    official, ours = official_model(config), Zaya(config)
-    theirs = official.state_dict()
-    for name, mine in ours.state_dict().items():
+    theirs, std = official_model(config).state_dict(), config.initializer_range
+    for name, mine in Zaya(config).state_dict().items():
         expected = theirs[Zaya.official_name(name)]
+        few = 4 * std / expected.numel() ** 0.5                 # deviation of an estimated deviation
         if name.endswith("temp"):
             assert (mine == 1).all() and (expected == 0).all()
         elif expected.ndim < 2:
             assert torch.equal(mine, expected), name
-        else:
-            few = 4 * config.initializer_range / expected.numel() ** 0.5        # deviation of an estimated deviation
-            assert abs(mine.std() - config.initializer_range) < few, name
-            if "embed" not in name:                                             # theirs has zeros for the pad id
-                assert abs(expected.std() - config.initializer_range) < few, name
+        else:                                                   # the official embedding has zeros for the pad id
+            assert abs(mine.std() - std) < few and ("embed" in name or abs(expected.std() - std) < few), name
 
 
 @torch.no_grad()
@@ -274,7 +226,7 @@ def test_gradients(pair):
     target = tokens(seed=1).masked_fill(mask == 0, -100)
     for logits in official(ids, attention_mask=mask, position_ids=positions(mask)).logits, ours(ids, mask):
         F.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
-    theirs, checked = dict(official.named_parameters()), set()
+    theirs = dict(official.named_parameters())
     places = {name for name in official.state_dict() if name != "lm_head.weight" or not ours.config.tie_word_embeddings}
     assert {Zaya.official_name(name) for name in ours.state_dict()} == places
     for name, parameter in ours.named_parameters():
@@ -282,33 +234,22 @@ def test_gradients(pair):
         assert expected.norm() > 0, name
         error = (parameter.grad - expected).norm() / expected.norm()
         assert error <= 1e-4, f"{name}: relative error {error:.2e}"
-        checked.add(Zaya.official_name(name))
-    assert checked == set(theirs)
 
 
 @torch.no_grad()
-def bf16_error(model, official):
-    """Mean |logits in bf16 - logits in fp32| over a few inputs."""
-    rounded, ids = copy.deepcopy(model).to(torch.bfloat16), torch.cat([tokens(4, seed=seed) for seed in range(4)])
-    exact, approximate = model(ids), rounded(ids)
-    if official:
-        exact, approximate = exact.logits, approximate.logits
-    return (approximate.float() - exact).abs().mean().item()
-
-
-BF16_SEEDS = range(4)
-
-
 def test_bf16_is_no_worse_than_the_official_one(tmp_path):
     """Both cast to bf16, each against its own fp32 logits; averaged, because a flipped expert decides a single case."""
-    mine, theirs = [], []
+    ids, errors = torch.cat([tokens(4, seed=seed) for seed in range(4)]), {"ours": [], "theirs": []}
     for changes, _ in CASES.values():
-        for seed in BF16_SEEDS:
+        for seed in range(4):
             official = randomise(official_model(ZayaConfig(**{**BASE, **changes})), seed)
             official.save_pretrained(tmp_path)
-            mine.append(bf16_error(Zaya.from_pretrained(tmp_path), False))
-            theirs.append(bf16_error(official, True))
-    mine, theirs = (sum(errors) / len(errors) for errors in (mine, theirs))
+            for name, model in (("ours", Zaya.from_pretrained(tmp_path)), ("theirs", official)):
+                exact, rounded = model(ids), copy.deepcopy(model).to(torch.bfloat16)(ids)
+                if name == "theirs":
+                    exact, rounded = exact.logits, rounded.logits
+                errors[name].append((rounded.float() - exact).abs().mean())
+    mine, theirs = (sum(part).item() / len(part) for part in errors.values())
     assert mine <= theirs, f"mean error ours {mine:.4f}, theirs {theirs:.4f}"
 
 
@@ -323,17 +264,11 @@ VARIED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
+def test_autotokenizer_gives_the_same_ids(tmp_path):
     import pydoc_data.topics
-    tokenizer = Tokenizer.train("\n".join(pydoc_data.topics.topics.values())[:40_000] + "1234 café 中文 " * 9, 400)
-    directory = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(directory)
-    return tokenizer, transformers.AutoTokenizer.from_pretrained(directory)
-
-
-def test_autotokenizer_gives_the_same_ids(tokenizers):
-    ours, theirs = tokenizers
+    ours = Tokenizer.train("\n".join(pydoc_data.topics.topics.values())[:40_000] + "1234 café 中文 " * 9, 400)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [*VARIED, "".join(VARIED)]:
         assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
         assert theirs(text)["input_ids"] == ours.encode(text), "no special tokens are added on their own"
@@ -341,13 +276,9 @@ def test_autotokenizer_gives_the_same_ids(tokenizers):
     assert len(theirs) == ours.vocab_size
     assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (ours.pad, ours.end_of_text, ours.end)
     assert {token: theirs.convert_tokens_to_ids(token) for token in ours.special} == ours.special
-
-
-@pytest.mark.parametrize("generation_prompt", [False, True])
-def test_chat_template_gives_the_same_ids(tokenizers, generation_prompt):
-    ours, theirs = tokenizers
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 12 + 30?\n"},
                 {"role": "assistant", "content": "<think>12 + 30 = 42\n</think>\n42"},
                 {"role": "user", "content": " and 🙂? "}, {"role": "assistant", "content": ""}]
-    chat = theirs.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
-    assert chat == ours.render(messages, generation_prompt)[0]
+    for prompt in (False, True):
+        chat = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
+        assert chat == ours.render(messages, prompt)[0]

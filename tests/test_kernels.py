@@ -42,37 +42,33 @@ def close(got, wanted, bound):
 
 def gradients(function, inputs, module):
     """-> the outputs of function(*inputs), then every gradient that random output gradients give."""
-    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    leaves = [x.clone().requires_grad_() for x in inputs]
     module.zero_grad()
     outputs = function(*leaves)
     generator = torch.Generator().manual_seed(1)
     torch.autograd.backward(outputs, [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs])
-    found = [x.grad for x in leaves if x.is_floating_point()] + [p.grad.clone() for p in module.parameters()]
-    return [o.detach() for o in outputs] + found
+    return [*(o.detach() for o in outputs), *(x.grad for x in leaves), *(p.grad.clone() for p in module.parameters())]
 
 
-def compare(fast, plain, inputs, module, bound):
+def compare(fast, plain, inputs, modules, bound):
     """Both functions give the same values and gradients in the same dtypes."""
-    for got, want in zip(gradients(fast, inputs, module), gradients(plain, inputs, module), strict=True):
+    for got, want in zip(gradients(fast, inputs, modules[0]), gradients(plain, inputs, modules[1]), strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
         close(got, want, bound)
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
-@pytest.mark.parametrize("ids", [packing(), None], ids=["packed", "whole rows"])
+@pytest.mark.parametrize("ids", [packing(), torch.tensor([[*range(10), *range(5, 35)]] * 2), None],
+                         ids=["packed", "a jump that looks across samples", "whole rows"])
 def test_cca(dtype, bound, ids):
     """Convolutions, means, norms, temperature, RoPE, value shift, attention: the module's own forward and backward."""
     plain = small().layers[1].self_attn.to(dtype)
     fast = copy.deepcopy(plain)
     fast.__class__ = kernels.FusedCCA
-    fast.load_state_dict(plain.state_dict())
     x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     real = torch.ones(2, 40, 1) if ids is None else (ids >= 0)[..., None]
     real = real.to(dtype)                                       # nobody reads what stands at padding
-    found = gradients(lambda x: [fast(x * real, ids) * real], (x,), fast)
-    for got, want in zip(found, gradients(lambda x: [plain(x * real, ids) * real], (x,), plain), strict=True):
-        assert got.dtype == want.dtype
-        close(got, want, bound)
+    compare(lambda x: [fast(x * real, ids) * real], lambda x: [plain(x * real, ids) * real], (x,), (fast, plain), bound)
 
 
 def test_samples_are_found_and_what_is_no_packing_is_refused():
@@ -80,10 +76,6 @@ def test_samples_are_found_and_what_is_no_packing_is_refused():
     assert kernels.sample_lengths(torch.tensor([[-1, -1, 0, 1], [0, 1, 2, 3]])) == [2, 2, 4]
     assert kernels.sample_lengths(torch.tensor([[3, 4, 5, 6]])) == [4]          # a row may begin anywhere
     assert kernels.sample_lengths(torch.tensor([[0, 1, 5, 6]])) is None         # a jump looks across samples
-    cca, x = small().layers[0].self_attn, torch.randn(1, 4, 64)
-    fast = copy.deepcopy(cca)
-    fast.__class__ = kernels.FusedCCA
-    close(fast(x, torch.tensor([[0, 1, 5, 6]])), cca(x, torch.tensor([[0, 1, 5, 6]])), 2e-5)
 
 
 @pytest.mark.parametrize("dtype, bound", DTYPES)
@@ -97,45 +89,20 @@ def test_grouped_experts(dtype, bound, only):
         return [kernels.grouped_experts(x, experts.gate_up_proj, experts.down_proj, choice, weight)]
 
     compare(grouped, lambda x, weight: [experts(x, choice, weight)],
-            (torch.randn(30, 64).to(dtype), torch.rand(30)), experts, bound)
+            (torch.randn(30, 64).to(dtype), torch.rand(30)), (experts, experts), bound)
 
 
 def test_what_a_grouped_product_leaves_for_skipped_tokens_is_not_read(monkeypatch):
     """Its rows outside of every group are whatever stood in memory; here NaN, forward and backward."""
     product = kernels.grouped_mm
 
-    class Garbage(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, end):
-            ctx.end = end
-            return torch.where(torch.arange(len(x))[:, None] < end, x, torch.nan)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return torch.where(torch.arange(len(grad))[:, None] < ctx.end, grad, torch.nan), None
-
     def careless(a, b, ends):                                   # the weights' gradients, of b (N, J), have no such rows
-        if b.ndim == 2:
-            return product(a, b, ends)
-        return Garbage.apply(product(Garbage.apply(a, ends[-1]), b, ends), ends[-1])
+        outside = (torch.arange(len(a)) >= ends[-1])[:, None]
+        return product(a, b, ends) if b.ndim == 2 else product(a, b, ends).masked_fill(outside, torch.nan)
 
     monkeypatch.setattr(kernels, "grouped_mm", careless)
     test_grouped_experts(torch.float32, 2e-5, None)
     test_grouped_experts(torch.float32, 2e-5, 4)
-
-
-@pytest.mark.parametrize("dtype, bound", DTYPES)
-def test_linear_cross_entropy(dtype, bound):
-    head = torch.nn.Linear(48, 101, bias=False).to(dtype)
-    targets = torch.randint(0, 101, (30,))
-    targets[::4] = -100
-
-    def plain(hidden):
-        logits = hidden.float() @ head.weight.float().t()
-        return [F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)]
-
-    compare(lambda h: [kernels.linear_cross_entropy(h, head.weight, targets)], plain,
-            (torch.randn(30, 48).to(dtype),), head, bound)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(num_key_value_heads=1), dict(tie_word_embeddings=False),
@@ -146,9 +113,9 @@ def test_the_whole_model(changes):
     fast = kernels.fuse(copy.deepcopy(plain))
     ids, positions = torch.randint(0, 300, (2, 40)), packing()
     targets = torch.where(positions >= 0, ids.roll(-1, 1), -100)
-    for model in (plain, fast):
-        hidden = model.hidden_states(ids, position_ids=positions)
-        kernels.linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, targets.flatten()).backward()
+    logits = plain(ids, position_ids=positions)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    kernels.summed_loss(fast, ids, targets, positions).backward()
     for p, q in zip(plain.parameters(), fast.parameters()):
         close(q.grad, p.grad, 1e-4)
     for a, b in zip(plain.layers, fast.layers):
@@ -182,18 +149,15 @@ def test_decoding(changes):
 def test_autocast_keeps_its_dtypes():
     """As on a GPU: bf16 in the middle, an fp32 residual stream and loss, gradients near those in fp32."""
     plain = small().train()
-    fast = kernels.fuse(copy.deepcopy(plain))
-    ids = torch.randint(0, 300, (2, 40))
+    fast, ids = kernels.fuse(copy.deepcopy(plain)), torch.randint(0, 300, (2, 40))
     for model in (plain, fast):
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.hidden_states(ids, position_ids=packing())
-            loss = kernels.linear_cross_entropy(hidden.flatten(0, 1), model.output_weight, ids.flatten())
+        loss = kernels.summed_loss(model, ids, ids, packing(), torch.bfloat16)
         assert loss.dtype == torch.float32
         loss.backward()
-    for (name, p), q in zip(plain.named_parameters(), fast.named_parameters()):
-        assert p.grad.dtype == q[1].grad.dtype
+    for (name, p), q in zip(plain.named_parameters(), fast.parameters()):
+        assert p.grad.dtype == q.grad.dtype
         if p.ndim >= 2 and "gate" not in name:                  # a router's choice may flip in bf16
-            cosine = F.cosine_similarity(p.grad.flatten(), q[1].grad.flatten(), 0)
+            cosine = F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0)
             assert cosine > 0.9, (name, cosine)
 
 
@@ -236,20 +200,18 @@ def test_the_compiled_training_step(backend, layers):
 
 
 @pytest.mark.parametrize("backend, layers", BACKENDS)
-def test_compiled_decoding(backend, layers, monkeypatch):
+def test_compiled_decoding(backend, layers):
     """The same tokens, whatever the columns, the rows, the padding, the ends; one graph for all of it."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     fused = kernels.fuse(small(num_hidden_layers=layers))
     fast = kernels.compile_decoding(copy.deepcopy(fused), backend)
-    cache = zaya.LayerCache()
-    with monkeypatch.context() as patch:                        # columns not yet written are multiplied by 0: no NaN
-        patch.setattr(torch.Tensor, "new_empty", lambda x, *shape: x.new_full(shape, torch.nan))
-        cache.append(*torch.ones(2, 1, 2, 3, 4))
-    assert not cache.k[:, :, 3:].any() and not cache.v[:, :, 3:].any()
     ids, mask = torch.randint(10, 300, (6, 12)), torch.ones(6, 12, dtype=torch.long)
     mask[1, :5], mask[2, :11] = 0, 0
-    for rows, new, padding, eos, graphs in ((6, 30, mask, None, 1), (6, 70, mask, 40, 0), (5, 60, None, None, 0)):
+    cache = zaya.LayerCache()
+    cache.append(*torch.ones(2, 1, 2, 3, 4))
+    assert not cache.k[:, :, 3:].any() and not cache.v[:, :, 3:].any()         # read before they are written
+    for rows, new, padding, eos, graphs in ((6, 20, mask, None, 1), (6, 60, mask, 40, 0), (5, 20, None, None, 0)):
         given = [(ids[:rows], new, 1.0, 1.0, padding, torch.Generator().manual_seed(5), eos) for _ in range(2)]
         wanted = fused.generate(*given[0])
         got, compiled = counted(fast.generate, *given[1])
@@ -264,28 +226,6 @@ def test_compiled_decoding(backend, layers, monkeypatch):
         kernels.compile_decoding(small(layer_types=["hybrid_sliding"] * 3, sliding_window=5))
 
 
-def test_the_loss_needs_an_eighth_of_the_memory():
-    """Peak memory of forward and backward beyond what was there, in a process each; the gradients are the same."""
-    code = """if True:
-        import resource, sys, torch, torch.nn.functional as F, kernels
-        torch.manual_seed(0)
-        hidden, weight = torch.randn(512, 8, requires_grad=True), torch.randn(262_272, 8, requires_grad=True)
-        targets = torch.randint(0, len(weight), (512,))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.argv[1] == "plain":
-            F.cross_entropy(hidden @ weight.t(), targets, reduction="sum").backward()
-        else:
-            kernels.linear_cross_entropy(hidden, weight, targets).backward()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, hidden.grad.norm().item(),
-              weight.grad.norm().item())"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    plain, fused = ([float(word) for word in subprocess.run(
-        [sys.executable, "-c", code, way], env=environment, capture_output=True, text=True, check=True).stdout.split()]
-        for way in ("plain", "fused"))
-    assert fused[0] * 8 < plain[0]
-    assert fused[1:] == pytest.approx(plain[1:], rel=1e-4)
-
-
 def test_compiling_is_a_matter_of_the_stages_length():
     model = small()
     few, many = (kernels.should_compile(model, tokens) for tokens in (10_000, 10**12))
@@ -295,8 +235,6 @@ def test_compiling_is_a_matter_of_the_stages_length():
     assert not odd[0] and "multiples of 8" in odd[1]
     assert kernels.should_compile(model.to("meta"), 10)[0]      # a device that is no CPU
 
-
-# ---- int8 ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rows, width", [(1, 64), (3, 96), (20, 64), (3, 70)])
 def test_int8_product(rows, width):
@@ -313,8 +251,6 @@ def test_int8_product(rows, width):
     got = kernels.int8_product(x.bfloat16(), rounded, scale)
     assert got.dtype == torch.bfloat16
     close(got, wanted, 2e-2)
-    if width % 32 == 0:
-        close(torch.ops.aten._weight_int8pack_mm(x.flatten(0, 1), rounded, scale).view_as(wanted), wanted, 1e-5)
 
 
 @torch.no_grad()
@@ -322,7 +258,7 @@ def test_int8_product(rows, width):
 def test_int8(changes, tmp_path):
     """Small errors; the same model by rounding in memory, by saving that, and by rounding a folder."""
     plain = small(**changes)
-    plain.save_pretrained(str(tmp_path / "plain"), max_shard_bytes=200_000)
+    plain.save_pretrained(str(tmp_path / "plain"))
     (tmp_path / "plain" / "tokenizer.json").write_text("{}")
     rounded = kernels.quantize(plain)
     ids, routing = torch.randint(10, 300, (2, 20)), []
@@ -342,19 +278,14 @@ def test_int8(changes, tmp_path):
     assert torch.equal(model.generate(ids, 8, temperature=0), tokens)
     size = sum(t.nbytes for t in rounded.state_dict().values()) / sum(t.nbytes for t in plain.state_dict().values())
     assert size < 0.45                                          # of fp32, with a tenth of it not rounded
-    assert kernels.gb_per_token(rounded) < kernels.gb_per_token(plain)
 
 
-@torch.no_grad()
-def test_bf16_weights_are_read_as_they_are():
-    """Outside of training the LM head widens a slice at a time; the logits are those of the plain model, in fp32."""
-    plain = small(vocab_size=2500).bfloat16().eval()
-    fast, hidden = kernels.fuse(copy.deepcopy(plain)), torch.randn(2, 3, 64)
-    assert fast.logits(hidden).dtype == torch.float32
-    close(fast.logits(hidden), plain.logits(hidden), 1e-5)
+def table_rows(capsys):
+    """The cells of what is printed as the last table, without its head."""
+    lines = capsys.readouterr().out.strip().split("\n\n")[-1].split("\n")
+    assert len({line.count("|") for line in lines}) == 1
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
-
-# ---- the program -----------------------------------------------------------------------------------------------------
 
 def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     """Small: errors as small as rounding, a time and a ratio for each path."""
@@ -363,50 +294,41 @@ def test_the_benchmark_compares_every_path(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "benchmark", lambda device, compiled: full(device, 2, 32, compiled))
     kernels.main(["--json"])
     said = json.loads(capsys.readouterr().out)
-    assert len(said["paths"]) == 6 and said["matmul_gflops"] > 0
+    assert len(said["paths"]) == 5 + torch.cuda.is_available() and said["matmul_gflops"] > 0
     # Over so few tokens the terms of one temperature's gradient cancel but for a thousandth of the others'.
     assert all(row["error"] < (1e-2 if "step" in row["path"] else 1e-5) and row["ratio"] == 1 for row in said["paths"])
     monkeypatch.setattr(kernels, "benchmark", lambda device, compiled: said["paths"])
     kernels.main([])
-    out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(rows) == 7 and all(line.count("|") == 6 for line in rows)
-    assert "A step with top-1 of 8 experts takes 2 ms, of a dense model" in out
-    model, cache = zaya.Zaya(kernels.measured_shape()), zaya.Cache(6)               # the bytes of a real cache
-    model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
-    held = sum(part[:, :, slot.start:slot.end].nbytes for slot in cache.layers for part in (slot.k, slot.v))
-    assert held == 8 * said["kv_bytes"] == said["kv_bytes_mha"]
+    assert [row[0] for row in table_rows(capsys)] == [row["path"] for row in said["paths"]]
 
 
 def stopped(*arguments):
     """What ends kernels.py with these arguments: a sentence."""
-    with pytest.raises(SystemExit) as end, kernels.plain_errors():
+    with pytest.raises(SystemExit) as end:
         kernels.main([str(argument) for argument in arguments])
     return end.value.code
 
 
-def test_mistakes_get_one_clear_sentence(tmp_path, monkeypatch):
-    """The path is named, nothing is measured first, and no checkpoint is written over."""
+def test_mistakes_get_one_clear_sentence(tmp_path):
+    """The path is named, and no checkpoint is written over."""
     small().save_pretrained(str(tmp_path / "plain"))
     plain, weights = tmp_path / "plain", (tmp_path / "plain" / "model.safetensors").read_bytes()
-    monkeypatch.setattr(kernels, "machine_limits", lambda: pytest.fail("measured"))
-    assert "config.json not found" in stopped("--quantize", tmp_path / "none", tmp_path / "int8")
-    assert "would overwrite it" in stopped("--quantize", plain, plain)
+    assert "none/config.json" in stopped("--quantize", tmp_path / "none", tmp_path / "int8")
+    assert f"{plain}: its int8 form would overwrite it" in stopped("--quantize", plain, plain)
     kernels.main(["--quantize", str(plain), str(tmp_path / "int8")])
     assert "int8 form already" in stopped("--quantize", tmp_path / "int8", tmp_path / "again")
+    assert "File exists" in stopped("--quantize", plain, plain / "config.json")     # a file in the folder's place
     (plain / "model.safetensors").write_bytes(weights[:100])
     assert "model.safetensors is damaged" in stopped("--quantize", plain, tmp_path / "cut")
     assert "model.safetensors is damaged" in stopped("--full-size", plain)
-    for content in (b'{"hidden', b"[]", b"\xff\xfe{"):
-        (plain / "config.json").write_bytes(content)
-        assert "config.json is damaged" in stopped("--quantize", plain, tmp_path / "cut")
+    (plain / "config.json").write_bytes(b'{"hidden')
+    assert "config.json is damaged" in stopped("--quantize", plain, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
 
 
 def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
     """A random one is made where there is none; its shapes and file layout are the official ones."""
-    monkeypatch.setattr(kernels, "mv_bandwidth", lambda: 10.0)
-    preset = zaya.ZayaConfig.preset("smoke")
+    preset = zaya.ZayaConfig.preset("smoke", vocab_size=2500)
     monkeypatch.setattr(zaya.ZayaConfig, "preset", lambda name: preset)
     folder = str(tmp_path / "random")
     kernels.main(["--full-size", folder, "--json"])
@@ -415,11 +337,14 @@ def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
     assert made.embed_tokens.weight.dtype == torch.bfloat16
     assert made.embed_tokens.weight.float().std().item() == pytest.approx(preset.initializer_range, rel=0.05)
     assert made.norm.weight.eq(1).all() and not made.layers[0].self_attn.conv_qk_grouped.bias.any()
-    assert plain["gb_per_token"] > rounded["gb_per_token"] and 0 < rounded["error"] < 0.2
-    assert plain["share"] == pytest.approx(plain["tokens_per_s"] * plain["gb_per_token"] / 10)
+    hidden = torch.randn(2, 3, 64)                              # outside of training a slice at a time is widened
+    with torch.no_grad():
+        close(kernels.load(folder).logits(hidden), made.logits(hidden), 1e-5)
+    assert plain["gb_per_token"] > rounded["gb_per_token"] and plain["error"] == 0 < rounded["error"] < 0.2
+    assert plain["share"] == pytest.approx(plain["tokens_per_s"] * plain["gb_per_token"] / plain["torch.mv_gb_per_s"])
+    monkeypatch.setattr(kernels, "decoding", lambda folder: [plain, rounded])
     kernels.main(["--full-size", folder])
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(rows) == 4 and all(line.count("|") == 9 for line in rows)
+    assert [row[0] for row in table_rows(capsys)] == [folder, folder + "-int8"]
 
 
 # ---- decoding in C --------------------------------------------------------------------------------------------------
@@ -452,16 +377,17 @@ def same_replies(model, monkeypatch, **options):
     close(logps[same], wanted_logps[same], 1e-4)
     read = torch.cat([mask.bool(), torch.ones(ROWS, choices.shape[2] - 9, dtype=torch.bool)], 1)    # not the padding
     agree = (choices == wanted_choices).all(0)[read]
-    assert agree.float().mean() > 0.99 and len(wanted_choices.unique()) >= 0.9 * model.config.router_classes
+    assert agree.float().mean() > 0.99 and len(wanted_choices.unique()) > 0.85 * (model.config.num_experts + 1)
     return tokens
 
 
 @needs_compiler
 @pytest.mark.parametrize("changes", [
-    {}, dict(num_attention_heads=2, num_key_value_heads=2, num_experts=3),
-    dict(num_attention_heads=6, num_key_value_heads=2, head_dim=32, skip_expert=False, tie_word_embeddings=False),
+    {}, dict(num_attention_heads=2, num_key_value_heads=2, num_experts=3,
+             rope_parameters={"hybrid": {"partial_rotary_factor": 1.0}}),
+    dict(num_attention_heads=6, num_key_value_heads=2, head_dim=32, tie_word_embeddings=False),
     dict(hidden_size=80, moe_intermediate_size=48, router_hidden_size=32, num_hidden_layers=3, num_experts=17,
-         rope_parameters={"hybrid": {"rope_theta": 1e4, "partial_rotary_factor": 0.0}})],
+         rope_parameters={"hybrid": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}})],
     ids=["smoke", "H = K", "three queries a KV head", "odd sizes"])
 def test_decoding_in_c(changes, monkeypatch):
     """Every weight counts, prompts of other lengths beside each other, rows that end, the cache that grows."""
@@ -477,6 +403,19 @@ def test_decoding_in_c(changes, monkeypatch):
     same_replies(model, monkeypatch)                            # and not the weights of the calls before
     alone = model.generate(full[3:4, :9], 20, 0)                # one row, which does not depend on the others
     assert torch.equal(alone, model.generate(full[:, :9], 20, 0)[3:4])
+
+
+@needs_compiler
+def test_rows_that_go_on_twice_in_c():
+    model, steps, continued = routed(), torch.randint(10, 300, (3, 4, 1)), []
+    ids, mask = torch.randint(10, 300, (6, 9)), torch.ones(6, 9, dtype=torch.long)
+    mask[3, :4] = 0
+    for cache in (model.new_cache(), zaya.Cache(len(model.layers))):
+        with torch.no_grad():
+            model.hidden_states(ids, mask, cache=cache)
+            cache.select(torch.tensor([5, 3, 3, 0]))            # each writes behind its own past from here on
+            continued.append(torch.cat([model.hidden_states(token, cache=cache) for token in steps]))
+    close(*continued, 1e-4)
 
 
 @needs_compiler
@@ -497,7 +436,7 @@ def test_when_pytorch_decodes(monkeypatch):
                           (kernels.compile_decoding(routed(), "eager"), "compile_decoding")):
         library, why = kernels.decoding_in_c(model)
         assert library is None and reason in why
-        if not model.decoding_backend:
+        if not model.compiled_step:
             assert model.generate(ids, 3).shape == (2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in kernels.decoding_in_c(routed())[1]

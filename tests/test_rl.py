@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import train
 from conftest import randomise
 from train import Actor, Group, LogisticBelief, Problem, RLStage
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
-BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+BYTES = Tokenizer()
 PROMPTS = [[65, 66, 67, 68, 69], list(range(70, 79)), [80, 81, 82]]
 ADD = Problem("add", 1, "47+85", {"a": 47, "b": 85})
 
@@ -47,10 +48,11 @@ def perturb_routers(model, size=0.5):
 
 
 def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
-    groups = [Group(ADD, prompt) for prompt in prompts]
     uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
-    speaks = SimpleNamespace(end=end, pad=BYTES.pad, decode=BYTES.decode)
-    train.roll_out(model, groups, group_size, context, speaks, uniform)
+    groups, speaks = [Group(ADD, prompt) for prompt in prompts], SimpleNamespace(end=end, decode=BYTES.decode)
+    for group, rolled in zip(groups, train.roll_out(model, prompts, group_size, context, end, uniform=uniform)):
+        for rollout in rolled:
+            group.add(speaks, *rollout)
     return groups
 
 
@@ -65,59 +67,35 @@ def collated(groups, advantage=1.0):
 
 # ---- formulas -------------------------------------------------------------------------------------------------------
 
-def test_maxrl_weighs_rare_successes_more():
+def test_advantages_with_a_bonus_and_without_a_signal():
+    """Their docstrings have the rest."""
     rewards = torch.tensor([[1., 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
-    expected = torch.tensor([[3., -1, -1, -1], [1, 1, -1, -1], [0, 0, 0, 0], [0, 0, 0, 0]])
-    assert torch.allclose(train.maxrl_advantage(rewards), expected)
     bonus = torch.tensor([[0.05, 0, 0, 0], [0.1, -0.1, 0, 0], [0.5] * 4, [0.2, 0, 0, -0.2]])
     expected = torch.tensor([[3.2, -1, -1, -1], [1.2, 0.8, -1, -1], [0, 0, 0, 0], [0.2, 0, 0, -0.2]])
     assert torch.allclose(train.maxrl_advantage(rewards, bonus), expected, atol=1e-6)
-
-
-def test_grpo_divides_by_the_groups_own_deviation():
     rewards = torch.tensor([[1., 3, 1, 3], [0, 0, 0, 8], [0.3] * 4])
-    expected = torch.tensor([[-1., 1, -1, 1], [-2 / 12**0.5] * 3 + [6 / 12**0.5], [0] * 4])
-    assert torch.allclose(train.grpo_advantage(rewards), expected, atol=1e-3)
-    bonus = torch.tensor([[0.5, 0, 0, 0], [0.0] * 4, [0.0] * 4])
-    assert abs(train.grpo_advantage(rewards, bonus)[0, 0] + 0.5) < 1e-6
+    expected = torch.tensor([[-0.5, 1.5, -0.5, 1.5], [-1.5 / 12**0.5] * 3 + [6.5 / 12**0.5], [5000] * 4])
+    assert torch.allclose(train.grpo_advantage(rewards, torch.full((3, 4), 0.5)), expected, rtol=1e-3)
+    assert not train.has_signal([0, 0, 0]) and not train.has_signal([0.3, 0.3005]) and train.has_signal([0.3, 0.31])
 
 
 @pytest.mark.parametrize("lengths, correct, best, expected", [
     ((10, 20, 30, 5), (1, 1, 1, 0), 0.75, (0.15, 0, -0.15, 0)),             # the short wrong one is no yardstick
     ((10, 11, 20, 15), (1, 1, 1, 1), 1.0, (0.2, 0.2, -0.2, 0)),             # 11 is within a tenth of 10
     ((10, 12, 20, 20), (1, 1, 1, 1), 1.0, (0.2, 0.12, -0.2, -0.2)),         # 12 is not
-    ((9, 9, 9, 9), (1, 1, 1, 1), 1.0, (0.2, 0.2, 0.2, 0.2)),
     ((10, 20, 5, 5), (1, 1, 0, 0), 0.55, (0.1, -0.1, 0, 0)),                # half solved: half the reward
     ((10, 20, 5, 5), (1, 1, 0, 0), 0.75, (0, 0, 0, 0)),                     # was better before: learn it first
     ((10, 20, 30, 40), (0, 1, 0, 0), 0.25, (0, 0, 0, 0)),                   # one alone is neither short nor long
-    ((10, 20, 30, 40), (0, 0, 0, 0), 0.0, (0, 0, 0, 0)),
 ])
 def test_shorter_correct_rollouts_get_more(lengths, correct, best, expected):
     result = train.length_reward(tensor(*lengths), tensor(*correct), best, coefficient=0.4)
     assert torch.allclose(result, tensor(*expected), atol=1e-6)
 
 
-def test_the_mask_stops_only_what_goes_on_moving_away():
-    pi, mu = tensor(0.59, 0.61, 0.41, 0.39, 0.9, 0.1, 0.02), tensor(0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.001)
-    up = [True, False, True, True, False, True, True]           # a ratio of 20 is a move of 0.019: still counted
-    down = [True, True, True, False, True, False, True]
-    assert train.dppo_mask(pi, mu, torch.ones(7)).tolist() == up
-    assert train.dppo_mask(pi, mu, -torch.ones(7)).tolist() == down
-    assert train.dppo_mask(pi, mu, -torch.ones(7), delta=0.5).all()
-
-
 def gradient(pi, mu, advantage, **more):
     logp = pi.log().requires_grad_()
-    loss = train.policy_loss(logp, mu.log(), advantage, **more)
-    loss.backward()
-    return loss.item(), logp.grad
-
-
-def test_policy_loss_by_hand():
-    """Two rollouts of two tokens and one: -(2 (10/9) ln .5 + 2 (.4) ln .2 - ln .4) / 2 / 64."""
-    loss, grad = gradient(tensor(0.5, 0.2, 0.4), tensor(0.45, 0.5, 0.4), tensor(2, 2, -1), rollouts=2)
-    assert abs(loss - 1.911586 / 128) < 1e-6
-    assert torch.allclose(grad, tensor(-20 / 9, -0.8, 1) / 128)
+    train.policy_loss(logp, mu.log(), advantage, **more).backward()
+    return logp.grad
 
 
 @pytest.mark.parametrize("pi, mu, advantage, more, expected", [
@@ -125,15 +103,11 @@ def test_policy_loss_by_hand():
     ((0.015,), (0.001,), (1,), {}, (-15,)),                     # … and carries no gradient
     ((0.7, 0.5, 0.7, 0.3), (0.5,) * 4, (1, 1, -1, -1), {}, (0, -1, 1.4, 0)),        # masked tokens teach nothing
     ((0.7,), (0.5,), (1,), {"delta": 0.25}, (-1.4,)),
+    ((0.02, 0.59, 0.61, 0.41), (0.001, 0.5, 0.5, 0.5), (1, 1, 1, -1), {}, (-20, -1.18, 0, 0.82)),   # by the difference
 ])
 def test_gradients_of_the_policy_loss(pi, mu, advantage, more, expected):
-    _, grad = gradient(tensor(*pi), tensor(*mu), tensor(*advantage), rollouts=1, divisor=1, **more)
-    assert torch.allclose(grad, tensor(*expected))
-
-
-def test_groups_of_equal_rewards_have_no_signal():
-    assert not train.has_signal([0, 0, 0]) and not train.has_signal([1.0, 1.0]) and not train.has_signal([0.3, 0.3005])
-    assert train.has_signal([0, 0, 1]) and train.has_signal([0.3, 0.31])
+    assert torch.allclose(gradient(tensor(*pi), tensor(*mu), tensor(*advantage), rollouts=1, divisor=1, **more),
+                          tensor(*expected))
 
 
 def test_repetition_is_seen_in_any_piece_of_a_text():
@@ -219,11 +193,10 @@ def test_rollouts_fill_the_context_or_end():
     assert 4 < ended
 
 
-def test_rollouts_are_a_function_of_the_seed_and_may_end_at_once():
+def test_a_rollout_may_end_at_once():
     model = sharp_model()
-    tokens = [sum((group.tokens for group in roll(model, seed=seed)), []) for seed in (3, 3, 4)]
-    assert tokens[0] == tokens[1] != tokens[2]
-    assert len(set(map(tuple, tokens[0]))) == len(tokens[0])    # and each of a group its own
+    tokens = roll(model)[0].tokens
+    assert len(set(map(tuple, tokens))) == len(tokens)          # of a group each its own
     end = roll(model, PROMPTS[:1], 1)[0].tokens[0][0]
     group, = roll(model, PROMPTS[:1], 1, end=end)
     assert group.tokens == [[end]] and group.texts == [""] and group.choices[0].shape == (2, 5)
@@ -232,7 +205,7 @@ def test_rollouts_are_a_function_of_the_seed_and_may_end_at_once():
 def test_temperature_is_one():
     """Of 2,000 first tokens each likely one comes as often as the model says."""
     model = sharp_model()
-    first = torch.tensor([tokens[0] for tokens in roll(model, [PROMPTS[0]], 2000, context=6)[0].tokens])
+    first = torch.tensor([tokens[0] for tokens in roll(model, [PROMPTS[0]], 2000, context=1)[0].tokens])
     with torch.no_grad():
         p, likely = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1).topk(5)
     share = (first[:, None] == likely).float().mean(0)
@@ -250,6 +223,20 @@ def test_collate_by_hand():
     assert positions.tolist() == [[0, 1, 2, 3], [0, -1, -1, -1]]
     assert len(choices) == 1 and choices[0].tolist()[0] == [1, 2, 3, 1] and choices[0][1, 0] == 2
     assert logps.tolist() == [-1, -2, -3, -4] and advantage.tolist() == [0.5, 0.5, 0.5, -1]
+
+
+def test_what_c_samples_the_trainer_replays():
+    """The sampler's log probabilities from the C decoder are the trainer's, through the experts that it recorded."""
+    model = kernels.fuse(short_spoken(sharp_model()))
+    library, why = kernels.decoding_in_c(model)
+    if library is None:
+        pytest.skip(why)
+    groups = roll(model, group_size=8, context=60, end=BYTES.end)
+    assert len({length for group in groups for length in group.lengths()}) > 8
+    inputs, targets, positions, choices, sampled_logp, _ = collated(groups)
+    logp = train.token_logps(model.train(), inputs, targets, positions, list(choices))
+    assert torch.allclose(logp, sampled_logp, rtol=0, atol=1e-4)
+    assert len(torch.stack(choices).unique()) >= 4              # else one expert would do for all
 
 
 def test_the_replay_knows_more_than_256_experts():
@@ -300,7 +287,6 @@ def test_the_gap_is_zero_for_equal_weights_and_flips_for_others():
     other[1][~real] += 1                                        # padding's choices mean nothing
     flips, *_ = train.replay_gap(model, (*inputs, other, *batch[4:]))
     assert abs(flips - 1 / (2 * real.sum().item())) < 1e-6
-
 
 
 # ---- the trainer ----------------------------------------------------------------------------------------------------
@@ -369,14 +355,15 @@ def tiny_stage(**changes):
     return RLStage(**{**usual, **changes})
 
 
-def say(group, text, end=True):
-    """Add a rollout to a group, as a model would that said this."""
+def said(text, end=True):
+    """The rollout of a model that says this."""
     tokens = BYTES.render([{"role": "assistant", "content": text}])[0][1:]
-    group.tokens.append(tokens if end else tokens[:-1])
-    group.texts.append(text)
-    group.ended.append(end)
-    group.logps.append(torch.zeros(group.lengths()[-1]))
-    group.choices.append(torch.zeros(2, group.lengths()[-1], dtype=torch.int16))
+    tokens = tokens if end else tokens[:-1]
+    return tokens, torch.zeros(len(tokens)), torch.zeros(2, len(tokens), dtype=torch.int16)
+
+
+def say(group, text, end=True):
+    group.add(BYTES, *said(text, end))
 
 
 @pytest.fixture
@@ -384,10 +371,8 @@ def talk(monkeypatch):
     """Rollouts from a list of texts instead of a model."""
     texts = ["<think>one</think>1", "<think>two</think>2", "<think>three</think>3", "no form"]
 
-    def roll_out(model, groups, group_size, *_):
-        for group in groups:
-            for i in range(group_size):
-                say(group, texts[i % len(texts)])
+    def roll_out(model, prompts, group_size, *_, **__):
+        return [[said(texts[i % len(texts)]) for i in range(group_size)] for _ in prompts]
     monkeypatch.setattr(train, "roll_out", roll_out)
 
 
@@ -403,8 +388,8 @@ def make_actor(score=first_half, seed="s", **changes):
 def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
     texts = ["<think>x</think>132", "<think>x</think>132", "<think>x</think>131", "132",
              "<think>" + "7+5=12," * 400 + "</think>132", "<think></think>132"]
-    monkeypatch.setattr(train, "roll_out", lambda model, groups, *_: [say(groups[0], text, end=i != 1)
-                                                                      for i, text in enumerate(texts)])
+    rolled = [said(text, end=i != 1) for i, text in enumerate(texts)]
+    monkeypatch.setattr(train, "roll_out", lambda *_, **__: [rolled])
     group, = make_actor(score=train.verifier_rewards).sample([Group(ADD, [65])], 6)
     assert group.rewards == [1, 0, 0, 0, 0, 1]
 
@@ -416,7 +401,7 @@ def test_the_least_sampled_environment_is_asked_its_next_level(talk):
     problems = [problem for problem in sum(rounds, []) if problem.task == "sort"]
     assert [problem.difficulty for problem in problems] == [levels[i % len(levels)] for i in range(8)]
     assert not any(train.is_held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 5
-    actor.environments["sat"]["groups"] = 0
+    actor.asked["sat"] = 0
     assert [group.problem.task for group in actor.generate()] == ["sat"] * 4
 
 
@@ -455,7 +440,7 @@ def test_the_sampler_lags_until_it_is_synced(talk):
     assert not torch.equal(actor.sampler.norm.weight, model.norm.weight)
     actor.sync(model, 7)
     assert torch.equal(actor.sampler.norm.weight, model.norm.weight)
-    assert actor.version == 7 and {group.version for group in actor.generate()} == {7}
+    assert {group.version for group in actor.generate()} == {7}
 
 
 def describe(groups):
@@ -477,22 +462,20 @@ def test_an_actor_goes_on_where_it_stopped():
     for version in (1, 2, 3):
         a, b = one.take(version), two.take(version)
         assert describe(a[0]) == describe(b[0]) and describe(a[1]) == describe(b[1])
-    assert one.environments == two.environments and one.environments is not two.environments
-    assert one.rounds == two.rounds > 1
+    assert all(getattr(one, name) == getattr(two, name) for name in Actor.STATE) and one.rounds > 1
 
 
 def test_aggregation_prompts_come_at_their_share(talk):
     actor, rng = make_actor(aggregation=0.3, context=300), random.Random(0)
     assert train.prompt_ids(BYTES, ADD.prompt) != actor.draw_prompt(rng).prompt     # an empty pool: an ordinary problem
     actor.pool = [(ADD, ["t1", "t2", "t3", "t4", "t5"]), (ADD, ["u"])]
-    before = sum(environment["groups"] for environment in actor.environments.values())
+    before = sum(actor.asked.values())
     texts = [BYTES.decode(actor.draw_prompt(rng).prompt) for _ in range(500)]
     asked = [text for text in texts if text.startswith("<|user|>|")]
     assert 0.23 < len(asked) / 500 < 0.37
     assert all(text.endswith("|47+85<|end|><|assistant|>") for text in asked)
     assert "<|user|>|u|47+85<|end|><|assistant|>" in asked and {text.count("|t") for text in asked} == {0, 4}
-    after = sum(environment["groups"] for environment in actor.environments.values())
-    assert after - before == 500 - len(asked)
+    assert sum(actor.asked.values()) - before == 500 - len(asked)
     actor.stage.aggregation = 0.0
     assert not any(BYTES.decode(actor.draw_prompt(rng).prompt).startswith("<|user|>|") for _ in range(50))
 
@@ -514,30 +497,16 @@ def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
         assert actor.pool == []
 
 
-def test_a_dead_stage_stops_and_says_why(talk):
-    actor = make_actor(tasks=("add", "sort"))
-    without = actor.dead_after - 1
-    for earned in [0.0] * without + [1.0] + [0.0] * without:    # after a success the rounds are counted anew
-        actor.score = lambda group, earned=earned: [earned, 0.0, 0.0, 0.0]
-        actor.generate()
-    with pytest.raises(SystemExit) as stop:
-        actor.generate()
-    for part in ("25 rounds of add, sort", "100% of the last replies ended within 48 tokens", "<think>one</think>1"):
-        assert part in str(stop.value)
-
-
 def test_adaptive_difficulty_follows_the_solve_rate(talk):
     actor = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True)
     asked = [{group.problem.difficulty for group in actor.generate()} for _ in range(4)]
     assert asked == [{1}, {2}, {3}, {4}]                        # one level a round: the round's others were easier
     actor.score = first_half
-    assert actor.generate() and actor.environments["add"]["d"] == 5 and actor.environments["add"]["best"][4] == 1
+    assert actor.generate() and actor.difficulty["add"] == 5 and actor.best(Group(ADD, [], level=4)) == 1
     actor.score = lambda group: [0.0] * 4
-    assert actor.generate() and actor.environments["add"]["d"] < 5
-    actor.adapt = lambda d, rate: 9
-    assert actor.generate() and actor.environments["add"]["d"] == 9
+    assert actor.generate() and actor.difficulty["add"] < 5
     still = make_actor(score=lambda group: [1.0] * 4, tasks=("add",))
-    assert still.generate() and still.environments["add"]["d"] == 1
+    assert still.generate() and still.difficulty["add"] == 1
 
 
 def test_the_start_is_where_half_passes(talk):
@@ -547,7 +516,7 @@ def test_the_start_is_where_half_passes(talk):
         return [float(group.problem.difficulty <= 6)] * 8       # passes up to 6, fails from 7 on
     actor = make_actor(score=score, tasks=("add", "sort"), adaptive=True, context=300)
     actor.init_difficulty()
-    assert actor.environments["add"]["d"] in (5, 6, 7, 8) and actor.environments["sort"]["d"] <= 2
+    assert actor.difficulty["add"] in (5, 6, 7, 8) and actor.difficulty["sort"] <= 2
 
 
 # ---- the reward model -----------------------------------------------------------------------------------------------

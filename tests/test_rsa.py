@@ -1,5 +1,4 @@
 """rsa.py: the rounds and the answers on examples worked out by hand, a run that is killed, and a tiny random Zaya."""
-import concurrent.futures
 import contextlib
 import doctest
 import json
@@ -21,13 +20,13 @@ from hypothesis import strategies as st
 
 import kernels
 import rsa
-from rsa import (Budget, Candidate, Checkpoint, Endpoint, Result, Run, Source, Words, count_tokens, cut_tail, draw_run,
-                 final_answer, interval, last_boxed, majority, markovian_rsa, normal_form, open_trace, read_problems,
-                 report_prompt, same, score_table, terse_prompt)
+from rsa import (Budget, Candidate, Checkpoint, Result, Run, Source, Words, count_tokens, cut_tail, final_answer,
+                 interval, last_boxed, majority, markovian_rsa, normal_form, open_trace, read_problems, report_prompt,
+                 same, score_table, terse_prompt)
 from zaya import Tokenizer, Zaya, ZayaConfig
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+BYTES = Tokenizer()
 
 
 def test_docstring_examples():
@@ -117,18 +116,16 @@ def test_the_rounds_by_hand():
 
 def test_special_cases_fall_out():
     assert len(markovian_rsa("q", chatter, rounds=0, budget=9, tail=3).rounds) == 1             # parallel sampling
-    delethink = markovian_rsa("q", chatter, population=4, subset=1, rounds=1, budget=9, tail=3)
-    tails = {c.tail for c in delethink.rounds[0]}
-    assert all(c.prompt.split("|")[1] in tails for c in delethink.rounds[1])                    # one chain, its tail
-    full = markovian_rsa("q", chatter, population=4, subset=2, rounds=1, budget=9, tail=9)      # full RSA
-    whole = {cut_tail(c.text, 99) for c in full.rounds[0]}
-    assert all(set(c.prompt.split("|")[1:-1]) <= whole for c in full.rounds[1])
+    for subset, tail in ((1, 3), (2, 9)):                       # Delethink: one chain, its tail; full RSA: whole texts
+        result = markovian_rsa("q", chatter, population=4, subset=subset, rounds=1, budget=9, tail=tail)
+        shown = {cut_tail(c.text, tail) for c in result.rounds[0]}
+        assert all(set(c.prompt.split("|")[1:-1]) <= shown and c.prompt.count("|") == 1 + subset
+                   for c in result.rounds[1])
 
 
 @pytest.mark.parametrize("wrong, says", [
-    *((wrong, "makes no sense.*subset <= population") for wrong in (
-        dict(subset=17), dict(subset=0), dict(rounds=-1), dict(tail=9, budget=8), dict(population=0),
-        dict(budget=0, tail=0))),
+    (dict(subset=17), "subset <= population"), (dict(subset=0), "makes no sense"), (dict(rounds=-1), "makes no sense"),
+    (dict(tail=9, budget=8), "makes no sense"), (dict(budget=0, tail=0), "makes no sense"),
     (dict(generate=lambda prompts, n, seed: ["x"]), "returned 1 texts for 16")])
 def test_nonsense_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
@@ -138,21 +135,6 @@ def test_nonsense_is_refused(wrong, says):
 # ---- several problems, failed rollouts ------------------------------------------------------------------------------
 
 
-def named_after_prompt(prompts, max_new_tokens, seed):
-    """A text that a prompt alone decides, and that no other prompt gives."""
-    return [f"<think>{prompt.split('|')[-1]}-{random.Random(prompt).randrange(10 ** 6)}</think>7" for prompt in prompts]
-
-
-def test_problems_of_a_list_do_not_see_each_other():
-    shape, problems = dict(population=4, subset=2, rounds=2, budget=9, tail=3, seed=5), ["first", "second"]
-    together = markovian_rsa(problems, chatter, **shape)
-    assert together == markovian_rsa(iter(problems), chatter, **shape) != markovian_rsa(problems, chatter, **shape |
-                                                                                         dict(seed=6))
-    alone = markovian_rsa("first", named_after_prompt, **shape)
-    assert alone == markovian_rsa(problems, named_after_prompt, **shape)[0]
-    assert isinstance(alone, Result) and markovian_rsa([], named_after_prompt, **shape) == []
-
-
 def test_every_call_has_the_prompts_of_all_problems_in_order():
     calls = []
 
@@ -160,7 +142,7 @@ def test_every_call_has_the_prompts_of_all_problems_in_order():
         calls.append(prompts)
         return [f"<think>{i}</think>" for i in range(len(prompts))]
 
-    results = markovian_rsa(["a", "b"], watched, population=3, subset=3, rounds=1, budget=4, tail=4)
+    results = markovian_rsa(iter(["a", "b"]), watched, population=3, subset=3, rounds=1, budget=4, tail=4)
     assert calls[0] == ["a"] * 3 + ["b"] * 3 and len(calls) == 2
     assert [prompt[-1] for prompt in calls[1]] == ["a"] * 3 + ["b"] * 3
     assert [[c.text for c in result.rounds[0]] for result in results] == \
@@ -171,6 +153,7 @@ def test_every_call_has_the_prompts_of_all_problems_in_order():
     markovian_rsa(["q", "q"], watched, population=4, subset=1, rounds=6, budget=4, tail=4)
     drawn = [[int(prompt[1]) % 4 for call in calls[1:] for prompt in call[part]] for part in (slice(4), slice(4, 8))]
     assert drawn[0] != drawn[1]                                 # each problem has its own luck
+    assert markovian_rsa([], watched) == []
 
 
 def test_failed_rollouts_are_left_out_of_the_subsets():
@@ -205,12 +188,11 @@ def test_a_problem_that_fails_as_a_whole_ends_nothing_for_the_others():
 
 
 @pytest.mark.parametrize("build", [terse_prompt, report_prompt])
-def test_blank_tails_are_left_out_and_counted(build):
+def test_blank_tails_are_left_out(build):
     """Every second reply has nothing to hand on, and one problem's none at all."""
     def half_blank(prompts, max_new_tokens, seed):
         return [("<think> \n</think>", "<think>so</think>4")["R?" in p and i % 2] for i, p in enumerate(prompts)]
     blank, half = markovian_rsa(["Q?", "R?"], half_blank, 4, 3, 1, 9, 3, build_prompt=build)
-    assert (blank.empty_tails, half.empty_tails) == (8, 4)
     assert {c.prompt for c in blank.rounds[1]} == {build("Q?", [])}
     assert {c.prompt for c in half.rounds[1]} == {build("R?", ["so"] * 2)}           # 2 of 4 are left
 
@@ -225,20 +207,6 @@ def test_tokens_are_counted_with_tags_as_one_each():
 
 
 # ---- answers --------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def hangs_are_errors(seconds=60):
-    """No stopwatch: what is done well takes milliseconds here, what is not takes minutes."""
-    def stop(*_):
-        raise TimeoutError("it hangs")
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("text, inside", [
@@ -304,9 +272,8 @@ def test_different_answers_are_different():
 
 
 def test_none_never_wins_a_vote():
-    assert majority([None] * 9 + ["3"]) == ("3", 1) and majority([None, None]) == majority([]) == (None, 0)
+    assert majority([None] * 9 + ["3"]) == ("3", 1) and majority([]) == (None, 0)
     assert majority(["a", "b", "b", "a"]) == ("a", 2)           # the first of several
-    assert majority([None, "8", "0.50", "1/2", "8", r"\frac12", ".5", r"\frac{1}{2}"]) == ("0.50", 5)
 
 
 NUMBERS = st.builds(Fraction, st.one_of(st.integers(-30, 30), st.integers(-10 ** 7, 10 ** 7)),
@@ -406,15 +373,13 @@ def test_math_verify_is_asked_about_latex_alone_and_may_fail(monkeypatch):
         return text
     fake = SimpleNamespace(LatexExtractionConfig=lambda **_: None, parse=parse, verify=lambda *_, **__: True)
     monkeypatch.setitem(sys.modules, "math_verify", fake)
-    rsa.verified.cache_clear()
+    same.cache_clear()
     try:
         assert all(same(a, b) for a, b in LATEX) and asked.count(r"$\sqrt{49}$") == 1
         assert majority([r"\sqrt{49}", "8", "7", "7.0"]) == (r"\sqrt{49}", 4)         # it says yes to 8, too
         before = list(asked)
         assert not any(same(a, b) or same(b, a) for a, b in NOT_LATEX) and same(r"\sqrt{2}", r"\sqrt 2")
         assert not same(r"\pi" + " x" * 300, r"\pi") and not same(None, r"\pi") and asked == before
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # its limits of time are signals
-            assert not pool.submit(same, r"\sqrt{50}", "7").result() and asked == before
         fake.verify = lambda *_, **__: 1 / 0
         assert not same(r"\sqrt{51}", "7") and len(asked) > len(before)
         fake.verify = lambda a, b, *_, **__: a < b              # one way round only
@@ -422,12 +387,12 @@ def test_math_verify_is_asked_about_latex_alone_and_may_fail(monkeypatch):
         monkeypatch.setitem(sys.modules, "math_verify", None)   # not installed
         assert not same(r"\sqrt{53}", "7")
     finally:
-        rsa.verified.cache_clear()
+        same.cache_clear()
 
 
 def test_math_verify_itself():
     pytest.importorskip("math_verify")
-    rsa.verified.cache_clear()
+    same.cache_clear()
     assert all(same(a, b) and same(b, a) for a, b in LATEX) and not any(same(a, b) for a, b in NOT_LATEX)
     assert majority(["8", r"\frac{14}{\sqrt{4}}", "8", r"\sqrt{49}", "7"]) == (r"\frac{14}{\sqrt{4}}", 3)
     hardest = ["10^{10^{10}}", "9^{9^{9^9}}", r"\binom{10^9}{500000000}", r"10^{9}!", r"\frac{1}{0}", r"\frac{"]
@@ -439,13 +404,18 @@ def test_math_verify_itself():
 @pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "<answer>", "\\frac{1}{", "\\frac", "\\text{", "1,111",
                                    "1{,}111", "9", "1/", "####", "</think>", ".", "\\", "^", "^{a", "(", "-", "1 "])
 def test_what_a_model_repeats_for_ever_is_read_at_once(piece):
+    """No stopwatch: what is done well takes milliseconds here, what is not takes minutes."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
     short = piece * (900 // len(piece))                         # what is longer is not read as LaTeX
-    for text in (piece * 60000 + "}" * 60000, "1/" + piece * 60000 + "1", short, short + "}" * 90):
-        with hangs_are_errors():
+    try:
+        for text in (piece * 60000 + "}" * 60000, "1/" + piece * 60000 + "1", short, short + "}" * 90):
+            signal.alarm(60)
             final_answer(text)
-            normal_form(text)
             same(text, text + "x")
             majority([text + str(i) for i in range(3)])
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_intervals():
@@ -481,9 +451,9 @@ SMALL = Budget(population=3, subset=2, rounds=2, budget=9, tail=2)
 SETTINGS = dict(source="fake", seed=0, problems=["p", "q"])
 
 
-def fake_run(source, path=None, resume=False, problems=("p", "q"), name="small", budget=SMALL, known=()):
+def fake_run(source, path=None, resume=False, problems=("p", "q"), budget=SMALL, known=None):
     file, rows = open_trace(path and str(path), SETTINGS, resume)
-    run = Run(source, name, budget, None, len(problems), file, rows or known)
+    run = Run(source, "small", budget, None, file, rows or known)
     with file or contextlib.nullcontext():
         return run, markovian_rsa(list(problems), run, budget.population, budget.subset, budget.rounds, budget.budget,
                                   budget.tail)
@@ -494,7 +464,7 @@ def test_a_trace_has_every_rollout_and_a_torn_line_is_asked_again(tmp_path, lost
     path = tmp_path / "trace"
     run, results = fake_run(Fake(), path)
     head, *rows = trace_rows(path)
-    assert head == {"settings": SETTINGS} and len(rows) == run.total == 2 * 3 * 3
+    assert head == {"settings": SETTINGS} and len(rows) == 2 * 3 * 3
     for row in rows:
         candidate = results[row["problem"]].rounds[row["round"]][row["index"]]
         assert row == dict(run="small", problem=row["problem"], round=row["round"], index=row["index"],
@@ -511,21 +481,21 @@ def test_a_trace_has_every_rollout_and_a_torn_line_is_asked_again(tmp_path, lost
     assert path.read_bytes().startswith(torn[:torn.rindex(b"\n") + 1])
 
 
-def test_only_the_same_prompt_of_the_same_budget_is_known(tmp_path):
+def test_only_the_same_prompt_is_known(tmp_path):
     path = tmp_path / "trace"
     fake_run(Fake(), path)
-    head, *rows = trace_rows(path)
-    for changed, asked in ((dict(problems=("p", "other")), 9), (dict(name="large"), 18), ({}, 0)):
+    known = open_trace(str(path), SETTINGS, True)[1]
+    for problems, asked in ((("p", "other"), 9), (("p", "q"), 0)):
         source = Fake()
-        fake_run(source, known=rows, **changed)
+        fake_run(source, known=known, problems=problems)
         assert len(source.asked) == asked
-    victim = next(row for row in rows if row["round"] == 0 and row["problem"] == 1)
-    victim["text"] = victim["text"].replace("so", "but")        # its tail changes: so do prompts that show it
+    victim = next(key for key in known if key[:2] == (0, 1))
+    known[victim] = "<think>but</think>", 4                     # its tail changes: so do prompts that show it
     source = Fake()
-    results = fake_run(source, known=rows)[1]
+    results = fake_run(source, known=known)[1]
     assert 0 < len(source.asked) < 9 and all(prompt.endswith("|q") for prompt in source.asked)
     assert any("but" in prompt for prompt in source.asked)
-    assert results[1].rounds[0][victim["index"]].text == victim["text"]
+    assert results[1].rounds[0][victim[2]].text == "<think>but</think>"
 
 
 def test_what_failed_is_reported_traced_and_asked_again(tmp_path, capsys):
@@ -570,16 +540,16 @@ def test_a_trace_holds_what_utf8_does_not(tmp_path):
         assert trace_rows(path) == [{"settings": here}]
         file, rows = open_trace(str(path), here, True)          # and knows it again
         file.close()
-        assert rows == []
+        assert rows == {}
 
 
-@pytest.mark.parametrize("damage", [dict(tokens=None), dict(tokens="4"), dict(text=5), dict(round=[0]),
-                                    dict(prompt=None), dict(index="0"), dict(problem=True), dict(run=None)])
-def test_a_damaged_row_of_a_trace_is_located(tmp_path, damage):
+@pytest.mark.parametrize("damaged", ["half a line", "[]", "5", '{"text": "x", "tokens": 3}',
+                                     '{"text": "", "round": [0], "problem": 0, "index": 0, "prompt": "", "tokens": 3}'])
+def test_a_damaged_row_of_a_trace_is_located(tmp_path, damaged):
     path = tmp_path / "trace"
     fake_run(Fake(), path)
     lines = path.read_text(encoding="utf-8").split("\n")
-    lines[4] = json.dumps(json.loads(lines[4]) | damage)
+    lines[4] = damaged
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(SystemExit, match=re.escape(f"{path}, line 5: not a rollout")):
         open_trace(str(path), SETTINGS, True)
@@ -596,13 +566,13 @@ def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
             open_trace(str(path), now, resume)
         assert path.read_bytes() == before
     for content in (b'{"settings": 5}\n', b'{"settings": null}\n', b"[" * 100000 + b"\n", b"my notes\nand more",
-                    b'{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}', b"[1, 2]\n3", b"5\n6",
-                    b"my only line", b'{"settings": {"seed": 0}}\n{"a": 1'):
+                    b'{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}', b"my only line",
+                    b'{"settings": {"seed": 0}}\n{"a": 1'):
         path.write_bytes(content)
         with pytest.raises(SystemExit, match="line 1: not a rollout of rsa.py|with other settings"):
             open_trace(str(path), SETTINGS, True)
         assert path.read_bytes() == content                     # also without a line end: nothing is cut off
-    assert open_trace(None, SETTINGS, False) == (None, [])
+    assert open_trace(None, SETTINGS, False) == (None, {})
     path.write_bytes(b"")                                       # an empty file is a new one
     open_trace(str(path), SETTINGS, False)[0].close()
     assert trace_rows(path) == [{"settings": SETTINGS}]
@@ -612,20 +582,17 @@ def test_a_trace_of_something_else_is_refused_and_left_alone(tmp_path):
 
 
 def asked(*arguments):
-    return rsa.budgets_asked(rsa.parse_arguments(["q", *arguments]))
+    return rsa.asked_budget(rsa.parse_arguments(["q", *arguments]))
 
 
 def test_budgets_with_the_command_lines_numbers():
-    here, there = ["--checkpoint", "x"], ["--endpoint", "x", "--model", "m"]
-    assert asked(*here) == {"tiny": rsa.BUDGETS["tiny"]} and asked(*there) == {"default": rsa.BUDGETS["default"]}
-    assert list(asked(*there, "--budget", "high,light").items()) == \
-        [(name, rsa.BUDGETS[name]) for name in ("high", "light")]
-    assert asked(*here, "--population", "3", "--max-tokens", "9") == {"tiny": Budget(3, 3, 2, 9, 9)}
+    here, there = ["--checkpoint", "x"], ["--endpoint", "http://x", "--model", "m"]
+    assert asked(*here) == rsa.BUDGETS["tiny"] and asked(*there) == rsa.BUDGETS["default"]
+    assert asked(*here, "--population", "3", "--max-tokens", "9") == Budget(3, 3, 2, 9, 9)
     assert asked(*here, "--population", "32", "--subset", "1", "--rounds", "0", "--tail", "0", "--budget", "light") == \
-        {"light": Budget(32, 1, 0, 40960, 0)}
-    assert asked(*there, "--max-tokens", "99999", "--tail", "99999") == {"default": Budget(16, 4, 2, 99999, 99999)}
-    for wrong in (["--population", "0"], ["--subset", "0"], ["--subset", "17"], ["--rounds", "-1"], ["--tail", "-1"],
-                  ["--max-tokens", "0"], ["--tail", "9", "--max-tokens", "8"]):
+        Budget(32, 1, 0, 40960, 0)
+    assert asked(*there, "--max-tokens", "99999", "--tail", "99999") == Budget(16, 4, 2, 99999, 99999)
+    for wrong in (["--population", "0"], ["--subset", "17"], ["--rounds", "-1"], ["--tail", "9", "--max-tokens", "8"]):
         with pytest.raises(SystemExit, match="--budget tiny: .* makes no sense: needed are 1 <= subset"):
             asked(*here, *wrong)
 
@@ -637,16 +604,15 @@ def test_problems_are_read_and_mistakes_located(tmp_path):
     path.write_text(json.dumps({"problem": "q", "answer": "3 * 4 = 12\n12 + 60\n#### 72"}))
     assert read_problems(str(path)) == [("q", "72")]
     path.write_text("\n".join(f'{{"problem": "q", "answer": {truth}}}' for truth in (
-        "42", "-3", "0.1", "1e22", '["42"]', "[7]", "[2.5]", '"a, b"', '["#### 5"]', "0", '"0"', '"\\\\text{no}"')))
+        "42", "-3", "0.1", "1e22", '["42"]', "[2.5]", '"a, b"', '["#### 5"]', "0", '"\\\\text{no}"')))
     answers = [answer for _, answer in read_problems(str(path))]
-    assert answers == ["42", "-3", "0.1", "1e+22", "42", "7", "2.5", "a, b", "5", "0", "0", r"\text{no}"]
-    assert normal_form(answers[2]) == Fraction(1, 10) and normal_form(answers[3]) == 10 ** 22
+    assert answers == ["42", "-3", "0.1", "1e+22", "42", "2.5", "a, b", "5", "0", r"\text{no}"]
     refused = [f'{{"problem": "q", "answer": {truth}}}'.encode() for truth in (
-        "null", '""', '" "', '"$"', "{}", '{"value": 42}', "[]", "[1, 2]", '["1", "2"]', "[null]", "[[1]]", '[""]',
-        "true", "[false]", "NaN", "Infinity", "-Infinity", "1e999", "[" * 100000 + "]" * 100000)]
+        "null", '""', '"$"', '{"value": 42}', "[]", "[1, 2]", "[null]", "[[1]]", '[""]', "true", "NaN", "-Infinity",
+        "1e999", "[" * 100000)]
     refused += [f'{{"problem": {problem}, "answer": 42}}'.encode() for problem in (
-        "null", '""', '" \\n"', "7", "[]", '["q"]', "{}", "true", '[{"role": "user", "content": "6*7?"}]')]
-    refused += [b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b"3", b'{"problem": "\xff"}']
+        "null", '" \\n"', "7", '["q"]', '[{"role": "user", "content": "6*7?"}]')]
+    refused += [b"nonsense", b'{"problem": "q"}', b'{"answer": 1}', b"[1]", b'"problem"', b'{"problem": "\xff"}']
     for bad in refused:
         path.write_bytes(b'{"problem": "1+1", "answer": 2}\n' + bad + b"\n")
         with pytest.raises(SystemExit, match=re.escape(str(path)) + ", line 2: not"):
@@ -656,42 +622,19 @@ def test_problems_are_read_and_mistakes_located(tmp_path):
         read_problems(str(path))
 
 
-def hand_made(name, answers, tokens, failed=(), longest=7):
-    """answers[problem][round]: the candidates' answers, None for one that failed -> (Run, results)."""
-    results = [Result([[Candidate("q", None if a is None else f"<think>t</think>{a}", None if a is None else "t")
-                        for a in row] for row in rounds], longest_prompt=longest) for rounds in answers]
-    rounds, population = len(answers[0]), len(answers[0][0])
-    return SimpleNamespace(name=name, budget=Budget(population, 1, rounds - 1, 9, 3), tokens=tokens,
-                           failed=list(failed)), results
-
-
-TWO = [[["5", "5", "6", "7"], ["5", "05", "5.0", "7"]], [["1", "2", "2", None], ["1", "1", "2", "3"]]]
-
-
 def test_scores_by_hand():
-    lines = score_table([hand_made("light", TWO, [1000, 2000], ["one"]),
-                         hand_made("high", TWO[::-1], [10, 20], longest=1234)], ["5", "1"]).split("\n")
-    assert len(lines) == 4 and all(line.count("|") == 9 for line in lines)
-    light, high = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    """answers[problem][round]: the candidates' answers, None for one that failed."""
+    answers = [[["5", "5", "6", "7"], ["5", "05", "5.0", "7"]], [["1", "2", "2", None], ["1", "1", "2", "3"]]]
+    results = [Result([[Candidate("q", a and f"<think>t</think>{a}", a and "t") for a in row] for row in rounds],
+                      longest_prompt=1234) for rounds in answers]
+    run = SimpleNamespace(name="light", budget=Budget(4, 1, 1, 9, 3), tokens=[1000, 2000], failed=["one"])
+    titles, _, cells = ([cell.strip() for cell in line.strip("|").split("|")]
+                        for line in score_table(run, results, ["5", "1"]).split("\n"))
     # right in round 0: 2 of 4 and 1 of 4 (the failed one is not right); in round 1: 3 of 4 and 2 of 4
-    assert light[0] == "light: N=4 C=1 T=1 beta=9 tau=3" and light[5:] == ["1,500", "7", "1"]
-    assert [cell.split()[0] for cell in light[1:5]] == ["0.375", "0.500", "0.625", "1.000"]
-    assert light[1] == "0.375 [0.000, 1.000]" and light[4] == "1.000 [0.020, 1.000]"
-    assert [cell.split()[0] for cell in high[1:5]] == ["0.000"] * 4 and high[5:] == ["15", "1,234", "0"]
-    titles = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert cells == ["light: N=4 C=1 T=1 beta=9 tau=3", "0.375 [0.000, 1.000]", "0.500 [0.000, 1.000]",
+                     "0.625 [0.000, 1.000]", "1.000 [0.020, 1.000]", "1,500", "1,234", "1"]
     assert titles == ["budget", "single", "majority of round 0", "Markovian RSA", "its majority", "tokens a problem",
                       "longest prompt", "failed"]
-
-
-def test_pictures_are_drawn(tmp_path):
-    path = tmp_path / "run.png"
-    nasty = [[[r"$\foo$", "$", r"a_b^^c$$", "_x"], ["others", None, "no answer", r"\frac{1}{"]]]
-    for content, answers in ((TWO, ["5", "1"]), (nasty, None), ([[[None] * 4]], None)):
-        draw_run(str(path), [hand_made("light", content, [5] * len(content[0]))], answers)
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
-    draw_run(str(path), [hand_made("light", TWO, [5, 6]), hand_made("high", [[*p, p[1]] for p in TWO], [5, 6, 7])],
-             ["5", "1"])
-    assert os.listdir(tmp_path) == ["run.png"]
 
 
 # ---- a checkpoint of ours -------------------------------------------------------------------------------------------
@@ -722,17 +665,14 @@ def test_a_checkpoint_samples_by_its_seed(model):
     texts = source(PROMPTS, 12, 5)
     for i, text, tokens, error in source.stream(PROMPTS, 12, 5):
         assert text == texts[i] and tokens == count_tokens(text, BYTES) > 0 and error is None
-    assert texts == source(PROMPTS, 12, 5) != source(PROMPTS, 12, 6)
+    assert texts != source(PROMPTS, 12, 6)
     distinct = sorted(set(PROMPTS))
-    texts = dict(zip(distinct, source(distinct, 12, 5)))
-    for order in (distinct[::-1], distinct[2:] + distinct[:2]):                     # whatever their order
-        assert dict(zip(order, source(order, 12, 5))) == texts
-    for rows in (3, 256):                                                           # also over several batches
+    texts, turned = dict(zip(distinct, source(distinct, 12, 5))), distinct[2:] + distinct[:2]
+    assert dict(zip(turned, source(turned, 12, 5))) == texts    # whatever their order
+    for rows in (3, 256):                                       # also over several batches
         assert len(set(Checkpoint(model, BYTES, 1.0, rows)(["x"] * 9, 12, 5))) == 9
-    assert len(set(Checkpoint(model, BYTES, 0)(["x"] * 3, 12, 5))) == 1
-    for sharp in (Checkpoint(model, BYTES, 0.02), Checkpoint(model, BYTES, top_p=1e-6)):            # they arrive
-        assert len(set(sharp(["x"] * 9, 12, 5))) < 9
-    assert Checkpoint(model, BYTES, top_p=1e-6)(["x"], 12, 5) == Checkpoint(model, BYTES, 0)(["x"], 12, 5)
+    for sharp in (Checkpoint(model, BYTES, 0), Checkpoint(model, BYTES, top_p=1e-6)):               # they arrive
+        assert sharp(["x"] * 3, 12, 5) == Checkpoint(model, BYTES, 0)(["x"], 12, 5) * 3
 
 
 def test_rows_that_are_equal_are_prefilled_once_and_stay_themselves(model, monkeypatch):
@@ -761,15 +701,13 @@ def shortened(folder, *arguments):
             *map(str, arguments)]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")                      # a random model's answers are any bytes
 def test_one_problem_on_the_command_line(folder, tmp_path, capsys):
-    picture, trace = tmp_path / "x.png", tmp_path / "x.trace"
-    rsa.main(["3+4", *shortened(folder, "--picture", picture, "--trace", trace)])
+    trace = tmp_path / "x.trace"
+    rsa.main(["3+4", *shortened(folder, "--trace", trace)])
     said = capsys.readouterr().out
-    assert "tiny: N=4 C=2 T=2 beta=12 tau=6, 1 problem: 12 rollouts, at most 144 tokens; prompts of at most the " \
-        "problem and 12 tokens of tails; temperature 1, top-p 1\n" in said and f"drawn: {picture}" in said
-    assert "majority of the last round" in said or "no candidate of the last round" in said
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "tiny: N=4 C=2 T=2 beta=12 tau=6, problems: 1, rollouts: 12, of at most 144 tokens; prompts of at most " \
+        "the problem and 12 tokens of tails; temperature 1, top-p 1\n" in said
+    assert "majority of the last round: " in said
     head, *rows = trace_rows(trace)
     assert head["settings"]["problems"] == ["3+4"] and head["settings"]["top_p"] == 1 and len(rows) == 12
     assert {row["prompt"] for row in rows if row["round"] == 0} == {"3+4"}                  # as in training
@@ -780,20 +718,6 @@ def test_one_problem_on_the_command_line(folder, tmp_path, capsys):
     spent = [sum(row["tokens"] for row in rows if row["round"] == t) for t in (0, 1, 2)]
     assert all(f"round {t}: {spent[t]:,} tokens" in said for t in (0, 1, 2))
     assert f"{sum(spent):,} tokens generated" in said and "0 failed" in said
-
-
-def test_a_file_of_problems_on_the_command_line(folder, tmp_path, capsys):
-    problems, picture, trace = (tmp_path / name for name in ("x.jsonl", "x.png", "x.trace"))
-    problems.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "2+2", "answer": "4"}\n')
-    rsa.main(["--problems", str(problems), "--budget", "light,tiny", "--prompt", "report", "--rounds", "1",
-              *shortened(folder, "--picture", picture, "--trace", trace, "--temperature", 0)])
-    said = capsys.readouterr().out
-    assert "2 problems: 16 rollouts" in said and "| light: N=4 C=2 T=1 beta=12 tau=6 |" in said
-    assert "| tiny: N=4 C=2 T=1 beta=12 tau=6 |" in said and picture.read_bytes().startswith(b"\x89PNG")
-    rows = trace_rows(trace)[1:]
-    assert len(rows) == 2 * 2 * 4 * 2 and {row["run"] for row in rows} == {"light", "tiny"}
-    assert all(("Candidate solution 2" in row["prompt"]) == bool(row["round"]) for row in rows)
-    assert len({(row["problem"], row["text"]) for row in rows if not row["round"]}) == 2            # temperature 0
 
 
 def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, tmp_path, monkeypatch):
@@ -812,51 +736,34 @@ def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, 
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--checkpoint x", "give one problem, or --problems FILE"),
-    ("q --problems x --checkpoint x", "give one problem, or --problems FILE"),
-    ("q", "give --checkpoint FOLDER or --endpoint URL"),
-    ("q --checkpoint x --endpoint x --model m", "give --checkpoint FOLDER or --endpoint URL"),
+    ("--checkpoint x", "one of the arguments problem --problems is required"),
+    ("q --problems x --checkpoint x", "not allowed with argument"),
+    ("q", "one of the arguments --checkpoint --endpoint is required"),
+    ("q --checkpoint x --endpoint http://x --model m", "not allowed with argument"),
     ("q --endpoint http://localhost:1/v1", "--endpoint needs --model NAME"),
+    ("q --endpoint localhost:1/v1 --model m", "--endpoint must be http://HOST:PORT/v1"),
+    ("q --endpoint http://me:secret@localhost:1/v1 --model m", "--endpoint must be http://HOST:PORT/v1"),
     ("q --checkpoint x --resume", "--resume goes on with a --trace FILE"),
-    ("q --checkpoint x --budget huge", "--budget huge: there are tiny, light, default, high, extra-high"),
-    ("q --checkpoint x --budget tiny,", "there are tiny, light, default, high, extra-high"),
+    ("q --checkpoint x --budget huge", "invalid choice"), ("q --checkpoint x --prompt long", "invalid choice"),
     ("q --checkpoint x --population 2 --subset 3", "makes no sense: needed are"),
-    ("q --checkpoint x --prompt long", "invalid choice"),
-    ("q --checkpoint x --concurrency 0", "--concurrency must be at least 1"),
-    ("q --checkpoint x --retries -1", "--retries must be at least 0"),
-    *((f"q --checkpoint x --{name} {value}", f"--{name} must be at least {least}") for name, least in (
-        ("temperature", 0), ("top-p", 1e-06), ("timeout", 0.001)) for value in ("-0.1", "nan", "inf", "1e999", "1e9")),
-    ("q --checkpoint x --top-p 0", "--top-p must be at least"), ("q --checkpoint x --timeout 0", "--timeout must be"),
-    ("q --checkpoint x --concurrency 100000", "--concurrency must be at least 1 and at most 4096, not 100000"),
-    ("q --checkpoint x --retries 101", "--retries must be at least 0 and at most 100"),
-    ("q --checkpoint x -budget", "unrecognized arguments: -budget (a problem like that: last, after --)"),
-    ("-x=5 --checkpoint x", "unrecognized arguments: -x=5 (a problem like that"),
-    ("-3+5 q --checkpoint x", "unrecognized arguments: -3+5"), ("-3+5 -4*6 --checkpoint x", "unrecognized arguments"),
-    ("-3+5 --problems x --checkpoint x", "give one problem, or --problems FILE"),
-    *((f"q --checkpoint x --request {names}", "argument --request: ") for names in (
-        "n=2", "seed", "seed=,top_p", "=x", "seed=x,seed=y", "seed=x=y", ",")),
-    ("q --checkpoint MODEL --picture MODEL", ": no file can be drawn there"),
-    ("q --checkpoint MODEL --picture /dev/full", "/dev/full: no file can be drawn there"),
+    ("q --checkpoint x --concurrency 0", "--concurrency: must be at least 1 and at most 4096, not 0"),
+    ("q --checkpoint x --retries -1", "--retries: must be at least 0"),
+    *((f"q --checkpoint x --temperature {value}", "--temperature: must be at least 0") for value in ("-0.1", "nan")),
+    ("q --checkpoint x --top-p 0", "--top-p: must be at least"), ("q --checkpoint x --timeout 0", "--timeout: must be"),
+    *((f"q --checkpoint x --request {names}", "argument --request: ") for names in ("n=2", "seed", "seed=x=y", ",")),
+    ("-3+5 --checkpoint x", "one of the arguments problem --problems is required"),
     ("q --checkpoint MODEL --trace MODEL", "Is a directory: 'MODEL'"),
-    ("q --checkpoint MODEL --trace MODEL --resume", "Is a directory: 'MODEL'"),
-    ("q --checkpoint MODEL --trace MODEL/config.json/x", "Not a directory: 'MODEL/config.json/x'"),
     ("q --checkpoint MODEL --trace /dev/full", "--trace /dev/full: [Errno 28] No space left on device"),
+    ("q --checkpoint MODEL --trace no/such/folder/x", "no/such/folder"),
     ("--problems MODEL --checkpoint MODEL", "Is a directory"), ("q --checkpoint /dev/null", "--checkpoint /dev/null: "),
-    ("q --checkpoint MODEL/config.json", "MODEL/config.json"),
+    ("--problems no/such/file --checkpoint MODEL", "no/such/file"),
     ("q --checkpoint x --rounds two", "invalid int value"), ("q --checkpoint x --pop 4", "unrecognized arguments"),
     ("q --checkpoint no/such/folder", "--checkpoint no/such/folder: "),
-    ("--problems no/such/file --checkpoint MODEL", "no/such/file"),
-    ("q --checkpoint MODEL --trace no/such/folder/x", "no/such/folder"),
-    ("q --checkpoint MODEL --picture no/such/folder/x.png", "no/such/folder"),
     ("q --endpoint http://127.0.0.1:1/v1 --model m --tokenizer no/such/tokenizer", "--tokenizer no/such/tokenizer: ")])
-def test_mistakes_get_one_clear_sentence(folder, tmp_path, capsys, monkeypatch, arguments, says):
-    if "--endpoint http://127" in arguments:
-        pytest.importorskip("openai")
+def test_mistakes_get_one_clear_sentence(folder, capsys, monkeypatch, arguments, says):
+    if "--tokenizer" in arguments:
         pytest.importorskip("transformers")
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    if "pipe" in arguments:                                     # a device stands for it: never one that is needed
-        folder = str(tmp_path)
-        os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit) as stop:
         rsa.main(arguments.replace("MODEL", folder).split())
     said = capsys.readouterr().err
@@ -865,18 +772,9 @@ def test_mistakes_get_one_clear_sentence(folder, tmp_path, capsys, monkeypatch, 
     assert code == 2 or isinstance(code, str) and "\n" not in code
 
 
-@pytest.mark.parametrize("problem", ["-3+5", "-3", "-x^2 + 4x = 0", "-x^2+4x=0", "--3+5", "-2x=6", "-(3+5)", "−3+5"])
-def test_a_problem_may_begin_with_a_minus(problem):
-    for arguments in ([problem, "--checkpoint", "x", "--seed", "3"], ["--checkpoint", "x", "--seed", "3", problem],
-                      ["--checkpoint", "x", "--seed", "3", "--", problem]):
-        given = rsa.parse_arguments(arguments)
-        assert given.problem == problem and given.checkpoint == "x" and given.seed == 3
-    assert rsa.parse_arguments(["--checkpoint", "x", "--", "-x=5"]).problem == "-x=5"
-
-
-def test_other_names_for_the_fields_of_a_request():
-    assert rsa.request_names("max_tokens=max_completion_tokens,seed=") == \
-        dict(max_tokens="max_completion_tokens", seed="")
+def test_a_problem_may_begin_with_a_minus():
+    for problem in ("-3", "-x^2 + 4x = 0", "-x=5"):
+        assert rsa.parse_arguments(["--checkpoint", "x", "--seed", "3", "--", problem]).problem == problem
 
 
 @pytest.mark.parametrize("encoding, line", [("ascii", ["-h"]), ("cp1252", ["天", "--rounds", 0, "--trace", "天"])])
@@ -888,41 +786,16 @@ def test_any_stdout_does(folder, tmp_path, encoding, line):
     assert "?" in done.stdout.decode(encoding) and (encoding == "ascii" or len(trace_rows(tmp_path / "天")) == 5)
 
 
-def test_a_full_disk_is_one_sentence(folder, monkeypatch, tmp_path):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device", "x.png.tmp.png")
-    monkeypatch.setattr(rsa, "draw_run", full)
-    with pytest.raises(SystemExit) as stop:
-        rsa.main(["3+4", *shortened(folder, "--rounds", 0, "--picture", tmp_path / "x.png")])
-    assert stop.value.code == "--picture: [Errno 28] No space left on device: 'x.png.tmp.png'"
-
-
 @pytest.mark.parametrize("name, content", [
     ("model.safetensors", b""), ("model.safetensors", b"\xff" * 900), ("config.json", b"[1]"), ("config.json", b"{"),
-    ("config.json", b'{"model_type": "zaya", "hidden_size": "x"}'), ("tokenizer.json", b"{"), ("tokenizer.json", b"[]"),
-    ("tokenizer.json", b'{"added_tokens": [5]}'), ("tokenizer.json", b'{"added_tokens": [{"content": 5}]}')])
+    ("config.json", b'{"model_type": "zaya", "hidden_size": "x"}'), ("tokenizer.json", b"{"),
+    ("tokenizer.json", b'{"added_tokens": [5]}')])
 def test_a_damaged_checkpoint_is_one_sentence(folder, tmp_path, name, content):
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / name).write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         rsa.main(["q", *shortened(str(broken))])
     assert stop.value.code.startswith(f"--checkpoint {broken}: ") and "\n" not in stop.value.code
-
-
-def test_the_endpoint_needs_its_client(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(SystemExit, match="pip install openai"):
-        Endpoint("http://127.0.0.1:1/v1", "m")
-    with pytest.raises(SystemExit, match="--endpoint needs the openai client: pip install openai"):
-        rsa.main(["q", "--endpoint", "http://127.0.0.1:1/v1", "--model", "m"])
-
-
-def test_trouble_of_the_machine_is_not_taken_for_failed_rollouts(folder, monkeypatch):
-    def out_of_memory(*_, **__):
-        raise RuntimeError("out of memory")
-    monkeypatch.setattr(Zaya, "generate", out_of_memory)
-    with pytest.raises((RuntimeError, SystemExit), match="out of memory"):
-        rsa.main(["q", *shortened(folder)])
 
 
 # ---- a folder as Zyphra publishes it ---------------------------------------------------------------------------------
@@ -938,7 +811,7 @@ CHATML = """{%- if messages[0]['role'] == 'system' %}
 {{ '<|im_start|>assistant\n' }}OPENED{% endif %}"""
 
 
-def official_folder(folder, opened="", where="chat_template.jinja"):
+def official_folder(folder, opened=""):
     """A tiny model in shards, with a byte-level BPE and a chat template that are none of ours."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers.models import BPE
@@ -950,26 +823,20 @@ def official_folder(folder, opened="", where="chat_template.jinja"):
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
     tokenizer.enable_truncation(5)                              # what a file may ask for, and a prompt must not get
     config = ZayaConfig.preset("smoke", eos_token_id=1)
-    randomise(Zaya(config)).save_pretrained(str(folder), max_shard_bytes=100_000)
+    randomise(Zaya(config)).save_pretrained(str(folder))
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<bos>", "pad_token": "<pad>",
                 "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}}
-    template = CHATML.replace("OPENED", opened)
-    if where == "chat_template.jinja":
-        (folder / where).write_text(template)
-    else:
-        settings["chat_template"] = template if where == "field" else [{"name": "tools", "template": "no"},
-                                                                       {"name": "default", "template": template}]
+    (folder / "chat_template.jinja").write_text(CHATML.replace("OPENED", opened))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     ends = [1, tokenizer.token_to_id("<|im_end|>")]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return str(folder)
 
 
-@pytest.mark.parametrize("where", ["chat_template.jinja", "field", "named"])
 @pytest.mark.parametrize("opened", ["", "<think>\n"])
-def test_an_official_folder_gets_the_ids_that_transformers_gives_it(tmp_path, where, opened):
-    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(official_folder(tmp_path, opened, where))
+def test_an_official_folder_gets_the_ids_that_transformers_gives_it(tmp_path, opened):
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(official_folder(tmp_path, opened))
     ours = rsa.ChatTokenizer(str(tmp_path))
     assert not rsa.is_ours(str(tmp_path)) and ours.end == [1, theirs.convert_tokens_to_ids("<|im_end|>")]
     for problem in ("What is 47 + 85?", "  é\n\n<think> 12 <|im_end|>", "x"):
@@ -977,21 +844,18 @@ def test_an_official_folder_gets_the_ids_that_transformers_gives_it(tmp_path, wh
         wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert rsa.prompt_ids(ours, problem) == wanted
         assert ours.decode(ours.encode(problem)) == problem
-    assert ours.opened == opened.strip()
     messages = [{"role": "system", "content": "s"}, *messages, {"role": "assistant", "content": "<think>a</think> b"}]
     assert ours.render(messages)[0] == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("how", ["as it is", "--quantize", "quantized before"])
+@pytest.mark.parametrize("how", ["as it is", "quantized before"])
 def test_an_official_folder_on_the_command_line(tmp_path, capsys, how):
     folder = official_folder(tmp_path, "<think>\n")
     if how == "quantized before":
         kernels.main(["--quantize", folder, str(tmp_path / "int8")])
         folder = str(tmp_path / "int8")
     trace = tmp_path / "x.trace"
-    more = ["--quantize", "int8"] if how == "--quantize" else []
-    rsa.main(["3+4", *shortened(folder, "--rounds", 1, "--trace", trace), *more])
+    rsa.main(["3+4", *shortened(folder, "--rounds", 1, "--trace", trace)])
     said = capsys.readouterr().out
     assert "default: N=4 C=2 T=1 beta=12 tau=6" in said         # not tiny's: it is not ours
     assert "temperature 1, top-p 0.95\n" in said                # as the card of ZAYA1-8B asks
@@ -1004,20 +868,13 @@ def test_what_an_official_folder_may_lack(tmp_path, monkeypatch):
     folder = official_folder(tmp_path)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "transformers", None)
-        with pytest.raises(SystemExit, match="pip install transformers"):
+        with pytest.raises(SystemExit, match=f"^--checkpoint {re.escape(folder)}: .*transformers"):
             rsa.main(["x", "--checkpoint", folder])
     (tmp_path / "generation_config.json").unlink()
     assert rsa.ChatTokenizer(folder).end == [1]                 # config.json's, as in transformers' generate
-    for name, content, says in (("chat_template.jinja", "{% if %}", "TemplateSyntaxError"),
-                                ("chat_template.jinja", None, "chat_template"), ("tokenizer_config.json", "{", ".")):
-        if content is None:
-            (tmp_path / name).unlink()
-        else:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(SystemExit, match=f"^--checkpoint {re.escape(folder)}: .*{says}"):
-            rsa.main(["x", "--checkpoint", folder])
-    with pytest.raises(SystemExit):
-        rsa.main(["x", "--quantize", "int8", "--endpoint", "http://localhost", "--model", "m"])
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(SystemExit, match=f"^--checkpoint {re.escape(folder)}: .*TemplateSyntaxError"):
+        rsa.main(["x", "--checkpoint", folder])
 
 
 def test_token_ids_of_an_official_folder_may_be_null(tmp_path):
@@ -1028,9 +885,6 @@ def test_token_ids_of_an_official_folder_may_be_null(tmp_path):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
         source = Checkpoint.from_pretrained(folder)
         assert source.tokenizer.end == ends and len(source(["3+4", "a longer problem"], 5, 0)) == 2
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": "8"}))
-    with pytest.raises(ValueError, match="generation_config.json.*eos_token_id.*'8'"):
-        Checkpoint.from_pretrained(folder)
 
 
 def test_a_batch_is_as_large_as_the_memory_for_its_keys(folder):

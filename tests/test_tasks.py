@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 import time
+import timeit
+from functools import partial
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train
@@ -17,41 +18,27 @@ from train import TASKS, run_expression, run_program
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_problems_teachers_and_readers(name):
-    """Problems are functions of seed and difficulty; the teacher is right where it says so, one who slips never is; who
-    reads only wrong replies is right or says that it is not."""
-    task, rewards = TASKS[name], []
-    assert task.reads == (name in ("find", "synthesize"))
-    for d in (1, 2, 3, 5, 8, 12):
-        assert len({task.make(seed, d).prompt for seed in range(40)}) > (10 if d > 1 else 3)
-        for seed in range(20):
-            problem = task.make(seed, d)
+def test_problems_teachers_and_held_out_problems(name):
+    """Problems are functions of seed and difficulty; the teacher is right where it says so, one who slips never is; a
+    harder problem takes longer (constraints up to d = 4 only get more rules); what is held out is never trained on."""
+    task, rewards, length = TASKS[name], [], {}
+    for d in (1, 3, 7, 12):
+        problems = [task.make(seed, d) for seed in range(40)]
+        assert len({problem.prompt for problem in problems}) > (10 if d > 1 else 3)
+        for seed, problem in enumerate(problems[:20]):
             assert problem == task.make(seed, d)
             assert json.loads(json.dumps(problem.data)) == problem.data     # a verifier can be rebuilt from JSON
             reply, wrong = task.solve(problem, seed), task.corrupt(problem, seed)
             assert reply == task.solve(problem, seed) and task.verify(problem, wrong) == (0, 1)
-            reward, form = task.verify(problem, reply)
-            assert form == 1
-            rewards.append(reward)
-            if d <= 3:
-                replies = [wrong, "no form", task.corrupt(problem, seed + 1)]
-                text = task.aggregate(problem, replies, seed)
-                assert task.verify(problem, text) == (task.exact or task.self_verified(text), 1)
-                assert task.aggregate(problem, replies, seed) == text
-    assert all(rewards) if task.exact else 0 < sum(rewards) < len(rewards)
-
-
-@pytest.mark.parametrize("name", TASKS)
-def test_harder_is_longer_and_held_out_problems_are_never_trained_on(name):
-    """Up to d = 4 constraints only get more rules, so there the prompts count too."""
-    def length(d):
-        problems = [TASKS[name].make(seed, d) for seed in range(40)]
-        return np.mean([len(TASKS[name].solve(problem, seed)) + (name == "constraints") * len(problem.prompt)
-                        for seed, problem in enumerate(problems)])
-    assert length(1) < length(3) < length(7)
+            rewards.append(task.verify(problem, reply))
+        solved = sum(len(task.solve(problem, seed)) for seed, problem in enumerate(problems))
+        length[d] = solved + (name == "constraints") * sum(len(problem.prompt) for problem in problems)
+    assert {form for _, form in rewards} == {1} and length[1] < length[3] < length[7]
+    right = sum(reward for reward, _ in rewards)
+    assert right == len(rewards) if task.exact else 0 < right < len(rewards)
     for d in (1, 2, 4):
-        train_set = {train.draw(TASKS[name], f"a{seed}", d, held_out=False).prompt for seed in range(150)}
-        held = {train.draw(TASKS[name], f"b{seed}", d, held_out=True).prompt for seed in range(50)}
+        train_set = {train.draw(task, f"a{seed}", d, held_out=False).prompt for seed in range(150)}
+        held = {train.draw(task, f"b{seed}", d, held_out=True).prompt for seed in range(50)}
         assert held and not held & train_set
 
 
@@ -62,23 +49,21 @@ def test_harder_is_longer_and_held_out_problems_are_never_trained_on(name):
     ("registers", {"lines": ["a=3", "b=a+4", "a=b*2"]}, ["a4b7"], ["a3b7", "b7a4", "a4"]),
     ("find", {"columns": [[0, 6, "b"], [8, 5, "c"]]}, ["b5c6", "b0c2", "b3c4"], ["b6c6", "b5c.", "b5", "c6b5", "b٣c6"]),
     ("countdown", {"numbers": [3, 5, 2], "target": 13}, ["3*5-2", "5*3-2", "2*5+3"],
-     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "2-5*3", "3+5*2", "", "3*5-２", "3*5-2\n", "3*5-2+"]),
+     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "3+5*2", "", "3*5-２", "3*5-2\n", "3*5-2+"]),
     ("program", {"lines": ["a=x+4", "a=3-a"]},                  # 9 - x; 9 and x+9 hold on one and on two inputs
      ["a=x+4;a=3-a", "a=9-x", "a=x*9+9", "b=x+1;a=9-x", "x=x+4;a=3-x", ";".join(["a=9-x"] * 32)],
-     ["", "a=x+4", "a=9", "a=x+9", "b=9-x", "x=9-x", "a=9-x;", "a=9-x;a=a+1", "a=9-x;b=c", "a = 9-x", "A=9-x", "a=９-x",
-      "a=9-x\n", "a=9−x", "a=(9-x)", "a=-1-x", "9-x", ";".join(["a=9-x"] * 33)]),
+     ["", "a=x+4", "a=9", "a=x+9", "b=9-x", "a=9-x;", "a=9-x;a=a+1", "a = 9-x", "a=９-x", "a=9-x\n", "9-x"]),
     ("synthesize", {"examples": [[0, 3], [4, 1]]},              # (3+x)*2: operator precedence would make it right
      ["x*2+3", "2*x+3", "x+x+3", "x*7+3", "x*2+3" + "+0" * 47],
      ["", "3", "x+3", "3+x*2", "X*2+3", "x*2+13", "x*2+٣", "y*2+3", "(x*2)+3", "x*2+3 ", "x*2+3" + "+0" * 48]),
     ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, ["1", "3", "5"],     # odd, in the branch
-     ["", "0", "2", "7", "13", "03", "-1", "x", "3 ", "3\n", "1,3", "٣", "³", "0123456789"]),
+     ["", "0", "7", "13", "-1", "x", "3\n", "٣", "³"]),
     ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, ["1+2-"],
-     ["", "1+2+", "1-2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+1+2-", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
+     ["", "1+2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
     ("sat", {"count": 3, "clauses": ["1+2+", "2-3+"]}, ["1+2-3-", "1+2-3+", "1-2+3+"], ["1-2-3+", "1+2+3-", "1+2-3"]),
     ("constraints", {"rules": {"count": 3, "no": "e", "begins": "s", "ends": "!"}}, ["sun bird map!", "s x y!"],
      ["", "sun sun sun!", "!", "sun bird map", "sun bird map!!", "sun bird map.", "sun bird!", "bird sun map!",
-      "sun red map!", "Sun bird map!", "sun  bird map!", "sun bird map !", " sun bird map!", "sun bird mäp!",
-      "sun bird m4p!", "sun bird map!\n", "sun, bird map!"]),
+      "sun red map!", "Sun bird map!", "sun  bird map!", "sun bird map !", "sun bird mäp!", "sun bird map!\n"]),
     ("constraints", {"rules": {"count": 2, "has": "sun"}}, ["sun map", "map sun"], ["sun sun", "sun", "sunny map"]),
 ])
 def test_verdicts_by_hand(name, data, right, wrong):
@@ -113,15 +98,11 @@ def test_verifiers_are_total(name, text):
 def test_verifiers_answer_at_once(name):
     """Linear in a text cut at 1,000 characters: 10 ms are plenty.  The best of three: other processes are no fault."""
     task, problem = TASKS[name], TASKS[name].make(3, 6)
-    answers = ("1+" * 500, "9" * 1000, "a=x;" * 250, ("a=" + "x*" * 48 + "x;") * 10, "x" + "*x" * 499, "1+2-" * 250,
-               "".join(f"{v}+" for v in range(1, 8)) * 71, "0123456789" * 100, problem.prompt * 9, "a " * 500,
-               "a" * 1000, "!" * 1000, ";".join(["a=x*x*x*x*x*x*x*x*x*x*x*x*x*x"] * 32), "a=x;" * 10**5)
+    answers = ("1+" * 500, "9" * 1000, "a=x;" * 250, ("a=" + "x*" * 48 + "x;") * 10, "1+2-" * 250, problem.prompt * 9,
+               "".join(f"{v}+" for v in range(1, 8)) * 71, "a " * 500, "!" * 1000, "a=x;" * 10**5,
+               ";".join(["a=x*x*x*x*x*x*x*x*x*x*x*x*x*x"] * 32))
     for text in ("9" * 10**6, "<think>" * 10**5, "</think>" * 10**5, *(f"<think></think>{a}" for a in answers)):
-        seconds = []
-        for _ in range(3):
-            begun = time.process_time()
-            task.verify(problem, text)
-            seconds.append(time.process_time() - begun)
+        seconds = timeit.repeat(partial(task.verify, problem, text), timer=time.process_time, number=1, repeat=3)
         assert min(seconds) < 0.01, text[:40]
 
 
@@ -139,15 +120,16 @@ def test_searchers_say_what_they_found_and_take_it_over(monkeypatch, name, data,
     right = f"<think>{trial}#y{answer}</think>{answer}"
     assert {task.aggregate(problem, replies, seed) for seed in range(5)} == {right}
     monkeypatch.setattr(task, "guess", lambda *_: answer)
-    assert task.solve(problem) == right and task.self_verified(right)
+    assert task.solve(problem) == right
     monkeypatch.setattr(task, "guess", lambda *_: wrong)
     text, trials = task.solve(problem), f"{re.escape(failed)}(;{re.escape(failed)})*"
     assert re.fullmatch(f"<think>{trials}#n{re.escape(wrong)}</think>{re.escape(wrong)}", text)
-    assert not task.self_verified(text) and task.good_rollout(problem) == task.solve(problem)       # it never works
+    assert task.good_rollout(problem) == task.solve(problem)    # it never works
 
 
 def test_readers_choose_among_right_candidates():
     """Of find's columns b may be 0 to 5, c 2 to 6; only b4, c3 and c6 hold and are in an answer."""
+    assert [name for name, task in TASKS.items() if task.reads] == ["find", "synthesize"]
     problem = train.Problem("falsify", 1, "?", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"})
     replies = [f"<think></think>{x}" for x in (1, 2, 5, 8)]
     assert {TASKS["falsify"].aggregate(problem, replies, seed)[-1] for seed in range(20)} == {"1", "5"}
@@ -163,23 +145,24 @@ def test_readers_choose_among_right_candidates():
     assert sum(task.verify(p, task.solve(p, 7))[0] for p in problems) < 10
 
 
-def run_safely(text):
-    """The language as a regular expression, and what the interpreter makes of a text while nothing may run code."""
+@settings(max_examples=400, deadline=None)
+@given(text=st.one_of(st.text("0123456789xa+-*", max_size=9), st.text("09xabz+-*=; ()\n\0٣３", max_size=20), anything))
+@example("1" + "+1" * 49)
+@example("1" + "+1" * 50)
+@example("__import__('os').system('x')")
+@example("3１+3")
+@example("11\n")
+def test_the_interpreter_knows_its_language_and_nothing_else(text):
+    """A regular expression says what the language is; nothing may run code while a text is interpreted."""
     with pytest.MonkeyPatch.context() as patch:
         refuse_code(patch)
-        values, states = run_expression(text, {"x": 4, "a": 7}), run_program(text, {"x": 4, "a": 7})
+        values = run_expression(text, {"x": 4, "a": 7})
+        runs = [run_program(program, {"x": 4, "a": 7}) for program in (text, f"a={text}", f"a=1;b={text}")]
     expected = re.fullmatch("[0-9xa]([-+*][0-9xa])*", text) is not None and len(text) <= 100
     assert (values is not None) == expected
     assert values is None or all(0 <= value <= 9 for value in values) and len(values) == max(1, len(text) // 2)
-    assert states is None or len(states) == text.count(";") + 1 <= 32
-    assert all(0 <= value <= 9 for state in states or () for value in state.values())
-    return values, states
-
-
-@settings(max_examples=400, deadline=None)
-@given(text=st.one_of(st.text("0123456789xa+-*", max_size=9), st.text("09xabz+-*=; ()\n\0٣３", max_size=20), anything))
-def test_the_interpreter_knows_its_language_and_nothing_else(text):
-    run_safely(text)
+    for states in runs:
+        assert states is None or len(states) <= 32 and all(0 <= value <= 9 for s in states for value in s.values())
 
 
 def test_expressions_and_programs_by_hand():
@@ -187,22 +170,13 @@ def test_expressions_and_programs_by_hand():
     assert run_expression("1+2*3", {}) == [3, 9]                # left to right
     assert run_expression("2-3-4", {}) == [9, 5]                # a remainder is never negative
     assert run_expression("x*x+a-3", {"x": 8, "a": 5}) == [4, 9, 6] and run_expression("x+y", {"x": 4}) is None
-    assert run_expression("1" + "+1" * 49, {}) == [i % 10 for i in range(2, 51)]
-    assert run_expression("1" + "+1" * 50, {}) is None          # 101 characters
     assert run_expression("x+1", {"x": 0}) == [1]               # a register of 0 is a register
-    start = {"x": 6}
     states = [{"x": 6, "a": 0}, {"x": 6, "a": 0, "b": 9}, {"x": 6, "a": 7, "b": 9}]
-    assert run_program("a=x+4;b=a-1;a=b*3", start) == states and run_program("x=x+1", start) == [{"x": 7}]
-    assert start == {"x": 6}
+    assert run_program("a=x+4;b=a-1;a=b*3", {"x": 6}) == states and run_program("x=x+1", {"x": 6}) == [{"x": 7}]
     for text in ("a=b;b=1", "a=1;", ";a=1", "a=1;;b=2", "a==1", "a=", "=1", "a", "f=1", "A=1", "a:1", "a=1\nb=2"):
         assert run_program(text, {}) is None
     assert len(run_program(";".join(["a=1"] * 32), {})) == 32
     assert run_program(";".join(["a=1"] * 33), {}) is run_program("a=1;" * 10**6, {}) is None
-    for escape in ("", "__import__('os').system('x')", "x.__class__", "lambda:0", "eval('1+1')", "1**9**9", "9" * 10**6,
-                   "9" * (10**6 + 1), "a=a" + "*a" * 10**5, "３+3", "1+٣", "³", "11\n", "1\0+", "1+\ud800", "\udcff",
-                   "1-", "-1", "+1+", "1 + 1", "1/0", "1%0", "x[0]", "{1}", "1if", "Ⅷ", "1+x\u0301", "++1"):
-        for text in (escape, f"a={escape}", f"a=1;b={escape}"):
-            assert run_safely(text) == (None, None)
 
 
 def test_problems_are_the_same_in_every_process():
@@ -216,17 +190,17 @@ def test_problems_are_the_same_in_every_process():
 def test_reasoning_gym_datasets_are_tasks():
     pytest.importorskip("reasoning_gym")
     task = train.find_task("reasoning_gym:chain_sum")
-    problem = task.make(5, 2)
+    problem, harder = task.make(5, 2), task.make(5, 9)
     assert problem == task.make(5, 2) and json.loads(json.dumps(problem.data)) == problem.data
+    assert len(harder.prompt) > len(problem.prompt) + 5
     assert task.verify(problem, task.solve(problem)) == (1, 1) and task.verify(problem, task.corrupt(problem)) == (0, 1)
     assert all(task.verify(problem, f"<think></think>{text}")[0] == 0 for text in ("", "x", "٣", "\0", "9" * 900))
-    assert np.mean([len(task.make(i, 9).prompt) - len(task.make(i, 1).prompt) for i in range(20)]) > 10
     with pytest.raises(SystemExit, match="did you mean chain_sum"):
         train.find_task("reasoning_gym:chain_summ")
 
 
 def test_reasoning_gym_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(SystemExit, match="pip install reasoning-gym"):
         train.ReasoningGym("reasoning_gym:chain_sum")

@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 import rsa
 import train
 import zaya
-from kernels import Damaged, plain_errors
 from train import TASKS, FileSource, Loader, Muon, Stage, TaskSource, split_think, trim
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig
 
-BYTES = Tokenizer({bytes([i]): i for i in range(256)})          # one token per byte: sizes can be read off the text
+BYTES = Tokenizer()                                             # one token per byte: sizes can be read off the text
 
 
 def tiny_stage(**changes):
@@ -130,17 +129,15 @@ def test_packing_is_tight_on_real_lengths():
 @pytest.mark.parametrize("line, says", [
     ("{", "Expecting property name"), ("[1]", "a list"), ("{}", "no 'messages'"), ('{"prompt": 3}', "no 'messages'"),
     ('{"messages": []}', "at least one"), ('{"messages": [{"role": "user"}]}', "message 0"),
-    ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"),
-    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"),
-    ('{"prompt": "q", "completion": "</think>x<think>"}', "<think>"), (b"\xff", "utf-8"),
-    ("[" * 100_000, "recursion"), ('{"question": "q", "answer": "a", "x": ' + "[" * 100_000, "recursion"),
+    ('{"messages": [{"role": "robot", "content": "x"}]}', "'robot'"), ('{"messages": 3}', "no 'messages'"),
+    ('{"messages": [{"role": "assistant", "content": "<think>x"}]}', "<think>"), (b"\xff", "utf-8"),
+    ('{"question": "q", "answer": "a", "x": ' + "[" * 100_000, "recursion"),
     ('{"question": "q", "answer": "a"}'.encode("utf-16"), "utf-8"), (b'{"question": "q\0", "answer": "a"}', "control"),
     ('{"question": "q", "answer": "half \\ud83d"}', "'answer' must be a text of whole characters"),
     ('{"question": "nul \\u0000", "answer": "a"}', "'question' must be a text of whole characters"),
-    ('{"question": "q", "answer": NaN}', "this is NaN"), ('{"question": "q", "answer": 1e999}', "this is Infinity"),
-    ('{"question": "q", "answer": true}', "this is true"), ('{"question": "q", "answer": ["a"]}', "'answer' must be"),
-    ('{"question": "q", "answer": ' + "7" * 5000 + "}", "4300"),
-    ('{"messages": 3}', "no 'messages'"), ('{"messages": ["hello"]}', "message 0: a JSON object"),
+    ('{"question": "q", "answer": NaN}', "this is NaN"), ('{"question": "q", "answer": true}', "this is true"),
+    ('{"question": "q", "answer": ["a"]}', "'answer' must be"), ('{"question": "q", "answer": ' + "7" * 5000, "4300"),
+    ('{"messages": ["hello"]}', "message 0: a JSON object"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "has role ['user']"),
     ('{"messages": [{"role": "assistant", "content": "x", "reasoning": "</think>"}]}', "<think>"),
     ('{"messages": [{"role": "assistant", "content": "x", "thinking": "a", "reasoning": "b"}]}', "two fields"),
@@ -182,6 +179,7 @@ Q, A, QA = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a
     ({"messages": [{**Q, "id": "1"}, {**A, "timestamp": "8 am"}], "prompt": "q"}, ["user: q", "assistant: a"]),
     ({"messages": [{"role": "user", "content": "what does <think> mean?"}]}, ["user: what does <think> mean?"]),
     ({"problem": "6*7", "solution": "It is 42.", "answer": "42"}, ["user: 6*7", "assistant: It is 42."]),
+    ({"question": "q", "answer": 10**400}, ["user: q", f"assistant: 1{'0' * 400}"]),
     *[({pair[0]: "q", pair[1]: "a", "extra": 1}, ["user: q", "assistant: a"]) for pair in train.PAIRS],
     *[({"prompt": "q", "completion": text}, ["user: q", f"assistant: {text}"]) for text in      # headings, not answers
       ("Intro.\n#### Step 1\nDo it.\n#### Step 2\nDone.", "a #### b", "<think>a\n#### b</think>4", "#### 5")],
@@ -192,8 +190,7 @@ def test_what_a_field_says_reaches_the_model(row, messages):
                 "n": 3, "ok": True, "nothing": None, "no_tools": [], "note": "", "License": "CC BY 4.0", "Meta": "x",
                 "loss_before": math.nan}
     for more in ({}, harmless):
-        found = train.to_messages(json.loads(json.dumps({**row, **more})))
-        assert [f"{m['role']}: {m['content']}" for m in found] == messages
+        assert [f"{m['role']}: {m['content']}" for m in train.to_messages({**row, **more})] == messages
 
 
 @pytest.mark.parametrize("row, says", [
@@ -231,8 +228,7 @@ def test_a_message_of_weight_0_is_read_and_never_learned(tmp_path, field, mask_p
 @pytest.mark.parametrize("name, write", [
     ("A.JSONL", lambda rows: b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, rows)).encode()),
     ("a.jsonl.gz", lambda rows: gzip.compress("\n".join(map(json.dumps, rows)).encode())),
-    ("a.json", lambda rows: json.dumps(rows, indent=2).encode()),
-    ("a.Json.gz", lambda rows: gzip.compress(json.dumps(rows).encode("utf-8-sig"))),
+    ("a.Json.gz", lambda rows: gzip.compress(json.dumps(rows, indent=2).encode("utf-8-sig"))),
 ])
 def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
     path = tmp_path / name
@@ -245,7 +241,7 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
     assert train.make_tokenizer(config, 268).vocab_size == 268
 
 
-def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
+def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps(QA), encoding="utf-8")
     assert list(train.read_jsonl(str(path))) == [[Q, A]]
@@ -253,9 +249,7 @@ def test_a_json_file_is_one_row_or_an_array_of_rows(tmp_path, capsys):
     with pytest.raises(SystemExit, match=r"a\.json:row 2: .*'hint'.*--skip-bad-lines"):
         list(train.read_jsonl(str(path)))
     assert len(list(train.read_jsonl(str(path), skip_bad_lines=True))) == 2
-    assert "skipped 1 bad line" in capsys.readouterr().out
-    for text, says in [('{"a": 1}\n{"a": 2}', "line 2.*name it .jsonl"), ("[1,\n2,,]", "line 2"),
-                       ("[" * 10**5, "recursion"), ("", "Expecting value")]:
+    for text, says in [('{"a": 1}\n{"a": 2}', "line 2.*name it .jsonl"), ("[" * 10**5, "recursion")]:
         path.write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit, match=rf"a\.json: .*{says}"):
             list(train.read_jsonl(str(path), skip_bad_lines=True))
@@ -294,7 +288,7 @@ def test_a_text_is_read_whatever_its_characters_and_line_ends(tmp_path, pack):
     assert BYTES.decode_bytes(tokens.tolist()).decode() == text
 
 
-@pytest.mark.parametrize("length", [5, 64, 65, 640, 1279, 1280, 1281, 5000])
+@pytest.mark.parametrize("length", [5, 64, 65, 1280, 1281, 5000])
 def test_windows_cover_a_text_once(length):
     source = FileSource("t", np.arange(length), train.windows(np.arange(length), 64))
     samples = [source.get(i, held_out)[0] for held_out in (False, True) for i in range(source.size(held_out))]
@@ -307,7 +301,7 @@ def test_conversations_are_tokenised_once(tmp_path, capsys):
     rows = [{"question": f"{i}?", "answer": f"{'so ' * i}\n#### {i}"} for i in range(60)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
     tokens, offsets, targets = train.cached_tokens(path, folder, BYTES, 64, False)
-    assert "cut" in capsys.readouterr().out
+    assert " cut" in capsys.readouterr().out
     assert isinstance(tokens, np.memmap) and len(offsets) == 61 and np.diff(offsets).max() == 64
     source = FileSource("b", tokens, offsets, targets)
     assert source.size(False) == 57 and source.size(True) == 3
@@ -315,11 +309,9 @@ def test_conversations_are_tokenised_once(tmp_path, capsys):
     ids, wanted = source.get(2, False)
     told, said = "<|user|>2?<|end|><|assistant|>", "<think>so so</think>2<|end|>"
     assert BYTES.decode(ids) == told + said and BYTES.decode([i for i, w in zip(ids, wanted) if w]) == said
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
-    train.cached_tokens(path, folder, BYTES, 64, False)
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "data").iterdir()}
+    train.cached_tokens(path, folder, BYTES, 64, False)         # as they lie there
     train.cached_tokens(path, folder, BYTES, 48, False)         # trimmed anew for another context
-    assert len(before) < len(list((tmp_path / "data").iterdir()))
+    assert capsys.readouterr().out.count("trimmed to") == 1
 
 
 def make_loader(**changes):
@@ -354,7 +346,7 @@ def test_batches_hold_whole_samples_apart(mask_prompts):
 
 
 def test_the_mixture_is_what_the_stage_asks_for_and_a_text_is_read_once_before_it_is_read_twice():
-    for share in (0.86, 0.3, 0.0):
+    for share in (0.86, 0.0):
         loader = make_loader(traces=share)
         for _ in range(30):
             loader.next()
@@ -565,10 +557,11 @@ def test_a_checkpoint_survives_a_kill_between_its_renames(tmp_path):
     (tmp_path / "stage.new").mkdir()
     loaded, tokenizer, state = train.load_checkpoint(folder, "cpu")
     assert state == saved and tokenizer.vocab_size == BYTES.vocab_size
-    assert [p.name for p in tmp_path.iterdir()] == ["stage"]
     for a, b in zip(model.state_dict().values(), loaded.state_dict().values()):
         assert torch.equal(a, b)
     assert train.load_checkpoint(str(tmp_path / "nothing"), "cpu") is None
+    train.save_checkpoint(folder, model, BYTES, saved)
+    assert [p.name for p in tmp_path.iterdir()] == ["stage"]
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
@@ -580,7 +573,8 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
     size = (tmp_path / "stage" / "model.safetensors").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100_000, hard))
     try:
-        with pytest.raises(SystemExit, match="too large; put that right and give the same"), plain_errors():
+        with pytest.raises(SystemExit, match="too large"), \
+                train.explained("stopped", (OSError, train.SafetensorError)):
             train.save_checkpoint(folder, model, BYTES, {**state, "step": 4, "parts": torch.zeros(size)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -591,7 +585,7 @@ def test_a_disk_that_is_full_leaves_the_old_checkpoint(tmp_path):
                                      b"stage,step,loss\npretrain,1,\xff\n", b"stage,step\nnowhere,1\n", b"\x00\x01\n"])
 def test_a_damaged_log_is_named(tmp_path, content):
     (tmp_path / "log.csv").write_bytes(content)
-    with pytest.raises(Damaged, match="log.csv is damaged"):
+    with pytest.raises(SystemExit, match="log.csv is damaged"):
         train.Log(str(tmp_path), "pretrain", 2)
 
 
@@ -606,14 +600,6 @@ def test_the_log_forgets_what_will_be_trained_again(tmp_path):
     assert [(row["step"], row["loss"]) for row in train.read_log(str(tmp_path))] == [("1", "1"), ("2", "2"), ("3", "7")]
 
 
-def test_replies_go_through_the_chat_form():
-    model = tiny_model()
-    texts = train.reply(model, BYTES, ["1+1", "sort 321 and more"], 8, seed=3)
-    assert len(texts) == 2 and texts == train.reply(model, BYTES, ["1+1", "sort 321 and more"], 8, seed=3)
-    result = train.pass_at_1(model, BYTES, ["add", "sort"], problems=3, samples=2)
-    assert result["problems"] == 6 and set(result["tasks"]) == {"add", "sort"} and 0 <= result["pass@1"] <= 1
-
-
 def test_pass_at_1_counts_right_answers(monkeypatch):
     """A source that adds like the teacher and says nothing else."""
     solved = {}
@@ -624,8 +610,7 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
             solved[problem.prompt] = TASKS["add"].solve(problem)
     monkeypatch.setattr(train, "Checkpoint", lambda *_: lambda prompts, *_: [solved.get(p, "no") for p in prompts])
     result = train.pass_at_1(None, BYTES, ["add", "sort"], problems=9, samples=4)
-    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == result["greedy"] == 0.5
-    assert all(chance < 0.4 for chance in result["chance"].values())
+    assert result["tasks"] == {"add": 1.0, "sort": 0.0} and result["pass@1"] == 0.5 and result["problems"] == 18
     low, high = result["ci95"]
     assert low < 0.5 < high and 0.4 < high - low < 0.6
     assert train.pass_at_1(None, BYTES, ["add"], problems=9, samples=0)["problems"] == 0
@@ -634,23 +619,10 @@ def test_pass_at_1_counts_right_answers(monkeypatch):
 # ---- test-time compute ----------------------------------------------------------------------------------------------
 
 def test_votes_count_answers_and_never_their_absence():
-    texts = ["no form", "<think>", "<think></think>", *(f"<think>x</think>{a}" for a in ("b5c1", "b2c1", "b5c1"))]
-    assert train.vote(texts) == "b5c1" and train.vote(texts[:3]) == train.vote([]) == ""
-    texts = [f"<think></think>{answer}" for answer in ("b5c.", "b5c1", "b.c1", "b.c2", "b.c.", "b", "")]
-    assert train.field_vote("bc", texts) == "b5c1"
-
-
-def test_replies_that_say_they_hold():
-    find = TASKS["find"]
-    assert find.self_verified("<think></think>b5c1") is True and find.self_verified("<think></think>b5c.") is False
-    assert find.self_verified("<think>b5c1") is find.self_verified("") is False
-    assert TASKS["add"].self_verified("<think></think>132") is None
-    sat = TASKS["sat"]
-    for seed in range(40):
-        problem = sat.make(seed, 4)
-        assert sat.self_verified(sat.solve(problem, seed)) == bool(sat.verify(problem, sat.solve(problem, seed))[0])
-    assert sat.self_verified("") is sat.self_verified("<think>1+2-y") is sat.self_verified("<think>1+2-y#y1+") is False
-    assert sat.self_verified("<think>#y1+2-</think>1+2+") is sat.self_verified("<think>#n1+2-</think>1+2-") is False
+    problem = train.Problem("add", 1, "47+85", {"a": 47, "b": 85})
+    none = ["no form", "<think>", "<think></think>"]
+    replies = [none * 2 + ["<think>x</think>132"], none, ["<think></think>131"] * 2 + ["<think></think>132"]]
+    assert train.majority_rates([problem] * 3, replies).tolist() == [1, 0, 0]
 
 
 class Parrot:
@@ -680,10 +652,8 @@ def test_test_time_compute_by_hand(monkeypatch):
     parrot = Parrot()
     monkeypatch.setattr(train, "Checkpoint", lambda *_, **__: parrot)
     row = train.evaluate_ttc(None, BYTES, "find", eval_spec)
-    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25 and row["greedy"] == 0.4
-    assert row["pass@N"] == row["pass@equal_tokens"] == row["certified@equal_tokens"] == 1
-    assert row["maj@N"] == row["maj@equal_tokens"] == 0         # twelve of sixteen say that they found nothing
-    assert row["field_vote@equal_tokens"] == 1                  # … and a dot has no vote
+    assert row["problems"] == 5 and row["difficulty"] == 3 and row["single"] == 0.25
+    assert row["maj@equal_tokens"] == 0                         # twelve of sixteen say that they found nothing
     curve = row["rounds"]["markovian_rsa"]
     assert curve[0] == 0.25 and 0.25 < curve[1] < curve[2] and row["markovian_rsa"] == curve[1]
     assert row["delethink"] < row["markovian_rsa"] == row["full_rsa"]           # one tail shows less than two
@@ -691,7 +661,7 @@ def test_test_time_compute_by_hand(monkeypatch):
     assert row["longest_prompt"] < row["longest_prompt_full_rsa"] > 80          # full RSA carries all of `far far …`
     assert row["tokens"]["vote"][1] == pytest.approx(2 * row["tokens"]["vote"][0]) and \
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
-    for key in ("single", "maj@N", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
+    for key in ("single", "maj@equal_tokens", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    # The methods' first populations are one; two rounds, one of Delethink and one of full RSA; plain samples; greedy.
-    assert [size for size, _ in parrot.calls] == [5 * 8] + [5 * 8] * 4 + [5 * 16, 5]
+    # Markovian RSA's three rounds, two of Delethink and of full RSA, and as many plain samples as two rounds.
+    assert [size for size, _ in parrot.calls] == [5 * 8] * 7 + [5 * 16]

@@ -1,13 +1,14 @@
 """Properties of zaya.py that hold whatever the weights are; nothing here needs transformers (see test_equality.py)."""
 import ast
+import builtins
 import copy
 import json
 import math
 import os
 import random
 import subprocess
+import symtable
 import sys
-import time
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,7 @@ from conftest import randomise
 from torch import nn
 
 import zaya
-from zaya import CCA, Cache, Experts, LayerCache, PIDBalancer, Router, Tokenizer, Zaya, ZayaConfig
+from zaya import CCA, Cache, LayerCache, PIDBalancer, Router, Tokenizer, Zaya, ZayaConfig
 
 BASE = dict(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, num_experts=4, moe_intermediate_size=24, router_hidden_size=12, max_position_embeddings=512)
@@ -28,7 +29,7 @@ SHAPES = {
     "window_of_one": dict(layer_types=[FULL, SLIDING], num_hidden_layers=2, sliding_window=1, num_key_value_heads=1),
     "three_kv_heads": dict(num_attention_heads=6, num_key_value_heads=3, layer_types=[FULL, SLIDING],
                            num_hidden_layers=2, sliding_window=4),
-    "no_groups_no_skip": dict(num_key_value_heads=4, num_hidden_layers=1, skip_expert=False, tie_word_embeddings=False),
+    "no_groups_untied": dict(num_key_value_heads=4, num_hidden_layers=1, tie_word_embeddings=False),
 }
 
 
@@ -103,38 +104,14 @@ def pack(rows, S):
 PACKED = [[7, 1, 12, 3], [1, 1, 2, 20], [9, 8, 6, 1], [2]]
 
 
+@torch.no_grad()
 def test_packed_samples_get_the_logits_they_get_alone(model):
-    """And no gradient reaches another sample."""
     position, where = pack(PACKED, 24)
-    ids, embedded = tokens(*position.shape), []
-    hook = model.embed_tokens.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    ids = tokens(*position.shape)
     packed = model(ids, position_ids=position)
-    hook.remove()
     assert packed.isfinite().all()
     for row, part in where:
         close(packed[row, part], model(ids[row:row + 1, part])[0])
-        embedded[0].grad = None
-        (packed[row, part] * torch.randn_like(packed[row, part])).sum().backward(retain_graph=True)
-        reached = embedded[0].grad.abs().sum(-1) > 0
-        expected = torch.zeros_like(reached)
-        expected[row, part] = True
-        assert torch.equal(reached, expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("window", [1, 4])
-def test_sliding_window_forgets(window):
-    """One layer sees window - 1 tokens back, of which the oldest was itself convolved with those before it."""
-    changes = dict(num_hidden_layers=1, sliding_window=window)
-    sliding, full = build(layer_types=[SLIDING], **changes), build(layer_types=[FULL], **changes)
-    history = 2 if window > 1 else 1                            # 1: the delayed value; one key alone weighs 1
-    reach = window - 1 + history
-    ids = tokens(4, 20)
-    changed = ids.clone()
-    changed[:, 3] = ids[:, 3] % 95 + 1
-    difference = (sliding(ids) - sliding(changed)).abs().amax((0, 2))
-    assert (difference[3 + reach + 1:] < 1e-5).all() and difference[3 + reach] > 1e-4       # rounding, not reading
-    assert (full(ids) - full(changed)).abs().amax((0, 2))[3 + reach + 1:].min() > 1e-4
 
 
 def cca(window=None, seed=0):
@@ -162,7 +139,7 @@ def test_cca_keeps_packed_samples_apart(window, form):
         expected = torch.zeros_like(x)
         expected[row, part], = torch.autograd.grad((attention(alone) * weight).sum(), alone)
         close(gradient, expected, 5e-4)                         # of size 50
-        assert (gradient.abs().sum(-1) > 0).sum() == alone.shape[1]
+        assert (gradient.abs().sum(-1) > 0).sum() == alone.shape[1], "none reaches another sample"
 
 
 @torch.no_grad()
@@ -177,157 +154,44 @@ def test_cca_alone_with_a_cache(window, sizes):
     chunked = torch.cat([attention(x[:, part], ids[:, part], packed) for part in parts], 1)
     close(chunked[ids >= 0], attention(x, ids)[ids >= 0])
     assert packed.columns == plain.columns == 24
-    with pytest.raises(ValueError, match="position ids"):
-        attention(x[:, :1], cache=packed)
-
-
-def test_cca_refuses_ids_of_another_shape():
-    for shape in ((3, 24), (4, 23), (24,), (4, 24, 1)):
-        with pytest.raises(ValueError, match=r"\(4, 24\)"):
-            cca()(torch.randn(4, 24, 32), torch.zeros(shape, dtype=torch.long))
 
 
 @torch.no_grad()
 def test_a_layers_cca_has_the_models_rope():
     """A stage that raises rope_theta in the config reaches the layers too, also those of a copy; each type its own."""
-    model, seen = copy.deepcopy(build(**SHAPES["sliding"])), []
+    model, seen, given = copy.deepcopy(build(**SHAPES["sliding"])), [], []
+    for layer in model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, out: given.append((module, *args[:2], out)))
     for kind, theta in ((FULL, 50.0), (SLIDING, 50.0), (FULL, 1e6), (SLIDING, 1e6)):
         model.config.rope_parameters[kind]["rope_theta"] = theta
-        given = []
-        layer = model.layers[model.config.layer_types.index(kind)].self_attn
-        hook = layer.register_forward_hook(lambda module, args, out, given=given: given.append((*args, out)))
         seen.append(model(tokens(2, 24)))
-        hook.remove()
-        (x, positions, _, out), = given
-        close(layer(x), out)
-        close(layer.locate(x).cos, CCA.rope_table(torch.arange(24)[None], theta, 4)[0])
-        assert torch.equal(positions.cos, layer.locate(x).cos)
+        for module, x, positions, out in given[-3:]:
+            close(module(x), out)
+            assert torch.equal(positions.cos, CCA.positions(x, None, module.rope_parameters["rope_theta"], 4).cos)
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(seen, seen[1:]))
 
 
 @torch.no_grad()
-def test_value_shift_and_qk_mean_by_hand():
-    """CCA on one token with random weights, written out with loops from the formulas of the report."""
-    H, K, D = 4, 2, 8
-    nothing = {"rope_theta": 1e4, "partial_rotary_factor": 0.0}                     # no channel is rotated
-    cca, x = CCA(32, H, K, D, nothing), torch.randn(1, 5, 32)
-    for parameter in cca.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    out = cca(x)
-
-    q_latent, k_latent = cca.q_proj(x[0]), cca.k_proj(x[0])
-    packed = F.pad(torch.cat([q_latent, k_latent], 1).T, (2, 0))
-    mixed = cca.conv_qk_grouped(cca.conv_qk_depthwise(packed)).T.view(5, H + K, D)
-    q, k = q_latent.view(5, H, D), k_latent.view(5, K, D)
-    v = torch.cat([cca.v_proj_current(x[0]), F.pad(cca.v_proj_delayed(x[0]), (0, 0, 1, 0))[:-1]], 1).view(5, K, D)
-    heads = []
-    for head in range(H):
-        group = head // 2
-        m_q = [(q[:, h] + k[:, group]) / 2 for h in range(H) if h // 2 == group]
-        query = mixed[:, head] + m_q[head % 2]
-        key = mixed[:, H + group] + sum(m_q) / 2
-        query, key = (D ** 0.5 * vector / vector.norm(dim=-1, keepdim=True) for vector in (query, key))
-        scores = query @ (key * cca.temp[group]).T / D ** 0.5
-        scores = scores.masked_fill(torch.ones(5, 5).triu(1) > 0, -math.inf)
-        heads.append(scores.softmax(-1) @ v[:, group])
-    close(out[0], cca.o_proj(torch.cat(heads, 1)))
-    zero = torch.cat([torch.zeros(1, 8), torch.randn(3, 8)])
-    close(CCA.unit(zero).norm(dim=-1), torch.tensor([0, 8 ** 0.5, 8 ** 0.5, 8 ** 0.5]))
-
-
-@torch.no_grad()
-def test_rope_turns_the_first_channels_by_their_angle():
-    position = torch.tensor([[0, 3, 100]])
-    cos, sin = CCA.rope_table(position, 100.0, 4)
-    x = torch.randn(1, 3, 2, 8)
-    turned = CCA.apply_rotary(x, cos, sin)
-    for s, p in enumerate([0, 3, 100]):
-        for i in range(2):                                      # channel i is the real, i + 2 the imaginary part
-            angle = p / 100.0 ** (2 * i / 4)
-            z = torch.complex(x[0, s, :, i], x[0, s, :, i + 2]) * complex(math.cos(angle), math.sin(angle))
-            close(turned[0, s, :, i], z.real)
-            close(turned[0, s, :, i + 2], z.imag)
-    assert torch.equal(turned[..., 4:], x[..., 4:])
-
-
-@torch.no_grad()
-def test_experts_and_skip_by_hand():
-    experts = Experts(8, 6, 3)
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter)
-    x, choice, weight = torch.randn(7, 8), torch.tensor([2, 0, 3, 2, 3, 1, 2]), torch.rand(7)
-    y = experts(x, choice, weight)
-    for token in range(7):
-        if choice[token] == 3:
-            assert (y[token] == 0).all(), "the skip expert gives nothing"
-        else:
-            gate, up = (experts.gate_up_proj[choice[token]] @ x[token]).chunk(2)
-            close(y[token], weight[token] * (experts.down_proj[choice[token]] @ (F.silu(gate) * up)))
-    assert (experts(x, torch.full((7,), 3), weight) == 0).all()
-
-
-@torch.no_grad()
-def test_router_bias_changes_the_choice_but_not_the_weight():
-    router, x, before = Router(16, 8, 5), torch.randn(2, 6, 16), torch.randn(2, 6, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_router_bias_changes_the_choice_but_not_the_weight(dtype):
+    """The softmax is not rounded: two tokens of nearly the same score must not tie because the weights are bf16."""
+    router = Router(16, 8, 5).to(dtype)
+    x, before = torch.randn(2, 6, 16, dtype=dtype), torch.randn(2, 6, 8, dtype=dtype)
     nn.init.normal_(router.out_proj.weight)
+    logits, given = [], torch.randint(0, 5, (2, 6))
+    router.out_proj.register_forward_hook(lambda module, args, out: logits.append(out))
     weight, choice, state = router(x, before)
     assert not (choice == 4).any(), "with its bias of -1 the skip expert is not chosen"
-    close(state, router.down_proj(x) + before)
-    h = router.norm(state)
-    scores = router.out_proj(F.gelu(router.fc2(F.gelu(router.fc1(h))))).softmax(-1)
     router.balancing_biases[3] = 2.0
-    weight, choice, _ = router(x, before)
-    assert (choice == 3).all()
-    close(weight, scores[..., 3])
-    given = torch.randint(0, 5, (2, 6))
-    weight, choice, _ = router(x, before, given)
-    assert torch.equal(choice, given)
-    close(weight, scores.gather(-1, given[..., None])[..., 0])
-
-
-@torch.no_grad()
-def test_router_softmax_is_not_rounded():
-    """Two tokens of nearly the same score must not tie because the weights are bf16."""
-    router, logits = Router(16, 8, 5).to(torch.bfloat16), []
-    router.out_proj.register_forward_hook(lambda module, given, out: logits.append(out))
-    weight, choice, _ = router(torch.randn(2, 6, 16, dtype=torch.bfloat16))
-    assert torch.equal(weight, logits[0].float().softmax(-1).gather(-1, choice[..., None])[..., 0])
-
-
-@torch.no_grad()
-def test_router_state_runs_over_depth_before_its_norm():
-    """r_2 = W_2 x_2 + gamma_2 (W_1 x_1 + gamma_1 r_0): what a layer hands on is neither normed nor scaled yet."""
-    first, second = Router(16, 8, 5, eda=False), Router(16, 8, 5)
-    nn.init.normal_(second.router_states_scale)
-    x = torch.randn(1, 4, 16)
-    _, _, r = first(x, torch.randn(1, 4, 8))                    # the first layer has no gamma: it ignores what it gets
-    close(r, first.down_proj(x))
-    close(second(x, r)[2], second.down_proj(x) + second.router_states_scale * r)
-
-
-@torch.no_grad()
-def test_skip_expert_can_be_switched_off(tmp_path):
-    ids, routing = tokens(4, 30), []
-    on, off = build(skip_bias=1.0), build(skip_expert=False)
-    on.hidden_states(ids, routing=routing)
-    assert on.config.router_classes == 5 and (torch.stack(routing) == 4).any()
-    assert all(len(layer.gate.out_proj.weight) == len(layer.gate.balancing_biases) == 4 for layer in off.layers)
-    assert all((layer.gate.balancing_biases == 0).all() for layer in Zaya(off.config).layers)
-    routing = []
-    off.hidden_states(ids, routing=routing)
-    assert torch.stack(routing).max() == 3
-    off.save_pretrained(tmp_path)
-    back = Zaya.from_pretrained(tmp_path)
-    assert back.config == off.config
-    same(back, off)
-    close(back(ids), off(ids))
+    for weight, choice, _ in (router(x, before), router(x, before, given)):
+        assert (choice == 3).all() or torch.equal(choice, given)
+        assert torch.equal(weight, logits[0].float().softmax(-1).gather(-1, choice[..., None])[..., 0])
 
 
 def test_router_replay(model):
     """Perturbed routers keep the recorded choices, and still learn from the weights they give them."""
     ids, recorded = tokens(2, 40), []
     model.hidden_states(ids, routing=recorded)
-    assert len(recorded) == model.config.num_hidden_layers and all(choice.shape == ids.shape for choice in recorded)
     other = copy.deepcopy(model)
     with torch.no_grad():
         for layer in other.layers:
@@ -338,40 +202,22 @@ def test_router_replay(model):
     assert any((a != b).any() for a, b in zip(fresh, recorded)), "the perturbation would have changed choices"
     for layer in other.layers:
         layer.gate.register_forward_hook(lambda module, args, out: seen.append(out[1]))
-    hidden = other.hidden_states(ids, routing=replayed)
+    other.logits(other.hidden_states(ids, routing=replayed)).logsumexp(-1).sum().backward()
     assert len(seen) == len(recorded) and all(torch.equal(a, b) for a, b in zip(seen, recorded))
     assert len(replayed) == len(recorded) and all(a is b for a, b in zip(replayed, recorded)), "the list is left alone"
-    other.logits(hidden).logsumexp(-1).sum().backward()
     for layer in other.layers:
         assert all(parameter.grad.norm() > 0 for parameter in layer.gate.parameters())
-    close(model.hidden_states(ids, routing=list(recorded)), model.hidden_states(ids))
-
-
-@torch.no_grad()
-def test_autocast_and_bf16_run(model):
-    """fp32 logits from bf16 weights and from autocast, near the fp32 ones, and the cache goes along."""
-    ids, exact = tokens(2, 12), model(tokens(2, 12))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (model(ids) - exact).abs().mean() < 0.2 and model(ids).dtype == torch.float32
-        assert in_chunks(model, ids, [5, 1, 6])[0].dtype == torch.float32
-    rounded = copy.deepcopy(model).to(torch.bfloat16)
-    assert rounded(ids).dtype == torch.float32 and (rounded(ids) - exact).abs().mean() < 0.2
-    hidden, head = rounded.hidden_states(ids), rounded.state_dict()
-    head = head.get("lm_head.weight", head["embed_tokens.weight"])
-    assert hidden.dtype == torch.bfloat16
-    assert torch.equal(rounded.logits(hidden), F.linear(hidden.float(), head.float())), "the head computes in fp32"
-    assert rounded.generate(ids, 3, temperature=0).shape == (2, 15)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
-    """With bf16 weights, or under autocast: the residual stream, router weights, q-k norm, RoPE and cached latents."""
-    seen = {}
+    """With bf16 weights, or under autocast: the residual stream, router weights, q-k norm, RoPE, latents, logits."""
+    ids, exact, seen = tokens(2, 12), model(tokens(2, 12)), {}
 
     def watch(name):
-        exact = getattr(CCA, name)
-        monkeypatch.setattr(CCA, name, staticmethod(lambda *given: seen.setdefault(name, given) and exact(*given)))
+        plain = getattr(CCA, name)
+        monkeypatch.setattr(CCA, name, staticmethod(lambda *given: seen.setdefault(name, given) and plain(*given)))
 
     watch("unit")
     watch("apply_rotary")
@@ -382,9 +228,13 @@ def test_what_matters_stays_in_fp32(model, autocast, monkeypatch):
         if isinstance(module, Router):
             module.register_forward_hook(lambda module, given, out, name=name: seen.update({name: out[:1]}))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        _, cache = in_chunks(model, tokens(2, 5), [3, 2])
-    seen.update({("cache", i): (layer.packed, layer.delayed) for i, layer in enumerate(cache.layers)})
-    assert len(seen) == 2 + 1 + 4 * len(model.layers)
+        logits, cache = in_chunks(model, ids, [5, 1, 6])
+        assert (model(ids) - exact).abs().mean() < 0.2 and (logits - exact).abs().mean() < 0.2
+        hidden = model.hidden_states(ids)
+        head = F.linear(hidden.float(), model.output_weight.float()) if not autocast else model.logits(hidden)
+        assert torch.equal(model.logits(hidden), head), "the head computes in fp32"
+    seen.update({("cache", i): (layer.packed, layer.delayed) for i, layer in enumerate(cache.layers)}, logits=[logits])
+    assert len(seen) == 2 + 1 + 4 * len(model.layers) + 1
     for name, tensors in seen.items():
         assert all(tensor.dtype == torch.float32 for tensor in tensors), name
     assert cache.layers[0].k.dtype == torch.bfloat16, "the keys and values are what takes the room"
@@ -409,10 +259,7 @@ def test_cache_equals_full_forward(model, sizes, lengths):
     if not lengths:
         close(chunked, model(ids))
     assert cache.columns == LONG and (cache.position is None) == (lengths is None)
-    window = model.config.sliding_window
-    for layer, kind in zip(cache.layers, model.config.layer_types):
-        if kind == SLIDING and sizes[-1] == 1:
-            assert layer.end - layer.start == window and layer.k.shape[2] <= 4 * 64, "old columns are forgotten"
+    assert all(LONG <= layer.k.shape[2] <= 4 * LONG for layer in cache.layers), "the buffers double"
 
 
 @torch.no_grad()
@@ -456,9 +303,10 @@ def test_generate_shape_and_seed(model):
     a, b, c = (model.generate(ids, max_new_tokens=20, generator=seeded(seed)) for seed in (1, 1, 2))
     assert a.shape == (3, 27) and a.dtype == torch.long and torch.equal(a[:, :7], ids)
     assert torch.equal(a, b) and not torch.equal(a, c)
-    assert a.min() >= 0 and a.max() < 96
     assert torch.equal(model.generate(ids, max_new_tokens=0), ids)
-    assert model.generate(ids).shape == (3, 7 + 64), "64 new tokens, sampled, by default"
+    results = [torch.manual_seed(seed) and model.generate(ids) for seed in (3, 3, 4)]       # the global generator
+    assert results[0].shape == (3, 7 + 64), "64 new tokens, sampled, by default"
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 def test_uniform_takes_the_generators_place_and_a_record_says_how_each_token_came(model):
@@ -473,21 +321,6 @@ def test_uniform_takes_the_generators_place_and_a_record_says_how_each_token_cam
     assert torch.equal(result, expected)
     assert torch.allclose(logps, logits.log_softmax(-1)[:, 6:].gather(-1, result[:, 7:, None])[..., 0], atol=1e-4)
     assert torch.equal(choices.long(), torch.stack(routing))
-
-
-@torch.no_grad()
-def test_greedy_is_the_argmax_of_the_full_forward(model):
-    ids = tokens(2, 6)
-    expected = ids
-    for _ in range(12):
-        expected = torch.cat([expected, model(expected)[:, -1:].argmax(-1)], 1)
-    for options in (dict(temperature=0), dict(temperature=0, generator=seeded(7)), dict(top_p=1e-6)):
-        assert torch.equal(model.generate(ids, max_new_tokens=12, **options), expected)
-
-
-def test_generate_without_a_generator_follows_the_global_seed(model):
-    results = [torch.manual_seed(seed) and model.generate(tokens(2, 4), 15) for seed in (3, 3, 4)]
-    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("lengths", [None, (6, 5, 1, 3, 6, 2)], ids=["full", "left_padded"])
@@ -508,31 +341,21 @@ def test_eos_ends_a_row_and_leaves_the_others_alone(lengths):
         untouched = (expected == free).all(1)
         assert untouched.any() and not untouched[0]
         assert torch.equal(stopped, expected)
+    stopped = model.generate(ids, generator=seeded(), eos_token_id=free[:, 8].tolist(), **options)
+    assert stopped.shape[1] <= 9, "it stops when every row has ended"
 
 
-def test_generate_stops_early_when_every_row_has_ended(model):
-    ids = tokens(2, 4)
-    free = model.generate(ids, 10, generator=seeded())
-    stopped = model.generate(ids, 10, generator=seeded(), eos_token_id=free[:, 6].tolist())
-    assert stopped.shape[1] <= 7 and not model.training
-
-
-def test_a_row_does_not_depend_on_the_others_tokens(model):
-    """The same seed and place in the batch give the same tokens, whatever the other rows hold."""
-    ids = tokens(3, 7)
-    others = torch.cat([tokens(1, 7, seed=5), ids[1:2], tokens(1, 7, seed=6)])
-    a, b = (model.generate(prompt, 20, generator=seeded()) for prompt in (ids, others))
-    assert torch.equal(a[1], b[1]) and not torch.equal(a[0, 7:], b[0, 7:])
-
-
-@pytest.mark.parametrize("prefill_chunk", [1, 3, 2048])
-def test_left_padded_rows_generate_what_they_generate_alone(model, prefill_chunk):
-    ids, mask = left_padded((12, 7, 1), 12)
-    together = model.generate(ids, 15, 0, attention_mask=mask, prefill_chunk=prefill_chunk)
-    for row in range(3):
-        alone = model.generate(ids[row, mask[row] == 1][None], 15, 0, prefill_chunk=prefill_chunk)
-        assert torch.equal(together[row, 12:], alone[0, -15:])
-    assert torch.equal(together, model.generate(ids, 15, 0, attention_mask=mask))
+@pytest.mark.parametrize("chunk", [1, 5, 2048])
+def test_rows_generate_what_they_generate_alone(model, monkeypatch, chunk):
+    """Left-padded ones, and equal ones, which are read once: their places in the batch draw different tokens."""
+    monkeypatch.setattr(Zaya.prefill, "__defaults__", (chunk,))
+    ids, mask = (tensor[[0, 1, 2, 1]] for tensor in left_padded((12, 7, 1), 12))
+    uniform = torch.rand(9, 4)
+    together = model.generate(ids, 9, attention_mask=mask, uniform=uniform)
+    assert not torch.equal(together[1], together[3])
+    for row in range(4):
+        alone = model.generate(ids[row, mask[row] == 1][None], 9, uniform=uniform[:, row, None])
+        assert torch.equal(together[row, 12:], alone[0, -9:])
 
 
 @pytest.mark.parametrize("options, word", [
@@ -545,38 +368,16 @@ def test_generate_refuses(options, word):
         build(num_hidden_layers=1).generate(**{"input_ids": tokens(2, 3), **options})
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_generate_restores_the_training_mode(training):
-    model = build().train(training)
-    before = model.generate(tokens(2, 3), 4, 0)
-    assert model.training is training and all(module.training is training for module in model.modules())
-    assert all((layer.gate.load == 0).all() for layer in model.layers), "generated tokens are no one's load"
-    assert torch.equal(before, model.eval().generate(tokens(2, 3), 4, 0))
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls", [0, 3], ids=["in the prefill", "while decoding"])
-def test_generate_restores_every_mode_after_an_exception(error, calls, monkeypatch):
-    """Each module's own mode: a layer that was frozen in eval mode stays so while the others train."""
-    model, done = build().train(), []
+def test_generate_leaves_training_alone():
+    """Each module's own mode, also after an exception; and generated tokens are no one's load."""
+    model, plain = build().train(), build()
     model.layers[1].eval()
     modes = [module.training for module in model.modules()]
-    exact = model.hidden_states
-
-    def interrupted(*given, **options):
-        done.append(given)
-        if len(done) > calls:
-            assert not any(module.training for module in model.modules())
-            raise error("stop")
-        return exact(*given, **options)
-
-    monkeypatch.setattr(model, "hidden_states", interrupted)
-    with pytest.raises(error, match="stop"):
-        model.generate(tokens(2, 3), 9)
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([[99999]]), 2)
+    assert torch.equal(model.generate(tokens(2, 3), 4, 0), plain.generate(tokens(2, 3), 4, 0))
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
-    monkeypatch.undo()
-    model.generate(tokens(2, 3), 2)
-    assert [module.training for module in model.modules()] == modes
+    assert all((layer.gate.load == 0).all() for layer in model.layers)
 
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.0, -math.inf])
@@ -612,76 +413,59 @@ def test_published_sizes():
     with torch.device("meta"):
         model = Zaya(ZayaConfig.preset("zaya1-8b"))
     count = model.parameter_counts()
-    assert (f"{count['total'] / 1e9:.3f}", f"{count['non_embedding'] / 1e9:.3f}", f"{count['active'] / 1e9:.4f}") \
-        == ("8.840", "8.303", "0.7536")
+    assert (f"{count['total'] / 1e9:.3f}", f"{count['active'] / 1e9:.4f}") == ("8.840", "0.7536")
+    untied = Zaya(ZayaConfig(**BASE, tie_word_embeddings=False))
+    count, expert = untied.parameter_counts(), 3 * 32 * 24
+    assert count["total"] == sum(p.numel() for p in untied.parameters())
+    assert count["total"] - count["active"] == 2 * 96 * 32 + 3 * (4 - 1) * expert
     layer = model.layers[0]
     assert sum(p.numel() for p in layer.self_attn.parameters()) == pytest.approx(5.576e6, rel=1e-4)
     assert sum(p.numel() for p in layer.gate.parameters()) == pytest.approx(0.661e6, rel=2e-3)
     assert sum(p.numel() for p in layer.experts.parameters()) / 16 == pytest.approx(12.58e6, rel=1e-3)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_parameter_counts_by_hand(tied):
-    model = Zaya(ZayaConfig(**BASE, tie_word_embeddings=tied))
-    count, expert = model.parameter_counts(), 3 * 32 * 24
-    assert count["total"] == sum(p.numel() for p in model.parameters())
-    assert count["total"] - count["non_embedding"] == 96 * 32 * (1 if tied else 2)
-    assert count["non_embedding"] - count["active"] == 3 * (4 - 1) * expert
-
-
-@pytest.mark.parametrize("name", ["small", "zaya1-8b"])          # `tiny` is too narrow for an eighth
-def test_kv_cache_is_an_eighth_of_multi_head_attention(name):
-    config = ZayaConfig.preset(name)
-    assert 8 * 2 * config.num_key_value_heads * config.head_dim == 2 * config.hidden_size
-    assert 2 * config.num_attention_heads * config.head_dim == config.hidden_size
-    one = ZayaConfig.preset(name, vocab_size=32, num_hidden_layers=1, num_experts=1, moe_intermediate_size=8)
-    cache = Cache(1)
-    Zaya(one).eval()(torch.ones(2, 10, dtype=torch.long), cache=cache)
-    k, v = cache.layers[0].append(*torch.zeros(2, 2, one.num_key_value_heads, 1, one.head_dim))
-    assert 8 * (k.numel() + v.numel()) == 2 * 11 * 2 * one.hidden_size      # 2 rows of 11 tokens, MHA's k and v
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["smoke", "tiny", "small"])
-def test_presets_run(name):
-    model = Zaya(ZayaConfig.preset(name)).eval()
-    logits = model(torch.randint(0, model.config.vocab_size, (1, 6)))
-    assert logits.shape == (1, 6, model.config.vocab_size)
+def test_presets(name):
+    config = ZayaConfig.preset(name)
+    if name == "small":                                         # the others are too narrow for the published ratios
+        assert config.num_attention_heads * config.head_dim == 4 * config.num_key_value_heads * config.head_dim \
+            == config.hidden_size / 2
+        config = ZayaConfig.preset(name, num_hidden_layers=1)
+    logits = Zaya(config).eval()(torch.randint(0, config.vocab_size, (1, 6)))
+    assert logits.shape == (1, 6, config.vocab_size)
     loss = -logits.log_softmax(-1).mean()
-    assert 0 < loss.item() - math.log(model.config.vocab_size) < 0.7, "about as good as guessing at first"
+    assert 0 < loss.item() - math.log(config.vocab_size) < 0.7, "about as good as guessing at first"
 
 
 SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
          "num_experts", "moe_intermediate_size", "router_hidden_size", "max_position_embeddings"]
 REFUSED = [
-    *[({name: value}, name) for name in SIZES for value in (0, -2, 2.5, 4.0, "4", True, None, [4])],
+    *[({name: value}, name) for name in SIZES for value in (0, -2, 4.0, "4", True, None, [4])],
     *[({name: value}, name) for name in ("rms_norm_eps", "initializer_range")
       for value in (0, -1e-5, "1e-5", True, None, math.nan, math.inf)],
-    *[({name: value}, name) for name in ("tie_word_embeddings", "skip_expert") for value in (1, "false", None)],
     *[({name: value}, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")
       for value in (-1, 2.0, "2", True, [-1], ["2"], [None], {})],
-    (dict(pad_token_id=[0]), "pad_token_id"), (dict(sliding_window="5"), "sliding_window"),
-    (dict(layer_types="hybrid"), "layer_types"), (dict(layer_types=[FULL, FULL, {}]), "layer_types"),
-    (dict(rope_parameters=[1]), "rope_parameters"), (dict(rope_parameters={FULL: 3}), "rope_parameters"),
-    (dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters"),
-    *[(dict(rope_parameters={FULL: {name: value}}), name) for name, value in
-      (("rope_theta", "1e4"), ("rope_theta", -1), ("partial_rotary_factor", "0.5"), ("partial_rotary_factor", 2.0),
-       ("partial_rotary_factor", 0.4), ("factor", 8.0), ("type", "linear"), ("mrope_section", [1, 1]))],
-    *[(dict(rope_parameters=rope), "rope_type.*yarn") for rope in
-      ({FULL: {"rope_type": "yarn"}}, {FULL: {}, "rope_type": "yarn"},
-       {FULL: {"rope_type": "default"}, "rope_type": "yarn"})],
-    (dict(rope_parameters={FULL: {}, "factor": 2.0}), "factor"),
-    (dict(rope_parameters={FULL: {}, "partial_rotary_factor": 0.25}), "partial_rotary_factor"),
     *[({name: value}, name) for name, value in dict(
+        pad_token_id=[0], tie_word_embeddings=1, sliding_window="5", layer_types="hybrid", rope_parameters=[1],
         rope_scaling={"rope_type": "linear", "factor": 8.0}, quantization_config={"quant_method": "fp8"},
         rope_theta=1e4, attn_logit_softcapping=50.0, router_scale=2.0, final_logit_softcapping=30.0, use_qk_norm=False,
         zaya_layers=["a", 16], num_experts_per_tok=2, attention_bias=True, lm_head_bias=True,
-        attention_dropout=0.1).items()],
+        attention_dropout=0.1, skip_expert=False).items()],
+    *[(dict(rope_parameters={FULL: {name: value}}), name) for name, value in
+      (("rope_theta", "1e4"), ("rope_theta", -1), ("partial_rotary_factor", "0.5"), ("partial_rotary_factor", 2.0),
+       ("partial_rotary_factor", 0.4), ("factor", 8.0), ("type", "linear"), ("mrope_section", [1, 1]))],
+    *[(dict(rope_parameters=rope), word) for rope, word in
+      (({FULL: 3}, "rope_parameters"), ({"rope_theta": 1e4}, "rope_parameters"), ({FULL: {}, "factor": 2.0}, "factor"),
+       ({FULL: {}, "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
+       ({FULL: {"rope_type": "yarn"}}, "rope_type.*yarn"), ({FULL: {}, "rope_type": "yarn"}, "rope_type.*yarn"),
+       ({FULL: {"rope_type": "default"}, "rope_type": "yarn"}, "rope_type.*yarn"))],
     (dict(cca_time0=3), "cca_time0 3.*only 2"), (dict(cca_time1=1), "cca_time1 1.*only 2"),
     (dict(model_type="llama"), "model_type.*llama"), (dict(hidden_act="gelu"), "hidden_act.*gelu"),
     (dict(num_key_value_heads=3), "num_attention_heads.*num_key_value_heads"),
     (dict(num_key_value_heads=1, head_dim=7), "head_dim"), (dict(layer_types=[FULL]), "layer_types"),
     (dict(layer_types=[FULL, FULL, "mamba"]), "layer_types.*mamba"),
+    (dict(layer_types=[FULL, FULL, {}]), "layer_types"),
     (dict(layer_types=[FULL, FULL, SLIDING]), "sliding_window"),
     (dict(layer_types=[FULL, FULL, SLIDING], sliding_window=0), "sliding_window")]
 
@@ -693,40 +477,34 @@ def test_config_errors_name_the_field():
             pytest.fail(f"{changes} was accepted")
     with pytest.raises(ValueError, match="'huge'.*smoke, tiny, small, zaya1-8b"):
         ZayaConfig.preset("huge")
-    with pytest.raises(TypeError, match="hiden_size"):
-        ZayaConfig.preset("tiny", hiden_size=3)
     assert ZayaConfig.preset("tiny", num_experts=2).num_experts == 2
 
 
-@pytest.mark.parametrize("changes", [*SHAPES.values(), dict(eos_token_id=[5, 6])], ids=[*SHAPES, "several_eos"])
+NULLS = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
+
+
+@pytest.mark.parametrize("changes", [*SHAPES.values(), dict(eos_token_id=[5, 6]), dict(eos_token_id=[]), NULLS])
 def test_config_round_trip(changes):
     config = ZayaConfig(**{**BASE, **changes})
     written = json.loads(json.dumps(config.to_dict()))
     assert ZayaConfig.from_dict(written) == config
     assert ZayaConfig.from_dict(written).to_dict() == config.to_dict()
     assert written["model_type"] == "zaya" and written["architectures"] == ["ZayaForCausalLM"]
-    assert ("skip_expert" in written) == (not config.skip_expert), "the official config does not know it"
-
-
-@pytest.mark.parametrize("extra", [
-    dict(rope_scaling=None, quantization_config=None, attn_logit_softcapping=None, pruned_heads={}, hidden_act=None),
-    dict(architectures=["ZayaForCausalLM"], model_type="zaya", torch_dtype="bfloat16", transformers_version="4.57.0",
-         use_cache=False, output_hidden_states=True, return_dict=True, _name_or_path="x", _attn_implementation="sdpa",
-         auto_map={"AutoModel": "modeling.Zaya"}, id2label={"0": "A"}, sep_token_id=7, temperature=0.6, top_p=0.95,
-         is_encoder_decoder=False, chunk_size_feed_forward=0)], ids=["null", "descriptive"])
-def test_fields_that_change_no_number_are_accepted(extra):
-    assert ZayaConfig.from_dict({**BASE, **extra}) == ZayaConfig(**BASE)
 
 
 def test_config_reads_the_hub_style():
-    """The file on the hub has a "rope_type" beside the two layer types, keys of its own, and nulls for defaults."""
+    """The file on the hub has a "rope_type" beside the two layer types, nulls for defaults, and fields of no number."""
     rope = {FULL: {"rope_theta": 1e6, "rope_type": "default", "partial_rotary_factor": 0.25}, "rope_type": "default",
             SLIDING: {"rope_theta": 2e4, "rope_type": "default", "partial_rotary_factor": 0.5}}
-    config = ZayaConfig.from_dict({**BASE, "rope_parameters": rope, "transformers_version": "5.23.0", "use_cache": True,
-                                   "layer_types": None, "sliding_window": None, "hidden_act": "silu"})
-    assert config.rope_parameters == {FULL: rope[FULL], SLIDING: rope[SLIDING]}
-    assert config.layer_types == [FULL] * 3
-    assert ZayaConfig.from_dict(config.to_dict()) == config
+    config = ZayaConfig.from_dict({
+        **BASE, "rope_parameters": rope, "layer_types": None, "sliding_window": None, "hidden_act": None,
+        "rope_scaling": None, "quantization_config": None, "attn_logit_softcapping": None, "pruned_heads": {},
+        "architectures": ["ZayaForCausalLM"], "model_type": "zaya", "torch_dtype": "bfloat16", "use_cache": False,
+        "output_hidden_states": True, "return_dict": True, "_name_or_path": "x", "_attn_implementation": "sdpa",
+        "auto_map": {"AutoModel": "modeling.Zaya"}, "id2label": {"0": "A"}, "sep_token_id": 7, "temperature": 0.6,
+        "top_p": 0.95, "is_encoder_decoder": False, "chunk_size_feed_forward": 0, "transformers_version": "4.57.0"})
+    assert config == ZayaConfig(**BASE, rope_parameters={FULL: rope[FULL], SLIDING: rope[SLIDING]})
+    assert config.rope_parameters == {FULL: rope[FULL], SLIDING: rope[SLIDING]} and config.layer_types == [FULL] * 3
     assert ZayaConfig(**BASE).rope_parameters == {
         FULL: {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5e6},
         SLIDING: {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 1e4}}
@@ -747,39 +525,41 @@ def same(a, b):
     assert all(torch.equal(tensor, b.state_dict()[name]) for name, tensor in a.state_dict().items())
 
 
-def weight_files(directory):
-    return sorted(name for name in os.listdir(directory) if name.endswith(".safetensors"))
-
-
 def read_weights(directory):
     """The tensors of the only weight file, which may be written over."""
     stored = safetensors.torch.load_file(directory / "model.safetensors")
     return {name: tensor.clone() for name, tensor in stored.items()}
 
 
+def split(directory, index=True):
+    """Spread model.safetensors over two files, every other tensor to one.  index: and say so."""
+    state, places = read_weights(directory), {}
+    for file in ("a.safetensors", "b.safetensors"):
+        part = dict(list(state.items())[file == "b.safetensors"::2])
+        safetensors.torch.save_file(part, directory / file)
+        places |= dict.fromkeys(part, file)
+    os.remove(directory / "model.safetensors")
+    if index:
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return state, places
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 30_000, 1], ids=["single", "sharded", "one_tensor_each"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_save_and_load(tmp_path, max_shard_bytes, tied):
-    model, ids = build(tie_word_embeddings=tied).train(), tokens(2, 9)
-    model(ids)                                                  # counts in the routers are not part of a checkpoint
-    model.save_pretrained(tmp_path, max_shard_bytes)
+def test_save_and_load(tmp_path, tied):
+    nulls = dict(pad_token_id=None, eos_token_id=[5, 6])
+    model, ids = build(tie_word_embeddings=tied, **nulls).train(), tokens(2, 9)
+    model.save_pretrained(tmp_path)
+    generation = json.load(open(tmp_path / "generation_config.json"))
+    assert generation == {"do_sample": True, "top_k": 0, **nulls}
     back = Zaya.from_pretrained(str(tmp_path))
     same(model, back)
     assert not back.training and all(parameter.requires_grad for parameter in back.parameters())
     assert all((layer.gate.load == 0).all() and len(layer.gate.load) == 5 for layer in back.layers)
     close(back(ids), model.eval()(ids))                         # mapped weights lie elsewhere: sums in another order
     assert back.config == model.config
-    assert back.embed_tokens.weight.device.type == "cpu" and not any("load" in name for name in back.state_dict())
-    files = {name: safetensors.torch.load_file(tmp_path / name) for name in weight_files(tmp_path)}
-    names = [name for file in files.values() for name in file]
-    assert len(names) == len(set(names)) == len(model.state_dict()) and ("lm_head.weight" in names) == (not tied)
-    for file in files.values():
-        assert len(file) == 1 or sum(t.numel() * t.element_size() for t in file.values()) <= max_shard_bytes
-    if len(files) > 1:
-        index = json.load(open(tmp_path / "model.safetensors.index.json"))
-        assert index["weight_map"] == {name: file for file, content in files.items() for name in content}
-        assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    names = read_weights(tmp_path).keys()                       # counts in the routers are not part of a checkpoint
+    assert len(names) == len(model.state_dict()) and ("lm_head.weight" in names) == (not tied)
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
 
 
@@ -796,21 +576,6 @@ def test_a_loaded_model_learns(tmp_path, saved_model):
     same(back, Zaya.from_pretrained(tmp_path))
     saved_model.save_pretrained(tmp_path, state_dict=back.state_dict())
     same(back, Zaya.from_pretrained(tmp_path))
-
-
-def test_shards_of_an_earlier_save_are_removed(tmp_path, saved_model):
-    other = build(seed=1, num_hidden_layers=2)
-    for size in (20_000, 5_000_000_000, 40_000, 20_000):
-        (tmp_path / "model.safetensors.tmp").touch()            # and what a save that was killed left behind
-        (tmp_path / "trainer.pt").touch()
-        other, saved_model = saved_model, other
-        saved_model.save_pretrained(tmp_path, size)
-        same(saved_model, Zaya.from_pretrained(tmp_path))
-        files = os.listdir(tmp_path)
-        count = len(weight_files(tmp_path))
-        assert (count == 1) == (size > 1e9) == ("model.safetensors.index.json" not in files)
-        assert len(files) == count + 3 + (count > 1), files     # config, generation_config, trainer.pt
-        assert "trainer.pt" in files
 
 
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(tmp_path, saved_model, monkeypatch):
@@ -830,24 +595,24 @@ def test_a_wrong_tensor_is_named(tmp_path, saved_model):
     saved_model.save_pretrained(tmp_path)
     good, extra = read_weights(tmp_path), NAME.replace("layers.1", "layers.7")
     missing = {name: tensor for name, tensor in good.items() if name != NAME}
-    for name, state in ((NAME, missing), (extra, good | {extra: torch.ones(3)}),
-                        (NAME, good | {NAME: good[NAME][:, :-1].contiguous()}),
-                        (NAME, good | {NAME: good[NAME].T.contiguous()})):
+    ours = r"layers\.1\.self_attn\.k_proj\.weight"
+    for name, state in ((ours, missing), (extra.replace(".", r"\."), good | {extra: torch.ones(3)}),
+                        (ours, good | {NAME: good[NAME].T.contiguous()})):
         safetensors.torch.save_file(state, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+        with pytest.raises(ValueError, match=name) as caught:
             Zaya.from_pretrained(tmp_path)
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     copy_of_head = good | {"lm_head.weight": good["model.embed_tokens.weight"].clone()}
     safetensors.torch.save_file(copy_of_head, tmp_path / "model.safetensors")
     same(saved_model, Zaya.from_pretrained(tmp_path))           # a tied model needs no head, and ignores a copy
 
 
 def test_only_the_model_is_read(tmp_path, saved_model):
-    """Beside model.safetensors: a backup of zeros before and after it in the alphabet, an index and a damaged file."""
+    """Beside model.safetensors: a backup of zeros, an index to it and a damaged file."""
     saved_model.save_pretrained(tmp_path)
     zeros = {name: 0 * tensor for name, tensor in read_weights(tmp_path).items()}
     safetensors.torch.save_file(zeros, tmp_path / "backup.safetensors")
-    safetensors.torch.save_file(zeros, tmp_path / "old.safetensors")
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "old.safetensors"}}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {NAME: "backup.safetensors"}}))
     (tmp_path / "z.safetensors").write_bytes(b"cut")
     same(saved_model, Zaya.from_pretrained(tmp_path))
 
@@ -855,38 +620,30 @@ def test_only_the_model_is_read(tmp_path, saved_model):
 def test_the_index_decides_tensor_by_tensor(tmp_path, saved_model):
     """Each of two files holds zeros of what the index takes from the other, and a third is not in the index."""
     saved_model.save_pretrained(tmp_path)
-    state = read_weights(tmp_path)
-    os.remove(tmp_path / "model.safetensors")
-    places = {name: "ab"[i % 2] + ".safetensors" for i, name in enumerate(state)}
+    state, places = split(tmp_path)
     for file in ("a.safetensors", "b.safetensors", "c.safetensors"):
         held = {name: tensor if places[name] == file else 0 * tensor for name, tensor in state.items()}
         safetensors.torch.save_file(held | {"another.model": torch.ones(3)}, tmp_path / file)
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     same(saved_model, Zaya.from_pretrained(tmp_path))
     del state[NAME]
-    safetensors.torch.save_file(state, tmp_path / "b.safetensors")
-    index.write_text(json.dumps({"weight_map": places | {NAME: "b.safetensors"}}))
-    with pytest.raises(ValueError, match="b.safetensors is damaged: .*" + NAME.replace(".", r"\.")):
+    safetensors.torch.save_file(state, tmp_path / places[NAME])
+    with pytest.raises(ValueError, match=places[NAME] + " is damaged: .*" + NAME.replace(".", r"\.")):
         Zaya.from_pretrained(tmp_path)
 
 
 def test_files_without_an_index_must_not_overlap(tmp_path, saved_model):
     saved_model.save_pretrained(tmp_path)
-    state, save = read_weights(tmp_path), safetensors.torch.save_file
-    os.remove(tmp_path / "model.safetensors")
-    names = list(state)
-    save({name: state[name] for name in names[:9]}, tmp_path / "one.safetensors")
-    save({name: state[name] for name in names[9:]}, tmp_path / "two.safetensors")
+    state, places = split(tmp_path, index=False)
     same(saved_model, Zaya.from_pretrained(tmp_path))
-    save({names[3]: state[names[3]].clone()}, tmp_path / "three.safetensors")
-    with pytest.raises(ValueError, match=rf"{names[3]}' is in both one.safetensors and three.safetensors"):
+    safetensors.torch.save_file({NAME: state[NAME].clone()}, tmp_path / "three.safetensors")
+    with pytest.raises(ValueError, match=rf"{NAME}' is in both {places[NAME]} and three.safetensors"):
         Zaya.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_a_damaged_json_is_named(tmp_path, saved_model, name):
-    saved_model.save_pretrained(tmp_path, 20_000)
+    saved_model.save_pretrained(tmp_path)
+    split(tmp_path)
     path = tmp_path / name
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())       # a byte order mark does no harm
     same(saved_model, Zaya.from_pretrained(tmp_path))
@@ -900,39 +657,22 @@ def test_a_damaged_json_is_named(tmp_path, saved_model, name):
 
 
 def test_missing_and_cut_files_are_named(tmp_path, saved_model):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(FileNotFoundError) as caught:
         Zaya.from_pretrained(tmp_path / "nowhere")
-    saved_model.save_pretrained(tmp_path, 20_000)
-    path = tmp_path / weight_files(tmp_path)[1]
+    assert "config.json" in str(caught.value)
+    saved_model.save_pretrained(tmp_path)
+    split(tmp_path)
+    path = tmp_path / "b.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model-00002-of.*is damaged"):
+    with pytest.raises(ValueError, match="b.safetensors is damaged"):
         Zaya.from_pretrained(tmp_path)
     os.remove(path)
-    with pytest.raises(FileNotFoundError, match="model-00002-of"):
+    with pytest.raises(FileNotFoundError, match="b.safetensors"):
         Zaya.from_pretrained(tmp_path)
-    for name in os.listdir(tmp_path):
-        if name != "config.json":
-            os.remove(tmp_path / name)
+    os.remove(tmp_path / "a.safetensors")
+    os.remove(tmp_path / "model.safetensors.index.json")
     with pytest.raises(FileNotFoundError, match="safetensors"):
         Zaya.from_pretrained(tmp_path)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("eos", [None, [5, 6], [], 7], ids=["null", "several", "none", "one"])
-def test_token_ids_may_be_null(tmp_path, eos):
-    model = build(num_hidden_layers=2, pad_token_id=None, bos_token_id=None, eos_token_id=eos)
-    model.save_pretrained(tmp_path)
-    written = json.load(open(tmp_path / "generation_config.json"))
-    assert written["pad_token_id"] is None and written["eos_token_id"] == eos
-    back = Zaya.from_pretrained(tmp_path)
-    assert back.config == model.config
-    ids = tokens(4, 6)
-    free = back.generate(ids, 20, generator=seeded())
-    stop = [free[0, 9].item(), free[1, 12].item()]
-    stopped = back.generate(ids, 20, generator=seeded(), eos_token_id=stop)
-    for row, alone in zip(stopped, free):
-        end = next((i + 1 for i in range(6, 26) if alone[i] in stop), 26)
-        assert torch.equal(row[:end], alone[:end]) and (row[end:] == stop[0]).all()
 
 
 @torch.no_grad()
@@ -955,7 +695,7 @@ torch.set_num_threads(1)
 for name in ("transformers", "tiktoken", "regex", "safetensors", "numpy"):      # imported where they are used
     sys.modules[name] = None
 import zaya
-with torch.device("meta"):
+with torch.device("meta"):                      # where torch itself imports more, with numpy or without
     zaya.Zaya(zaya.ZayaConfig.preset("smoke"))
 zaya.Zaya(zaya.ZayaConfig.preset("smoke")).generate(torch.ones(1, 3, dtype=torch.long), 2)
 for name in [name for name, module in sys.modules.items() if module is None]:
@@ -988,7 +728,7 @@ def test_a_fresh_process(tmp_path, tokenizer):
                           env={**os.environ, "PYTHONHASHSEED": "12345"}, cwd=os.path.dirname(zaya.__file__) or ".")
     assert done.returncode == 0, done.stderr
     ranks, *sizes = done.stdout.splitlines()
-    assert ranks == str(sorted(tokenizer.ranks.items())) == str(sorted(Tokenizer.train(PROSE, 320).ranks.items()))
+    assert ranks == str(sorted(tokenizer.ranks.items()))
     for rise, copied in [map(int, line.split()) for line in sizes]:
         assert rise < 0.1 * size, f"loading {size / 1e6:.0f} MB took {rise / 1e6:.0f} MB"
         assert copied > 0.9 * size, "the measure sees a copy when there is one"
@@ -999,11 +739,10 @@ def test_a_fresh_process(tmp_path, tokenizer):
 class Routers(nn.Module):
     """The least a PIDBalancer needs: a module with routers in it, fixed inputs, and a strong preference."""
 
-    def __init__(self, layers=2, experts=6, skip_expert=True, tokens=600):
+    def __init__(self, experts=6):
         super().__init__()
-        self.routers = nn.ModuleList(Router(16, 8, experts + skip_expert, layer > 0, skip_expert)
-                                     for layer in range(layers))
-        self.x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(0))
+        self.routers = nn.ModuleList(Router(16, 8, experts + 1, layer > 0) for layer in range(2))
+        self.x = torch.randn(1, 600, 16, generator=torch.Generator().manual_seed(0))
         generator = torch.Generator().manual_seed(1)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.5, generator=generator)
@@ -1020,53 +759,34 @@ class Routers(nn.Module):
         return torch.stack([router.balancing_biases for router in self.routers])
 
 
-def adamw_by_hand(bias, gradients, lr, betas, eps=1e-8):
-    """Textbook Adam without weight decay, in double precision."""
-    bias, m, v = bias.double(), 0.0, 0.0
-    for t, gradient in enumerate(gradients, 1):
-        m = betas[0] * m + (1 - betas[0]) * gradient
-        v = betas[1] * v + (1 - betas[1]) * gradient ** 2
-        bias = bias - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
-    return bias
-
-
-SKIPS = pytest.mark.parametrize("skip_expert, balance_skip", [(True, False), (True, True), (False, False)])
-
-
-@SKIPS
-def test_balancer_is_adamw_on_the_share(skip_expert, balance_skip):
-    routers = Routers(skip_expert=skip_expert)
+def test_balancer_is_adamw_on_the_share():
+    routers, lr, betas = Routers(), 0.05, (0.8, 0.9)
     group = PIDBalancer(routers).optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.9, 0.999), 0.0)
-    lr, betas = 0.05, (0.8, 0.9)
-    balancer = PIDBalancer(routers, lr=lr, betas=betas, balance_skip=balance_skip)
-    start, gradients = routers.biases().clone(), []
-    classes = 6 + (skip_expert and balance_skip)
-    for _ in range(3):
-        load = torch.randint(1, 50, (2, 6 + skip_expert)).float()
+    balancer = PIDBalancer(routers, lr=lr, betas=betas)
+    expected, m, v = routers.biases()[:, :6].double(), 0.0, 0.0
+    for t in range(1, 4):
+        load = torch.randint(1, 50, (2, 7)).double()
         for router, row in zip(routers.routers, load):
             router.load.copy_(row)
-        gradient = torch.zeros_like(load).double()
-        share = load[:, :classes].double() / load[:, :classes].sum(1, keepdim=True)
-        gradient[:, :classes] = share - 1 / classes
-        gradients.append(gradient)
         log = balancer.step()
         assert (routers.loads() == 0).all()
-        expected = adamw_by_hand(start, gradients, lr, betas)
-        close(routers.biases().double(), expected, 1e-6)
-        if skip_expert and not balance_skip:
-            assert (routers.biases()[:, -1] == -1).all(), "left at exactly -1"
-        entropy = -(share * share.log()).sum(1).mean().item() / math.log(classes)
-        skipped = 0 if balance_skip or not skip_expert else (load[:, -1].sum() / load.sum()).item()
-        assert log == pytest.approx({"load": share.max().item() * classes, "entropy": entropy, "skip": skipped,
-                                     "bias": expected[:, :classes].abs().max().item()}, abs=1e-5)
+        share = load[:, :6] / load[:, :6].sum(1, keepdim=True)
+        m = betas[0] * m + (1 - betas[0]) * (share - 1 / 6)     # textbook Adam
+        v = betas[1] * v + (1 - betas[1]) * (share - 1 / 6) ** 2
+        expected = expected - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + 1e-8)
+        close(routers.biases()[:, :6].double(), expected, 1e-6)
+        assert (routers.biases()[:, -1] == -1).all(), "the skip expert's is left at exactly -1"
+        entropy = -(share * share.log()).sum(1).mean().item() / math.log(6)
+        skipped, bias = (load[:, -1].sum() / load.sum()).item(), expected.abs().max().item()
+        wanted = {"load": share.max().item() * 6, "entropy": entropy, "bias": bias, "skip": skipped}
+        assert log == pytest.approx(wanted, abs=1e-5)
 
 
-@SKIPS
-def test_balancer_alone_makes_a_skewed_load_uniform(skip_expert, balance_skip):
-    routers = Routers(layers=2, skip_expert=skip_expert).train()
+def test_balancer_alone_makes_a_skewed_load_uniform():
+    routers = Routers().train()
     before = copy.deepcopy(dict(routers.named_parameters()))
-    balancer, log = PIDBalancer(routers, lr=0.01, betas=(0.9, 0.99), balance_skip=balance_skip), []
+    balancer, log = PIDBalancer(routers, lr=0.01, betas=(0.9, 0.99)), []
     for _ in range(400):
         routers()
         log.append(balancer.step())
@@ -1074,9 +794,6 @@ def test_balancer_alone_makes_a_skewed_load_uniform(skip_expert, balance_skip):
     assert min(entry["entropy"] for entry in log[-20:]) > 0.98
     assert max(entry["load"] for entry in log[-20:]) < 1.5
     assert all(torch.equal(parameter, before[name]) for name, parameter in routers.named_parameters())
-    if skip_expert:
-        moved = (routers.biases()[:, -1] > -0.99).all()
-        assert moved if balance_skip else (routers.biases()[:, -1] == -1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1095,91 +812,62 @@ def test_counts_are_exact_in_every_dtype(dtype):
     close(routers.biases()[:, 0].float(), torch.full((2,), -0.7), 0.01)
 
 
-def two_steps(*parts):
-    """Biases and logs after two steps whose tokens come in these micro-batches."""
-    routers = Routers().train()
-    balancer, logs = PIDBalancer(routers, lr=0.1), []
-    for _ in range(2):
-        for part in parts:
-            routers(part)
-        logs.append(balancer.step())
-    return routers.biases(), logs
-
-
-def rank_counts(rank, directory):
-    """One of two processes, with half of the tokens; module level because spawn must find it."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
-    biases, logs = two_steps(slice(0, 200) if rank == 0 else slice(200, None))
-    torch.save({"biases": biases, "logs": logs}, os.path.join(directory, f"{rank}.part"))
-    os.replace(os.path.join(directory, f"{rank}.part"), os.path.join(directory, f"{rank}.pt"))
-    while not os.path.exists(os.path.join(directory, f"{1 - rank}.pt")):        # the other one is done with us
-        time.sleep(0.01)
-    os._exit(0)             # gloo's threads now and then abort in an orderly shutdown (torch 2.13, one run in 25)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_counts_add_up_over_micro_batches_and_processes(tmp_path):
-    biases, logs = two_steps(slice(None))
-    halves, theirs = two_steps(slice(0, 200), slice(200, None))
-    assert torch.equal(halves, biases) and theirs == logs
-    method = "fork" if sys.platform == "linux" else "spawn"     # the former need not import torch again
-    torch.multiprocessing.start_processes(rank_counts, (str(tmp_path),), nprocs=2, start_method=method)
-    for rank in range(2):
-        theirs = torch.load(tmp_path / f"{rank}.pt")
-        assert torch.equal(theirs["biases"], biases) and theirs["logs"] == logs
-
-
-def test_padding_is_not_counted(model):
-    ids, mask = left_padded((12, 5, 1), 12)
-    position, _ = pack(PACKED, 24)
-    for arguments, real in ((dict(input_ids=ids), 36), (dict(input_ids=ids, attention_mask=mask), 18),
-                            (dict(input_ids=tokens(4, 24), position_ids=position), 23 + 24 + 24 + 2)):
-        routing = []
-        model.train()
-        model.hidden_states(**arguments, routing=routing)
-        keep = arguments.get("attention_mask", arguments.get("position_ids", torch.zeros(1)) + 1) > 0
-        for layer, choice in zip(model.layers, routing):
-            assert layer.gate.load.sum() == real
-            expected = choice[keep.expand_as(choice)].bincount(minlength=model.config.router_classes)
-            assert torch.equal(layer.gate.load, expected)
-            layer.gate.load.zero_()
-        model.eval()(**arguments)
-        assert all((layer.gate.load == 0).all() for layer in model.layers), "nothing is counted in eval mode"
-
-
-def test_balancer_goes_on_from_its_state():
-    straight, resumed = Routers().train(), Routers().train()
-    a, b = PIDBalancer(straight, lr=0.1), PIDBalancer(resumed, lr=0.1)
+def test_counts_add_up_over_micro_batches_and_a_balancer_goes_on_from_its_state():
+    """Over processes too: see test_distributed.py."""
+    whole, resumed = Routers().train(), Routers().train()
+    a, b = PIDBalancer(whole, lr=0.1), PIDBalancer(resumed, lr=0.1)
     for i in range(6):
-        straight()
-        a.step()
+        whole()
         if i == 3:                                              # a new process: weights and balancer from files
             state, weights = copy.deepcopy(b.state_dict()), copy.deepcopy(resumed.state_dict())
             resumed = Routers().train()
             resumed.load_state_dict(weights)
             b = PIDBalancer(resumed, lr=0.1)
             b.load_state_dict(state)
-        resumed()
-        b.step()
-        assert torch.equal(straight.biases(), resumed.biases()), i
+        for part in (slice(None),) if i else (slice(0, 200), slice(200, None)):
+            resumed(part)
+        assert torch.equal(whole.loads(), resumed.loads()) and a.step() == b.step(), i
+        assert torch.equal(whole.biases(), resumed.biases()), i
 
 
-def test_balancer_on_a_whole_model_needs_counts():
+def test_padding_is_not_counted(model):
+    (ids, mask), (position, _) = left_padded((12, 5, 1), 12), pack(PACKED, 24)
+    padded, packed = dict(input_ids=ids, attention_mask=mask), dict(input_ids=tokens(4, 24), position_ids=position)
+    for arguments, real in ((dict(input_ids=ids), torch.ones_like(ids)), (padded, mask), (packed, position + 1)):
+        routing = []
+        model.train()
+        model.hidden_states(**arguments, routing=routing)
+        for layer, choice in zip(model.layers, routing):
+            assert torch.equal(layer.gate.load, choice[real > 0].bincount(minlength=model.config.num_experts + 1))
+            layer.gate.load.zero_()
+        model.eval()(**arguments)
+        assert all((layer.gate.load == 0).all() for layer in model.layers), "nothing is counted in eval mode"
+
+
+def test_balancer_needs_counts():
+    """From training with gradients: neither eval mode nor a forward pass without them counts."""
     model = build(skip_bias=-1.0)
     balancer = PIDBalancer(model)
-    before = [layer.gate.balancing_biases.clone() for layer in model.layers]
-    model(tokens(4, 30))                                        # in eval mode: nothing is counted
+    model(tokens(4, 30))
+    with torch.no_grad():
+        model.train()(tokens(4, 30))
     with pytest.raises(RuntimeError, match="train"):
         balancer.step()
-    model.train()(tokens(4, 30))
+    model(tokens(4, 30))
     log = balancer.step()
     assert set(log) == {"load", "entropy", "bias", "skip"} and 0 < log["entropy"] <= 1 <= log["load"]
-    for layer, old in zip(model.layers, before):
-        assert not torch.equal(layer.gate.balancing_biases[:-1], old[:-1])
-        assert layer.gate.balancing_biases[-1] == old[-1]
     with pytest.raises(RuntimeError, match="train"):
         balancer.step()
+
+
+def test_balancer_on_somebody_elses_router():
+    """What it has to have is the biases, the counts and whether the last class skips."""
+    router = nn.Module()
+    router.skip_expert = False
+    router.register_buffer("balancing_biases", torch.zeros(4))
+    router.register_buffer("load", torch.tensor([9.0, 1, 1, 1]))
+    log = PIDBalancer(nn.Sequential(router)).step()
+    assert router.balancing_biases[0] < 0 < router.balancing_biases[1] and log["load"] == 3.0
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -1189,42 +877,23 @@ PROSE = ("The model reads 12345 numbers and 67890 words; it was 2024-05-17, 3.14
     + " ".join(f"number{i} {i * 7919} is larger than {i * i}" for i in range(300))
 TEXTS = ["", "naïve café — 中文 🙂👩‍👩‍👧 \U0001f1e9\U0001f1ea", "a\r\n\tb  c \x00\x85\u2028\ufeff", " 007 x1y22  333",
          PROSE]
-LONE = [b"\xed\xa0\x80", b"\xed\xb2\x80x", b"ok \xff\xfe", b"\x80", b"\xe2\x82", b"caf\xc3",
-        b"\xf0\x9f\x99 \xf0\x9f\x99\x82"]
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(PROSE, 320)
 
 
-def test_text_and_bytes_round_trip(tokenizer):
-    for text in TEXTS:
+def test_text_round_trips(tokenizer):
+    """Digits are single tokens, and ordinary text never makes special ones."""
+    spelled = [text.format(special) for special in Tokenizer.SPECIAL for text in ("{}", "a{}b", " {}\n")]
+    for text in [*TEXTS, *spelled, *("".join(random.Random(seed).choices(TEXTS[1], k=200)) for seed in range(5))]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
-        assert tokenizer.encode(text.encode()) == ids, "the same text as bytes"
+        assert not set(ids) & set(tokenizer.special.values())
+        pieces = [tokenizer.decode([token]) for token in ids]
+        assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == [c for c in text if c.isdigit()]
     assert len(tokenizer.encode(PROSE)) < 0.7 * len(PROSE), "and it does compress"
-    for data in (*LONE, b"".join(LONE), bytes(range(256)), *(random.Random(seed).randbytes(200) for seed in range(5))):
-        ids = tokenizer.encode(data)
-        assert tokenizer.decode_bytes(ids) == data and isinstance(tokenizer.decode(ids), str)
-        assert max(ids) < tokenizer.vocab_size - len(Tokenizer.SPECIAL)
-    text = "a\ud83db\udc80c"                                    # lone surrogates in a str
-    assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode("utf-8", "surrogatepass")
-
-
-@pytest.mark.parametrize("frame", ["{}", "x{}y", " {} ", "a {}\n", "-{}."])
-def test_digits_are_single_tokens(tokenizer, frame):
-    for digits in ("7", "42", "12345", "67890", "2024", "1000000", "0" * 50, "7919"):
-        pieces = [tokenizer.decode([token]) for token in tokenizer.encode(frame.format(digits))]
-        assert [piece for piece in pieces if any(c.isdigit() for c in piece)] == list(digits)
-
-
-def test_ordinary_text_never_makes_special_tokens(tokenizer):
-    for special in Tokenizer.SPECIAL:
-        for text in (special, f"a{special}b", f" {special}\n" * 2, special.encode()):
-            ids = tokenizer.encode(text)
-            assert not set(ids) & set(tokenizer.special.values())
-            assert tokenizer.decode_bytes(ids) == (text if isinstance(text, bytes) else text.encode())
+    assert tokenizer.decode(tokenizer.encode("a\ud83db\udc80c")) == "a\ufffdb\ufffdc", "lone surrogates are no text"
     assert [tokenizer.decode([i]) for i in tokenizer.special.values()] == Tokenizer.SPECIAL
 
 
@@ -1254,23 +923,19 @@ def test_render_targets_what_the_assistant_wrote(tokenizer):
 
 def test_merges_are_the_most_frequent_pairs():
     tokenizer = Tokenizer.train("abab abab abab xyz", 256 + 3 + len(Tokenizer.SPECIAL))
-    learned = sorted(tokenizer.ranks, key=tokenizer.ranks.get)[256:]
+    learned = [a + b for a, b in tokenizer.merges]
     assert learned == [b"ab", b"abab", b" abab"]                # 6 times; 3 times; 2 times and before the x y of that
     assert tokenizer.encode("abab abab abx") == [257, 258, 32, 256, 120]
 
 
-@pytest.mark.parametrize("vocab_size", [264, 265, 300, 320])
-def test_vocab_size_is_respected(vocab_size):
-    tokenizer = Tokenizer.train(PROSE, vocab_size)
-    assert tokenizer.vocab_size == vocab_size and len(tokenizer.ranks) == vocab_size - len(Tokenizer.SPECIAL)
-    assert sorted([*tokenizer.ranks.values(), *tokenizer.special.values()]) == list(range(vocab_size))
-
-
-@pytest.mark.parametrize("text, vocab_size, word", [(PROSE, 263, "vocab_size"), (PROSE, 10, "vocab_size"),
-                                                    ("abc", 300, "too few"), ("", 300, "too few")])
-def test_impossible_vocabularies_are_refused(text, vocab_size, word):
-    with pytest.raises(ValueError, match=word):
-        Tokenizer.train(text, vocab_size)
+def test_vocab_size_is_respected_or_refused():
+    for vocab_size in (264, 265, 320):
+        tokenizer = Tokenizer.train(PROSE, vocab_size)
+        assert tokenizer.vocab_size == vocab_size
+        assert sorted([*tokenizer.ranks.values(), *tokenizer.special.values()]) == list(range(vocab_size))
+    for text, vocab_size, word in ((PROSE, 263, "vocab_size"), ("abc", 300, "too few"), ("", 300, "too few")):
+        with pytest.raises(ValueError, match=word):
+            Tokenizer.train(text, vocab_size)
 
 
 def drop(*path):
@@ -1288,13 +953,14 @@ def test_tokenizer_save_and_load(tokenizer, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     back = Tokenizer.from_pretrained(tmp_path)
-    assert (back.ranks, back.special, back.pattern) == (tokenizer.ranks, tokenizer.special, tokenizer.pattern)
-    assert all(back.encode(text) == tokenizer.encode(text) for text in [*TEXTS, *LONE])
+    assert (back.merges, back.ranks, back.special) == (tokenizer.merges, tokenizer.ranks, tokenizer.special)
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
     whole = path.read_text(encoding="utf-8")
-    for damage in (drop("model", "vocab"), drop("model"), drop("pre_tokenizer", "pretokenizers", 0),
-                   drop("added_tokens", 3), lambda content: content["model"]["vocab"].update({"€": 300}),
+    for damage in (drop("model", "merges"), drop("model"), drop("pre_tokenizer", "pretokenizers", 0),
+                   drop("added_tokens", 3), drop("model", "merges", 5),
+                   lambda content: content["model"]["merges"].append(["€", "a"]),
                    lambda content: content.update(added_tokens=None),
+                   lambda content: content["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex="."),
                    lambda content: content["pre_tokenizer"].update(pretokenizers=[{"type": "ByteLevel"}])):
         content = json.loads(whole)
         damage(content)
@@ -1306,31 +972,6 @@ def test_tokenizer_save_and_load(tokenizer, tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_named_encoding(monkeypatch, tokenizer, tmp_path):
-    import tiktoken
-    with pytest.raises(ValueError, match="no-such-encoding"):
-        Tokenizer.named("no-such-encoding")
-    pattern = r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"
-    tiny = tiktoken.Encoding("tiny", pat_str=pattern, mergeable_ranks=tokenizer.ranks, special_tokens={"<|eot|>": 999})
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: {"tiny": tiny}[name])
-    named = Tokenizer.named("tiny")
-    assert named.encode(PROSE) == tiny.encode_ordinary(PROSE) != tokenizer.encode(PROSE)
-    assert named.decode(named.encode(PROSE)) == PROSE
-    assert min(named.special.values()) == len(tokenizer.ranks) and named.vocab_size == len(tokenizer.ranks) + 8
-    named.save_pretrained(tmp_path)
-    assert Tokenizer.from_pretrained(tmp_path).encode(PROSE) == named.encode(PROSE)
-
-    class ConnectionFailed(OSError):                            # as requests.exceptions.ConnectionError is
-        pass
-
-    def offline(name):
-        raise ConnectionFailed("Max retries exceeded with url: /encodings/vocab.bpe")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", offline)
-    with pytest.raises(RuntimeError, match="gpt2.*ConnectionFailed.*TIKTOKEN_CACHE_DIR"):
-        Tokenizer.named("gpt2")
-
-
 # ---- every class works when it is pasted alone -----------------------------------------------------------------------
 
 HEADER = """import json, math, os, re
@@ -1339,135 +980,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 """
-LAYER = ["CCA", "Router", "Experts", "RMSNorm", "ResidualScaling", "Layer"]
+LAYER = "CCA Router Experts RMSNorm ResidualScaling"
+NEEDS = {"Layer": LAYER, "Cache": "LayerCache", "Tokenizer": "read_json write_json",
+         "Zaya": f"{LAYER} Layer LayerCache Cache ZayaConfig read_json write_json"}
 SOURCE = open(zaya.__file__, encoding="utf-8").read()
 PIECES = {node.name: "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
           + ast.get_source_segment(SOURCE, node)
           for node in ast.parse(SOURCE).body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 
 
-def paste(*names):
-    """The pieces' sources and the header of a user's file, and nothing else of zaya.py."""
-    namespace = {"__name__": "pasted"}
-    exec(compile("\n\n".join([HEADER, *(PIECES[name] for name in names)]), "pasted.py", "exec"), namespace)
-    return [namespace[name] for name in names]
-
-
-def backward(module, *results):
-    """Every parameter gets a gradient that is not zero."""
-    sum((result * torch.randn_like(result)).sum() for result in results).backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None and parameter.grad.norm() > 0, name
-
-
-def paste_config():
-    Config, = paste("ZayaConfig")
-    assert Config.from_dict(Config.preset("tiny").to_dict()) == Config.preset("tiny")
-    with pytest.raises(ValueError, match="hidden_size"):
-        Config(hidden_size=0)
-
-
-def paste_norm():
-    Norm, = paste("RMSNorm")
-    norm, x = Norm(6), torch.randn(2, 3, 6) / 300               # small enough for eps to matter
-    close(norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
-    close(Norm(6, 0.1)(x), x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt())
-    backward(norm, norm(x))
-
-
-def paste_cca():
-    Attention, = paste("CCA")
-    attention, x = Attention(32, 4, 2, 8), torch.randn(2, 6, 32)
-    backward(attention, attention(x))
-    ids = torch.tensor([[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, 4, 5]])
-    packed = attention(x, ids)
-    assert torch.equal(packed, attention(x, Attention.positions(x, ids, 5e6, 4))) and packed.isfinite().all()
-    close(packed[0, 3:5], attention(x[:1, 3:5])[0])
-
-
-def paste_router():
-    Top1, = paste("Router")
-    router = Top1(16, 8, 5)
-    weight, choice, state = router(torch.randn(2, 6, 16), torch.randn(2, 6, 8))
-    assert weight.shape == choice.shape == (2, 6) and router.load.sum() == 12
-    backward(router, weight, state)
-
-
-def paste_experts():
-    Mixture, = paste("Experts")
-    experts = Mixture(8, 6, 3)
-    backward(experts, experts(torch.randn(7, 8), torch.tensor([0, 1, 2, 3, 2, 1, 0]), torch.rand(7)))
-
-
-def paste_scaling():
-    Scaling, = paste("ResidualScaling")
-    scaling, x, y = Scaling(6), torch.randn(2, 3, 6), torch.randn(2, 3, 6)
-    assert torch.equal(scaling(x, y), x + y), "a plain residual at first"
-    backward(scaling, scaling(x, y))
-
-
-def paste_caches():
-    Both, One = paste("Cache", "LayerCache")
-    cache, k, v = Both(3), torch.randn(2, 1, 100, 4), torch.randn(2, 1, 100, 4)
-    cache.select(torch.tensor([0]))                             # nothing is in it yet
-    assert cache.columns == 0 and all(isinstance(layer, One) and layer.k is None for layer in cache.layers)
-    for part in torch.arange(100).split(7):
-        got_k, got_v = cache.layers[0].append(k[:, :, part], v[:, :, part])
-    assert torch.equal(got_k, k) and torch.equal(got_v, v)
-    cache.select(torch.tensor([1, 1, 0]))
-    assert torch.equal(cache.layers[0].k[:, :, :100], k[[1, 1, 0]])
-
-
-def paste_balancer():
-    """On somebody else's router: what it has to have is the biases, the counts and whether the last class skips."""
-    Balancer, = paste("PIDBalancer")
-    router = nn.Module()
-    router.skip_expert = False
-    router.register_buffer("balancing_biases", torch.zeros(4))
-    router.register_buffer("load", torch.tensor([9.0, 1, 1, 1]))
-    log = Balancer(nn.Sequential(router)).step()
-    assert router.balancing_biases[0] < 0 < router.balancing_biases[1] and log["load"] == 3.0
-
-
-def paste_tokenizer(tmp_path):
-    Bytes, *_ = paste("Tokenizer", "read_json", "write_json")
-    tokenizer = Bytes.train(PROSE, 300, progress=list)
-    tokenizer.save_pretrained(tmp_path)
-    assert Bytes.from_pretrained(tmp_path).encode(PROSE + "\udc80") == tokenizer.encode(PROSE + "\udc80")
-    alone, = paste("Tokenizer")                                 # the files are all that the two are for
-    assert alone(tokenizer.ranks).render([{"role": "user", "content": "hi"}])[1] == [False] * 4
-
-
-def paste_layer():
-    *_, Block = paste(*LAYER)
-    config, x = ZayaConfig(**BASE), torch.randn(2, 6, 32)
-    layer = Block(config, 1)
-    nn.init.normal_(layer.self_attn.temp)
-    out, r, choice = layer(x, torch.randn(2, 6, 12), choice=torch.arange(12).view(2, 6) % 5)
-    assert choice.max() == 4 and r.shape == (2, 6, 12)
-    backward(layer, out)
-
-
-def paste_zaya(tmp_path):
-    Model, Memory, *_ = paste("Zaya", "Cache", *LAYER, "LayerCache", "ZayaConfig", "read_json", "write_json")
-    model = randomise(Model(ZayaConfig(**BASE)), skip_bias=0.0)
-    backward(model, model(tokens(8, 20)))
-    ids = tokens(2, 5)
-    generated = model.eval().generate(ids, 6, temperature=0)
-    assert torch.equal(generated, build().generate(ids, 6, temperature=0))
-    close(model(ids, cache=Memory(3)), model(ids))
-    model.save_pretrained(tmp_path)
-    same(model, Zaya.from_pretrained(tmp_path))
-    same(model, Model.from_pretrained(tmp_path))
-
-
-PASTED = {"ZayaConfig": paste_config, "RMSNorm": paste_norm, "CCA": paste_cca, "Router": paste_router,
-          "Experts": paste_experts, "ResidualScaling": paste_scaling, "LayerCache": paste_caches,
-          "Cache": paste_caches, "PIDBalancer": paste_balancer, "Tokenizer": paste_tokenizer, "Layer": paste_layer,
-          "Zaya": paste_zaya}
-
-
-@pytest.mark.parametrize("name", [name for name in PIECES if name not in ("read_json", "write_json", "Cache")])
-def test_pasted_alone(name, tmp_path):
-    run = PASTED[name]                                          # a new class needs a new entry
-    run(tmp_path) if run.__code__.co_argcount else run()
+@pytest.mark.parametrize("name", PIECES)
+def test_pasted_alone(name):
+    """With a user's imports and what its docstring asks for, every name that a piece's code reads is there."""
+    pasted = {"__name__": "pasted"}
+    exec("\n\n".join([HEADER, *(PIECES[other] for other in [*NEEDS.get(name, "").split(), name])]), pasted)
+    tables, read = [symtable.symtable(PIECES[name], "pasted", "exec")], set()
+    for table in tables:
+        tables += table.get_children()
+        read |= {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global() and symbol.is_referenced()}
+    missing = [other for other in read if other not in pasted and not hasattr(builtins, other)]
+    assert len(read) > 1 and not missing
