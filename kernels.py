@@ -11,19 +11,25 @@ Every path is a plain function, usable alone, that says in one line what it equa
     triton_residual_norm, triton_cca_mix, grouped_mm        one source for CUDA and ROCm  GPU
     compile_loss, compile_decoding                          one graph for a training step, one for a decoding step
     quantize, load        int8 weights, a scale a row
+    Slots                 `generate` with one C function a step                     CPU, small models in fp32
 
 Importing this file needs neither Triton nor a GPU.  `python kernels.py` prints how equal and how fast each path is on
 this machine.  Does NOT include: hand-written backward passes where PyTorch's own are nearly as fast; the model.
 """
 import argparse
 import copy
+import ctypes
 import functools
+import hashlib
 import importlib.util
 import itertools
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import tempfile
 import time
 
 import torch
@@ -320,6 +326,8 @@ class FusedZaya(zaya.Zaya):
             return torch.cat([hidden.float() @ part.float().mT for part in weight.split(1024)], -1)
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
+        if isinstance(cache, Slots):
+            return cache.hidden_states(input_ids, attention_mask, routing)
         one_token = cache is not None and cache.columns and input_ids.shape[1] == 1
         plain = attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()
         if not (self.compiled_step and one_token and plain):
@@ -340,6 +348,10 @@ class FusedZaya(zaya.Zaya):
         if routing is not None:
             routing.extend(choices)
         return hidden
+
+    def new_cache(self):
+        library, _ = decoding_in_c(self)
+        return Slots(self, library) if library else super().new_cache()
 
     @staticmethod
     def static_buffers(slot, block=64):
@@ -489,6 +501,416 @@ def load(folder, int8=False, device="cpu"):
         return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
     model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
     return quantize(model) if int8 else model
+
+
+# ---- decoding on a CPU: one C function ------------------------------------------------------------------------------
+# A decoding step in PyTorch is hundreds of small operations, in C one call.  A call may hold several tokens of a row:
+# so prompts are read, of any lengths and without padding.  For small models in fp32; `decoding_in_c` says when.
+
+STEP = r"""
+#include <math.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+// SIZES: E, H, K, D, X, F, R as in zaya.py; RoPE turns 2 HALF channels.  V: half of the values.
+enum { SIZES, G = H + K, Q = H / K, C = G * D, V = K * D / 2, ROUTES = X + 1, SCORES = (ROUTES + 15) / 16 * 16 };
+// A vector is as wide as a register: GCC 12 takes apart a wider one badly, which makes all of this five times slower.
+#if defined __AVX512F__
+enum { WIDTH = 16 };
+#elif defined __AVX__
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+enum { ROWS = 6, PARTS = 16 / WIDTH };      // a product keeps 6 rows of 16 outputs in registers, in parts
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+typedef struct {                            // a layer's weights, as `folded` lays them out: matrices by 16 outputs
+    float project[(C + 2 * V) / 16][E][16]; // q~, k~, the current half of v, the delayed one
+    float taps[G][D / 16][3 * D][16];       // both convolutions as one, of the last two tokens and this one
+    float out[E / 16][H * D][16];
+    float down[R / 16][E][16], fc1[R / 16][R][16], fc2[R / 16][R][16], routes[SCORES / 16][R][16];
+    float gate_up[X][2 * F / 16][E][16], experts[X][E / 16][F][16];
+    float after_attention[2][E], after_experts[2][E];           // the residual stream's scale and bias
+    float tap_bias[G][D], length[G], down_bias[R], gamma[R], fc1_bias[R], fc2_bias[R], balance[ROUTES];
+} Layer;
+
+typedef struct {                            // a token on its way: Python writes the first row, and reads x
+    float x[E], cos[HALF], sin[HALF];
+    float r[R], weight;
+    float h[E], latent[G][D], v[2 * V], seen[G][3][D], qk[G][D], mixed[H][D], mlp[4][R], score[SCORES], gate_up[2 * F];
+} Token;
+enum { STRIDE = sizeof(Token) / sizeof(float) };
+const int token_floats = STRIDE;
+
+// y (n, out) += x (n, in) w (in, out), for the rows named, or the first n; they are ldx and ldy floats apart.  w lies
+// in panels of 16 columns, `panel` floats apart, whose rows are `next` floats apart.
+static void product(int n, const int *rows, int in, int out, const float *x, long ldx,
+                    const float *w, long panel, long next, float *y, long ldy) {
+    for (int o = 0; o < out; o += 16, w += panel)
+        for (int begin = 0; begin < n; begin += ROWS) {
+            int m = n - begin < ROWS ? n - begin : ROWS;
+            const float *from[ROWS];
+            float *to[ROWS];
+            vector sum[ROWS][PARTS];
+            for (int j = 0; j < ROWS; j++) {                    // where rows are missing, the last one again
+                long row = begin + (j < m ? j : m - 1);
+                row = rows ? rows[row] : row;
+                from[j] = x + row * ldx;
+                to[j] = y + row * ldy + o;
+                for (int p = 0; p < PARTS; p++) sum[j][p] = ((vector *)to[j])[p];
+            }
+            for (int i = 0; i < in; i++)
+                for (int j = 0; j < ROWS; j++)
+                    for (int p = 0; p < PARTS; p++)
+                        sum[j][p] += from[j][i] * ((const vector *)(w + i * next))[p];
+            for (int j = 0; j < ROWS; j++)
+                for (int p = 0; p < PARTS; p++) ((vector *)to[j])[p] = sum[j][p];
+        }
+}
+
+// The same for a matrix in panels, between two fields of the tokens.
+static void dense(int n, const int *rows, int in, int out, const float *x, const void *w, float *y) {
+    product(n, rows, in, out, x, STRIDE, w, 16 * in, 16, y, STRIDE);
+}
+
+// e^x = 2^n e^f to within rounding, in arithmetic that compilers turn into vectors.
+static inline float exponential(float x) {
+    x = x < -87 ? -87 : x > 88 ? 88 : x;
+    float n = rintf(x * 1.44269504f), f = x - n * 0.693147181f;
+    union { int bits; float value; } power = {((int)n + 127) * (1 << 23)};
+    return power.value * (1 + f * (1 + f * (1 / 2.f + f * (1 / 6.f + f * (1 / 24.f + f * (1 / 120.f + f / 720))))));
+}
+
+// x Phi(x), with erf by Abramowitz and Stegun 7.1.26: wrong by 1.5e-7 at most.
+static inline float gelu(float x) {
+    float z = fabsf(x) * 0.707106781f, t = 1 / (1 + 0.3275911f * z);
+    float series = 1.421413741f + t * (-1.453152027f + t * 1.061405429f);
+    series = t * (0.254829592f + t * (-0.284496736f + t * series));
+    return x / 2 * (1 + copysignf(1 - series * exponential(-z * z), x));
+}
+
+static inline float squares(const float *x, int n) {
+    float sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum;
+}
+
+// y = x / sqrt(mean x^2 + eps); the norm's weight is in the matrix that reads y.
+static inline void rms_norm(float *y, const float *x, int n, float eps) {
+    float scale = 1 / sqrtf(squares(x, n) / n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale;
+}
+
+static inline void softmax(float *x, int n) {
+    float top = x[0], sum = 0;
+    #pragma omp simd reduction(max : top)
+    for (int i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    #pragma omp simd reduction(+ : sum)
+    for (int i = 0; i < n; i++) sum += x[i] = exponential(x[i] - top);
+    for (int i = 0; i < n; i++) x[i] /= sum;
+}
+
+// N tokens through L layers.  tokens[n] goes to slot[n], where position[n] tokens are before it; the tokens of one slot
+// come in order.  kv[l]: (slots, keys and values, K, T, D), keys in blocks of 16 columns; recent[l]: (slots, 2 C + V),
+// the last two tokens' latents by head and the last delayed value.  choices (N, L).
+void step(int N, int L, int T, float eps, float **kv, float **recent, const Layer *layers, const int *slot,
+          const int *position, Token *tokens, short *choices) {
+    Token *t = tokens;
+    #define EACH_TOKEN for (int n = 0; t = tokens + n, n < N; n++)
+    int order[N];
+    float *scores = malloc(sizeof(float) * Q * T);
+    EACH_TOKEN memset(t->r, 0, sizeof t->r);
+    for (int l = 0; l < L; l++) {
+        const Layer *w = layers + l;
+        // q~, k~, v = W norm(x); everything that is not carried on begins with 0
+        EACH_TOKEN {
+            memset(t->h, 0, sizeof(Token) - offsetof(Token, h));
+            rms_norm(t->h, t->x, E, eps);
+        }
+        dense(N, NULL, E, C + 2 * V, tokens->h, w->project, tokens->latent[0]);
+
+        // The value shift: v = [Wv1 x_t; Wv2 x_(t-1)];  what the convolutions see: this token's latents and two before
+        EACH_TOKEN {
+            float *past = recent[l] + (long)slot[n] * (2 * C + V), *delayed = past + 2 * C;
+            for (int i = 0; i < V; i++) {
+                float current = t->v[V + i];
+                t->v[V + i] = delayed[i];
+                delayed[i] = current;
+            }
+            for (int g = 0; g < G; g++, past += 2 * D) {
+                memcpy(t->seen[g][0], past, 2 * D * sizeof(float));
+                memcpy(t->seen[g][2], t->latent[g], D * sizeof(float));
+                memcpy(past, t->seen[g][1], 2 * D * sizeof(float));
+            }
+        }
+        // conv_in_head(conv_per_channel([q~; k~]))
+        for (int g = 0; g < G; g++) dense(N, NULL, 3 * D, D, tokens->seen[g][0], w->taps[g], tokens->qk[g]);
+
+        EACH_TOKEN {
+            // [q; k] += [m_q; m_k]:  m_q = (q~ + k~ of its group) / 2,  m_k = mean of m_q over the group
+            for (int h = 0; h < H; h++)
+                for (int i = 0; i < D; i++) {
+                    float mean = (t->latent[h][i] + t->latent[H + h / Q][i]) / 2;
+                    t->qk[h][i] += mean;
+                    t->qk[H + h / Q][i] += mean / Q;
+                }
+            // q / |q|,  temp_k sqrt(D) k / |k|,  then RoPE
+            for (int g = 0; g < G; g++) {
+                float *u = t->qk[g];
+                for (int i = 0; i < D; i++) u[i] += w->tap_bias[g][i];
+                float scale = w->length[g] / fmaxf(sqrtf(squares(u, D)), 1.1920929e-7f);
+                for (int i = 0; i < D; i++) u[i] *= scale;
+                for (int i = 0; i < HALF; i++) {
+                    float a = u[i], b = u[i + HALF];
+                    u[i] = a * t->cos[i] - b * t->sin[i];
+                    u[i + HALF] = b * t->cos[i] + a * t->sin[i];
+                }
+            }
+            // softmax(q k^T) v, together for the query heads of a KV head
+            int p = position[n];
+            float *k = kv[l] + (long)slot[n] * 2 * K * T * D, *v = k + (long)K * T * D;
+            for (int g = 0; g < K; g++, k += (long)T * D, v += (long)T * D) {
+                for (int i = 0; i < D; i++) k[(p / 16 * D + i) * 16 + p % 16] = t->qk[H + g][i];
+                memcpy(v + p * D, t->v + g * D, D * sizeof(float));
+                for (int j = 0; j < Q; j++) memset(scores + j * T, 0, (p / 16 + 1) * 16 * sizeof(float));
+                product(Q, NULL, D, p + 1, t->qk[g * Q], D, k, 16 * D, 16, scores, T);
+                for (int j = 0; j < Q; j++) softmax(scores + j * T, p + 1);
+                product(Q, NULL, p + 1, D, scores, T, v, 16, D, t->mixed[g * Q], D);
+            }
+            for (int i = 0; i < E; i++) t->x[i] = t->x[i] * w->after_attention[0][i] + w->after_attention[1][i];
+        }
+        dense(N, NULL, H * D, E, tokens->mixed[0], w->out, tokens->x);
+
+        // r_l = W_down h + gamma r_(l-1),  s = softmax(W3 gelu(W2 gelu(W1 norm(r))))
+        EACH_TOKEN rms_norm(t->h, t->x, E, eps);
+        dense(N, NULL, E, R, tokens->h, w->down, tokens->mlp[0]);
+        EACH_TOKEN {
+            for (int i = 0; i < R; i++) t->r[i] = t->mlp[0][i] + w->down_bias[i] + w->gamma[i] * t->r[i];
+            rms_norm(t->mlp[1], t->r, R, eps);
+        }
+        dense(N, NULL, R, R, tokens->mlp[1], w->fc1, tokens->mlp[2]);
+        EACH_TOKEN for (int i = 0; i < R; i++) t->mlp[2][i] = gelu(t->mlp[2][i] + w->fc1_bias[i]);
+        dense(N, NULL, R, R, tokens->mlp[2], w->fc2, tokens->mlp[3]);
+        EACH_TOKEN for (int i = 0; i < R; i++) t->mlp[3][i] = gelu(t->mlp[3][i] + w->fc2_bias[i]);
+        dense(N, NULL, R, SCORES, tokens->mlp[3], w->routes, tokens->score);
+
+        // e = argmax(s + b),  weight = s_e
+        EACH_TOKEN {
+            int best = 0;
+            softmax(t->score, ROUTES);
+            for (int e = 1; e < ROUTES; e++)
+                if (t->score[e] + w->balance[e] > t->score[best] + w->balance[best]) best = e;
+            t->weight = t->score[best];
+            choices[n * L + l] = best;
+            for (int i = 0; i < E; i++) t->x[i] = t->x[i] * w->after_experts[0][i] + w->after_experts[1][i];
+        }
+        // y = weight W_down(silu(g) u),  [g; u] = W_gu h,  an expert at a time; the skip expert has no weights
+        for (int e = 0; e < X; e++) {
+            int visits = 0;
+            for (int n = 0; n < N; n++)
+                if (choices[n * L + l] == e) order[visits++] = n;
+            dense(visits, order, E, 2 * F, tokens->h, w->gate_up[e], tokens->gate_up);
+            for (int j = 0; j < visits; j++) {
+                t = tokens + order[j];
+                for (int i = 0; i < F; i++)
+                    t->gate_up[i] *= t->weight * t->gate_up[F + i] / (1 + exponential(-t->gate_up[i]));
+            }
+            dense(visits, order, F, E, tokens->gate_up, w->experts[e], tokens->x);
+        }
+    }
+    free(scores);
+}
+"""
+
+
+def panels(matrix):
+    """(…, out, in) -> (…, out / 16, in, 16)."""
+    return matrix.unflatten(-2, (-1, 16)).mT
+
+
+def folded(layer):
+    """A layer's weights -> (numbers,) fp32, in the order of the struct Layer.
+
+    The matrices that read a norm have its weight in them, those that write to the stream its scale."""
+    cca, router, experts = layer.self_attn, layer.gate, layer.experts
+    D, by_head = cca.head_dim, (cca.heads + cca.kv_heads, -1)
+    norm1, scale1 = layer.input_layernorm.weight, layer.post_attention_residual_scale
+    norm2, scale2 = layer.post_attention_layernorm.weight, layer.post_mlp_residual_scale
+    project = torch.cat([cca.q_proj.weight, cca.k_proj.weight, cca.v_proj_current.weight, cca.v_proj_delayed.weight])
+    routes = F.pad(router.out_proj.weight, (0, 0, 0, -len(router.out_proj.weight) % 16))
+    # A convolution of a convolution, of two taps each, has three.
+    channel, head = cca.conv_qk_depthwise, cca.conv_qk_grouped
+    old, new = channel.weight.view(*by_head, D, 2).unbind(-1)                       # (G, 1, D)
+    head_old, head_new = head.weight.view(*by_head, D, 2).unbind(-1)                # (G, D out, D in)
+    taps = torch.cat([head_old * old, head_old * new + head_new * old, head_new * new], -1)
+    tap_bias = head.bias + ((head_old + head_new) @ channel.bias.view(*by_head, 1)).flatten()
+    parts = [
+        panels(project * norm1),
+        panels(taps),
+        panels(cca.o_proj.weight * scale1.hidden_states_scale[:, None]),
+        panels(router.down_proj.weight * norm2),
+        panels(router.fc1.weight * router.norm.weight),
+        panels(router.fc2.weight),
+        panels(routes),
+        panels(experts.gate_up_proj * norm2),
+        panels(experts.down_proj * scale2.hidden_states_scale[:, None])]
+    # (x + b_r) a_r + (y + b_o) a_o  =  x a_r + (b_r a_r + b_o a_o) + a_o y
+    for scale in (scale1, scale2):
+        bias = scale.residual_bias * scale.residual_scale
+        bias = bias + scale.hidden_states_bias * scale.hidden_states_scale
+        parts += [scale.residual_scale, bias]
+    parts += [
+        tap_bias,
+        F.pad(D ** 0.5 * cca.temp, (cca.heads, 0), value=1.0),                      # q / sqrt(D) has length 1
+        router.down_proj.bias,
+        getattr(router, "router_states_scale", router.down_proj.bias),              # the first layer's multiplies 0
+        router.fc1.bias,
+        router.fc2.bias,
+        router.balancing_biases]
+    return torch.cat([part.detach().flatten() for part in parts])
+
+
+def build_step(sizes, compiler, capability=None):
+    """The C function for these sizes, "E=128,…" -> a ctypes library, kept on disk: later processes only open it.
+
+    Raises OSError or subprocess.CalledProcessError where there is no compiler, or one that cannot.
+    """
+    # ATEN_CPU_CAPABILITY lets PyTorch compute as another CPU would; then this code must run on that one too.
+    arch = {"default": [], "avx2": ["-march=x86-64-v3"]}.get(capability, ["-march=native"])
+    command = [*shlex.split(compiler), "-O3", *arch, "-std=gnu11", "-fopenmp-simd",
+               "-fno-math-errno", "-fno-trapping-math", "-DSIZES=" + sizes, "-x", "c", "-"]
+
+    def run(*more, source=STEP):
+        return subprocess.run(command + [*more], input=source, check=True, capture_output=True, text=True).stdout
+
+    # The name tells source, sizes, compiler and CPU: these are what the compiler itself says of the last two.
+    told = STEP + str(command) + run("-dM", "-E", source="")
+    name = hashlib.sha256(told.encode()).hexdigest()[:24] + ".so"
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "zaya")
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = os.path.join(scratch, name)
+            run("-shared", "-fPIC", "-o", built, "-lm")
+            os.replace(built, path)
+    library = ctypes.CDLL(path)
+    library.step.argtypes = [ctypes.c_int] * 3 + [ctypes.c_float] + [ctypes.c_void_p] * 7
+    return library
+
+
+@functools.cache
+def built_step(sizes, compiler, capability):
+    """-> build_step's library or None, and a sentence: what fails once is not tried again in this process."""
+    try:
+        return build_step(sizes, compiler, capability), "C decodes"
+    except (OSError, subprocess.CalledProcessError) as error:
+        return None, f"PyTorch decodes: no compiler built the C function ({error})"
+
+
+def decoding_in_c(model):
+    """-> the library whose `step` decodes this model, or None where PyTorch does; and why, in a sentence."""
+    config, state = model.config, model.state_dict().values()
+    sizes = dict(E=config.hidden_size, D=config.head_dim, F=config.moe_intermediate_size, R=config.router_hidden_size)
+    problem = None
+    if any(tensor.dtype != torch.float32 or tensor.device.type != "cpu" for tensor in state):
+        problem = "the weights must be fp32 on a CPU"
+    elif torch.is_autocast_enabled("cpu"):
+        problem = "autocast asks for another dtype"
+    elif model.compiled_step:
+        problem = "compile_decoding asks for PyTorch's compiler"
+    elif "hybrid_sliding" in config.layer_types:
+        problem = "a sliding window forgets columns"
+    elif any(type(layer) is not FusedLayer for layer in model.layers):
+        problem = "the layers are of a class of their own"
+    elif any(size % 16 for size in sizes.values()):
+        problem = f"{sizes} must be multiples of 16"
+    elif sum(tensor.numel() for tensor in state) > 2**27:
+        problem = "at more than 2^27 parameters each call of generate would wait for `folded`"
+    if problem:
+        return None, f"PyTorch decodes: {problem}"
+    rotated = int(config.head_dim * config.rope_parameters["hybrid"]["partial_rotary_factor"])
+    sizes |= dict(H=config.num_attention_heads, K=config.num_key_value_heads, X=config.num_experts, HALF=rotated // 2)
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    return built_step(text, os.environ.get("CC") or "cc", os.environ.get("ATEN_CPU_CAPABILITY"))
+
+
+class Slots:
+    """What stands for a zaya.Cache while C decodes: rows live in slots, and a step names the slots that go on.
+
+    slot, position (B,) int64: where each row lives, and how many tokens it has.  For each layer kv, keys and values
+    (slots, 2, K, T / 16, 16 * D), and recent (slots, 2 C + K*D/2), LayerCache's packed and delayed.
+    """
+    piece = 512                                                 # tokens that are read in one call
+
+    def __init__(self, model, library):
+        self.model, self.library = model, library
+        K, D = model.config.num_key_value_heads, model.config.head_dim
+        latents = (model.config.num_attention_heads + K) * D
+        self.columns = self.room = 0                            # T: those in use, and those there are
+        self.kv = [torch.zeros(1, 2, K, 0, 16 * D) for _ in model.layers]
+        self.recent = [torch.zeros(1, 2 * latents + K * D // 2) for _ in model.layers]
+        # Made for each call of generate: the weights may have changed since the last one.
+        self.layers = torch.stack([folded(layer) for layer in model.layers])
+
+    def select(self, rows):
+        """As zaya.Cache.select.  Rows that leave cost nothing; where rows are copied, each gets a slot of its own."""
+        self.slot, self.position = self.slot[rows], self.position[rows]
+        if len(self.slot.unique()) < len(self.slot):
+            self.spread(self.room)
+
+    def spread(self, columns):
+        """A slot for each row, with room for so many tokens; those that nobody lives in are dropped."""
+        more = cdiv(columns - self.room, 16)
+        self.room += 16 * more
+        for index, kv in enumerate(self.kv):
+            kv = kv[self.slot]
+            self.kv[index] = F.pad(kv, (0, 0, 0, more)) if more else kv
+            self.recent[index] = self.recent[index][self.slot]
+        self.slot = torch.arange(len(self.slot))
+
+    def hidden_states(self, input_ids, attention_mask=None, routing=None):
+        """zaya.Zaya.hidden_states with this cache: (B, S) -> (B, S, E); what stands at padding means nothing."""
+        B, S = input_ids.shape
+        if not self.columns:                                    # until they are spread, all rows live in an empty slot
+            self.slot = self.position = torch.zeros(B, dtype=torch.long)
+        self.columns += S
+        if self.columns > self.room:
+            self.spread(2 * self.columns + 128)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        position = self.position[:, None] + real.cumsum(1) - 1
+        self.position = self.position + real.sum(1)
+        x = torch.zeros(B, S, self.model.config.hidden_size)
+        choices = torch.zeros(B, S, len(self.layers), dtype=torch.int16)
+        for part in real.nonzero().split(self.piece):           # of all tokens, one row after the other
+            here = part.unbind(1)
+            x[here], choices[here] = self.read(input_ids[here], self.slot[here[0]], position[here])
+        if routing is not None:
+            routing.extend(choices.permute(2, 0, 1))
+        return self.model.norm(x)
+
+    def read(self, tokens, slot, position):
+        """Tokens (N,), several of a slot in order -> the stream behind the last layer (N, E), choices (N, L) int16."""
+        model, config, N = self.model, self.model.config, len(tokens)
+        rope = config.rope_parameters["hybrid"]
+        rotated = int(config.head_dim * rope["partial_rotary_factor"])
+        turn = zaya.CCA.positions(tokens[:, None], position[:, None], rope["rope_theta"], rotated)
+        x = (model.embed_tokens(tokens) + model.input_hidden_states_bias) * model.input_hidden_states_scale
+        known = torch.cat([x, turn.cos[:, 0], turn.sin[:, 0]], 1)
+        work = torch.empty(N, ctypes.c_int.in_dll(self.library, "token_floats").value)
+        work[:, :known.shape[1]] = known
+        choices = torch.empty(N, len(self.layers), dtype=torch.int16)
+        memory = [self.layers, slot.int(), position.int(), work, choices]
+
+        def addresses(tensors):
+            return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+        self.library.step(N, len(self.layers), self.room, config.rms_norm_eps,
+                          addresses(self.kv), addresses(self.recent), *addresses(memory))
+        return work[:, :config.hidden_size], choices
 
 
 # ---- Triton, for CUDA and ROCm from one source ----------------------------------------------------------------------

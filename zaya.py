@@ -685,6 +685,10 @@ class Zaya(nn.Module):
             return tokens[:, :end], logps[:, :end - S], choices[:, :, :end - 1]
         return tokens[:, :end]
 
+    def new_cache(self):
+        """An empty decode state for `generate`; a subclass may keep its own."""
+        return Cache(len(self.layers))
+
     def prefill(self, input_ids, mask, chunk=2048):
         """Read prompts and masks (B, S), `chunk` columns at a time -> the last hidden states (B, E), the new cache, and
         the experts taken (L, B, S) int16."""
@@ -693,7 +697,7 @@ class Zaya(nn.Module):
         shared = len(unique) < len(input_ids)
         if shared:
             input_ids, mask = unique.chunk(2, 1)
-        cache, choices = Cache(len(self.layers)), []
+        cache, choices = self.new_cache(), []
         padded = not mask.all()
         for ids, real in zip(input_ids.split(chunk, 1), mask.split(chunk, 1)):
             routing = []

@@ -2,6 +2,9 @@
 import copy
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 
 import kernels
 import zaya
+from conftest import randomise
 
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)]
 
@@ -341,3 +345,115 @@ def test_full_size_is_measured_on_any_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kernels, "decoding", lambda folder: [plain, rounded])
     kernels.main(["--full-size", folder])
     assert [row[0] for row in table_rows(capsys)] == [folder, folder + "-int8"]
+
+
+# ---- decoding in C --------------------------------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(shutil.which(os.environ.get("CC") or "cc") is None, reason="no C compiler")
+ROWS = 13                                                       # two blocks of six rows, and one more
+
+
+def routed(**changes):
+    """A fused model whose tokens visit all experts, the skip expert too."""
+    return kernels.fuse(randomise(zaya.Zaya(zaya.ZayaConfig.preset("smoke", **changes)), skip_bias=0)).eval()
+
+
+def same_replies(model, monkeypatch, **options):
+    """`generate` in C and in PyTorch: the same tokens and experts, log probabilities to 1e-4, from prompts of 1 to 9
+    tokens of which some are equal.  A near tie may send one row another way."""
+    ids, mask, uniform = torch.randint(10, 300, (ROWS, 9)), torch.ones(ROWS, 9, dtype=torch.long), torch.rand(40, ROWS)
+    ids[5:8] = ids[4]
+    mask[1, :5], mask[2, :8], mask[9, :1] = 0, 0, 0
+    options = dict(attention_mask=mask, uniform=uniform, record=True) | options
+    assert kernels.decoding_in_c(model)[1] == "C decodes"
+    tokens, logps, choices = model.generate(ids, 40, **options)
+    with monkeypatch.context() as patch:
+        patch.setenv("CC", "/nonexistent/cc")
+        assert "PyTorch decodes: no compiler" in kernels.decoding_in_c(model)[1]
+        wanted, wanted_logps, wanted_choices = model.generate(ids, 40, **options)
+    assert tokens.shape == wanted.shape and choices.shape == wanted_choices.shape and choices.dtype == torch.int16
+    same = (tokens == wanted).all(1)
+    assert same.sum() >= ROWS - 1
+    close(logps[same], wanted_logps[same], 1e-4)
+    read = torch.cat([mask.bool(), torch.ones(ROWS, choices.shape[2] - 9, dtype=torch.bool)], 1)    # not the padding
+    agree = (choices == wanted_choices).all(0)[read]
+    assert agree.float().mean() > 0.99 and len(wanted_choices.unique()) > 0.85 * (model.config.num_experts + 1)
+    return tokens
+
+
+@needs_compiler
+@pytest.mark.parametrize("changes", [
+    {}, dict(num_attention_heads=2, num_key_value_heads=2, num_experts=3,
+             rope_parameters={"hybrid": {"partial_rotary_factor": 1.0}}),
+    dict(num_attention_heads=6, num_key_value_heads=2, head_dim=32, tie_word_embeddings=False),
+    dict(hidden_size=80, moe_intermediate_size=48, router_hidden_size=32, num_hidden_layers=3, num_experts=17,
+         rope_parameters={"hybrid": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}})],
+    ids=["smoke", "H = K", "three queries a KV head", "odd sizes"])
+def test_decoding_in_c(changes, monkeypatch):
+    """Every weight counts, prompts of other lengths beside each other, rows that end, the cache that grows."""
+    model = routed(**changes)
+    full = same_replies(model, monkeypatch)
+    ended = same_replies(model, monkeypatch, eos_token_id=full[:, 14:17].flatten().tolist())
+    assert (ended[:, 9:] == model.config.pad_token_id).any()
+    same_replies(model, monkeypatch, temperature=0)
+    with monkeypatch.context() as patch:                        # a prompt that is read in several calls
+        patch.setattr(kernels.Slots, "piece", 4)
+        same_replies(model, monkeypatch, temperature=0.7, top_p=0.9)
+    model.load_state_dict(randomise(zaya.Zaya(model.config), seed=1, skip_bias=0).state_dict())
+    same_replies(model, monkeypatch)                            # and not the weights of the calls before
+    alone = model.generate(full[3:4, :9], 20, 0)                # one row, which does not depend on the others
+    assert torch.equal(alone, model.generate(full[:, :9], 20, 0)[3:4])
+
+
+@needs_compiler
+def test_rows_that_go_on_twice_in_c():
+    model, steps, continued = routed(), torch.randint(10, 300, (3, 4, 1)), []
+    ids, mask = torch.randint(10, 300, (6, 9)), torch.ones(6, 9, dtype=torch.long)
+    mask[3, :4] = 0
+    for cache in (model.new_cache(), zaya.Cache(len(model.layers))):
+        with torch.no_grad():
+            model.hidden_states(ids, mask, cache=cache)
+            cache.select(torch.tensor([5, 3, 3, 0]))            # each writes behind its own past from here on
+            continued.append(torch.cat([model.hidden_states(token, cache=cache) for token in steps]))
+    close(*continued, 1e-4)
+
+
+@needs_compiler
+def test_decoding_in_c_for_another_cpu(monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")        # registers of four numbers
+    same_replies(routed(), monkeypatch)
+
+
+def test_when_pytorch_decodes(monkeypatch):
+    """Each reason, and that decoding goes on."""
+    sliding, odd = dict(layer_types=["hybrid_sliding"] * 2, sliding_window=5), dict(moe_intermediate_size=40)
+    own = routed()
+    own.layers[1].__class__ = zaya.Layer
+    ids = torch.randint(10, 300, (2, 5))
+    for model, reason in ((routed(**sliding), "sliding window"), (routed(**odd), "multiples of 16"),
+                          (routed().bfloat16(), "fp32"), (kernels.quantize(routed()), "fp32"),
+                          (own, "class of their own"),
+                          (kernels.compile_decoding(routed(), "eager"), "compile_decoding")):
+        library, why = kernels.decoding_in_c(model)
+        assert library is None and reason in why
+        if not model.compiled_step:
+            assert model.generate(ids, 3).shape == (2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in kernels.decoding_in_c(routed())[1]
+    monkeypatch.setenv("CC", "false")                           # a compiler that fails
+    assert "no compiler" in kernels.decoding_in_c(routed())[1]
+
+
+@needs_compiler
+def test_two_processes_compile_at_once(tmp_path):
+    code = """if True:
+        import torch, kernels, zaya
+        torch.manual_seed(0)
+        model = kernels.fuse(zaya.Zaya(zaya.ZayaConfig.preset("smoke")))
+        print(kernels.decoding_in_c(model)[1], model.generate(torch.ones(2, 3, dtype=torch.long), 4, 0).tolist())"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+                 for _ in range(2)]
+    said = [process.communicate()[0] for process in processes]
+    assert said[0] == said[1] and said[0].startswith("C decodes [[1, 1, 1, ")
+    assert [path.suffix for path in (tmp_path / "zaya").iterdir()] == [".so"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import kernels
 import train
 from conftest import randomise
 from train import Actor, Group, LogisticBelief, Problem, RLStage
@@ -222,6 +223,20 @@ def test_collate_by_hand():
     assert positions.tolist() == [[0, 1, 2, 3], [0, -1, -1, -1]]
     assert len(choices) == 1 and choices[0].tolist()[0] == [1, 2, 3, 1] and choices[0][1, 0] == 2
     assert logps.tolist() == [-1, -2, -3, -4] and advantage.tolist() == [0.5, 0.5, 0.5, -1]
+
+
+def test_what_c_samples_the_trainer_replays():
+    """The sampler's log probabilities from the C decoder are the trainer's, through the experts that it recorded."""
+    model = kernels.fuse(short_spoken(sharp_model()))
+    library, why = kernels.decoding_in_c(model)
+    if library is None:
+        pytest.skip(why)
+    groups = roll(model, group_size=8, context=60, end=BYTES.end)
+    assert len({length for group in groups for length in group.lengths()}) > 8
+    inputs, targets, positions, choices, sampled_logp, _ = collated(groups)
+    logp = train.token_logps(model.train(), inputs, targets, positions, list(choices))
+    assert torch.allclose(logp, sampled_logp, rtol=0, atol=1e-4)
+    assert len(torch.stack(choices).unique()) >= 4              # else one expert would do for all
 
 
 def test_the_replay_knows_more_than_256_experts():
