@@ -2293,18 +2293,20 @@ def write_report(out, report):
     for number, row in enumerate(read_log(out), 1):
         if row["stage"] in STAGES[:3]:
             losses[row["stage"]][number] = float(row["loss"])
-    draw_curves(os.path.join(out, "report.png"), solved, "after", "held-out pass@1 at temperature 1")
-    draw_curves(os.path.join(out, "loss.png"), losses, "step", "training loss (nats a token)")
+    draw_curves(os.path.join(out, "report.png"), solved, "What each stage solves", "after", "held-out pass@1")
+    draw_curves(os.path.join(out, "loss.png"), losses, "What each stage learns", "step", "loss (nats a token)")
 
 
-def draw_curves(path, curves, xlabel, ylabel):
+def draw_curves(path, curves, title, xlabel, ylabel):
     """A picture of {label: {x: y}}."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
     axis = figure.subplots()
+    axis.set_prop_cycle(color=colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])
     for label, points in curves.items():
-        axis.plot(list(points), list(points.values()), ".-", linewidth=0.8, markersize=3, label=label)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.plot(list(points), list(points.values()), ".-", linewidth=1, markersize=4, label=label)
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if curves:
         figure.legend(loc="outside right center")
     figure.savefig(path + ".tmp", format="png", dpi=110)
