@@ -426,12 +426,11 @@ class ChatTokenizer:
 
 class Checkpoint(Source):
     """A folder in the official layout: ours, or ZAYA1-8B itself.  Batches of up to `rows` prompts, those of a length
-    together, as few as keep the keys and values below `cache_bytes`; equal prompts are prefilled once.
-    share(range of the batches' starts) -> those that this process samples; the others' texts stay None."""
+    together, as few as keep the keys and values below `cache_bytes`; equal prompts are prefilled once."""
 
-    def __init__(self, model, tokenizer, temperature=1.0, rows=256, cache_bytes=2**31, share=iter, top_p=1.0):
+    def __init__(self, model, tokenizer, temperature=1.0, rows=256, cache_bytes=2**31, top_p=1.0):
         self.model, self.tokenizer, self.rows = model.eval(), tokenizer, rows
-        self.temperature, self.top_p, self.cache_bytes, self.share = temperature, top_p, cache_bytes, share
+        self.temperature, self.top_p, self.cache_bytes = temperature, top_p, cache_bytes
 
     @classmethod
     def from_pretrained(cls, folder, **options):
@@ -453,7 +452,7 @@ class Checkpoint(Source):
     def stream(self, prompts, max_new_tokens, seed, known=()):
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         rows = self.rows_at_once(prompts, max_new_tokens)
-        for start in self.share(range(0, len(order), rows)):
+        for start in range(0, len(order), rows):
             # A row's sample depends on its place in the batch: a batch with anything unknown is sampled as a whole.
             part = order[start:start + rows]
             if set(part) <= set(known):
