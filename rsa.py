@@ -604,6 +604,8 @@ def explained(what, kinds=OSError):
         yield
     except kinds as error:
         reason = error if isinstance(error, (OSError, ValueError, ImportError)) else repr(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}"
         raise SystemExit(" ".join(f"{what}: {reason}".split())[:700]) from None
 
 
