@@ -206,7 +206,7 @@ class TrainConfig:
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on")
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps")
     shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", 0)
-    no_compile: bool = option(False, "do not compile the training step, on a GPU or where it would pay")
+    no_compile: bool = option(False, "compile neither the training step nor a GPU's decoding step")
     skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping")
     log_every: int = option(20, "print a line every so many steps, RL every quarter of it", 1)
     save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", 1)
