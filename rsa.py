@@ -778,9 +778,10 @@ def request_names(text):
 def parse_arguments(arguments):
     parser = argparse.ArgumentParser(prog="python rsa.py", allow_abbrev=False, description=__doc__.split("\n\n")[1],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-[0-9(.]")   # -3+5 is a problem and no option
     problem = parser.add_mutually_exclusive_group(required=True)
     model = parser.add_mutually_exclusive_group(required=True)
-    problem.add_argument("problem", nargs="?", help="the problem to solve; one that begins with - comes last, after --")
+    problem.add_argument("problem", nargs="?", help="the problem to solve")
     problem.add_argument("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
     model.add_argument("--checkpoint", metavar="FOLDER", help="in the official layout: out/tiny/final or ZAYA1-8B")
     model.add_argument("--endpoint", metavar="URL", help="a chat-completions server: http://HOST:PORT/v1")

@@ -2213,12 +2213,14 @@ def finish_stage(name, before, config, shape, report, device, dtype):
     report["stages"][name] = {**result, **state["measured"]}
     report["seconds"][name] = state["seconds"]
     write_report(config.out, report)
-    solved = "pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
-    print(f"{name}: {state['seconds']:.0f} s | {solved}")
-    for what, numbers in state["measured"].items():             # losses by source, difficulties by task
-        if isinstance(numbers, dict):
-            numbers = ", ".join(f"{key} {number:.4g}" for key, number in numbers.items())
-            print(f"    {what}: {numbers}")
+    line, measured = f"{name}: {state['seconds']:.0f} s", state["measured"]
+    if "loss" in measured:
+        line += " | held-out loss " + ", ".join(f"{source} {loss:.2f}" for source, loss in measured["loss"].items())
+    if "end" in measured:
+        line += " | difficulty " + ", ".join(f"{task} {measured['start'][task]} -> {d}"
+                                             for task, d in measured["end"].items())
+    line += " | pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
+    print(line)
 
 
 def run_evaluation(config, report, tasks, device):
