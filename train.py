@@ -1474,7 +1474,7 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
     rows = processes * max(1, min(len(rollouts) // processes // 4, micro_batch // longest))
     for start in range(0, len(rollouts), rows):
         batch = rollouts[start:start + rows]
-        batch += [(*batch[-1][:4], 0.0)] * (-len(batch) % processes)                # no advantage, no gradient
+        batch += [(*batch[-1][:4], None)] * (-len(batch) % processes)
         batches.append(collate(shard(batch), pad, device))
     return batches
 
@@ -1482,13 +1482,19 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
 def collate(rollouts, pad, device):
     """Rollouts (prompt, tokens, logps, choices, advantage) -> one right-padded batch for `rl_step`:
     input_ids, targets (-100: not the policy's token), position_ids (R, S); choices [L x (R, S)]; logps, advantage (N,).
+    A rollout whose advantage is None fills up a batch: its row is padding, which no router counts.
     """
     rows, columns, logps, advantages = [], [], [], []
     for prompt, tokens, logp, choice, advantage in rollouts:
         # Position i predicts token i + 1: the reply's targets begin at the prompt's last token.
         targets = torch.tensor([-100] * (len(prompt) - 1) + tokens)
         inputs = torch.tensor(prompt + tokens)[:-1]
-        rows.append((inputs, targets, torch.arange(len(inputs)), choice.T.long()))
+        positions = torch.arange(len(inputs))
+        if advantage is None:
+            targets.fill_(-100)
+            positions.fill_(-1)
+            logp, advantage = logp[:0], 0.0
+        rows.append((inputs, targets, positions, choice.T.long()))
         logps.append(logp)
         advantages.append(torch.full_like(logp, advantage))
     for column, padding in zip(zip(*rows), (pad, -100, -1, 0)):

@@ -214,6 +214,14 @@ def test_temperature_is_one():
 
 # ---- replay ---------------------------------------------------------------------------------------------------------
 
+def test_a_rollout_that_fills_up_a_batch_is_padding():
+    """Of many processes each gets as many rows; what is missing counts in no loss and in no router's load."""
+    rollout = [1, 2, 3], [4, 5], torch.zeros(2), torch.zeros(2, 4, dtype=torch.int16)
+    _, targets, positions, _, logps, advantages = train.collate([(*rollout, 1.0), (*rollout, None)], 0, "cpu")
+    assert (targets[1] == -100).all() and (positions[1] == -1).all() and positions[0].tolist() == [0, 1, 2, 3]
+    assert len(logps) == len(advantages) == (targets >= 0).sum() == 2
+
+
 def test_collate_by_hand():
     one = ([5, 6], [7, 8, 9], tensor(-1, -2, -3), torch.tensor([[1, 2, 3, 1]], dtype=torch.uint8), 0.5)
     two = ([4], [3], tensor(-4), torch.tensor([[2]], dtype=torch.uint8), -1.0)
