@@ -18,6 +18,7 @@ this machine.  Does NOT include: hand-written backward passes where PyTorch's ow
 """
 import argparse
 import copy
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -844,7 +845,7 @@ class Slots:
     slot, position (B,) int64: where each row lives, and how many tokens it has.  For each layer kv, keys and values
     (slots, 2, K, T / 16, 16 * D), and recent (slots, 2 C + K*D/2), LayerCache's packed and delayed.
     """
-    piece = 512                                                 # tokens that are read in one call
+    piece = 1024                                                # tokens that are read in one call
 
     def __init__(self, model, library):
         self.model, self.library = model, library
@@ -853,6 +854,7 @@ class Slots:
         self.columns = self.room = 0                            # T: those in use, and those there are
         self.kv = [torch.zeros(1, 2, K, 0, 16 * D) for _ in model.layers]
         self.recent = [torch.zeros(1, 2 * latents + K * D // 2) for _ in model.layers]
+        self.threads = concurrent.futures.ThreadPoolExecutor(torch.get_num_threads())
         # Made for each call of generate: the weights may have changed since the last one.
         self.layers = torch.stack([folded(layer) for layer in model.layers])
 
@@ -903,13 +905,21 @@ class Slots:
         work = torch.empty(N, ctypes.c_int.in_dll(self.library, "token_floats").value)
         work[:, :known.shape[1]] = known
         choices = torch.empty(N, len(self.layers), dtype=torch.int16)
-        memory = [self.layers, slot.int(), position.int(), work, choices]
+        memory = [slot.int(), position.int(), work, choices]
 
         def addresses(tensors):
             return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
 
-        self.library.step(N, len(self.layers), self.room, config.rms_norm_eps,
-                          addresses(self.kv), addresses(self.recent), *addresses(memory))
+        def step(begin, end):
+            part = addresses([tensor[begin:end] for tensor in memory])
+            self.library.step(end - begin, len(self.layers), self.room, config.rms_norm_eps, addresses(self.kv),
+                              addresses(self.recent), self.layers.data_ptr(), *part)
+
+        # A thread takes about as many tokens as the others, but all of a slot, whose tokens must come in order.
+        threads = torch.get_num_threads()
+        middles = slot[torch.arange(1, threads) * N // threads]
+        cuts = (slot == middles[:, None]).int().argmax(1).unique().tolist()
+        list(self.threads.map(step, [0, *cuts], [*cuts, N]))
         return work[:, :config.hidden_size], choices
 
 

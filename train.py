@@ -18,6 +18,7 @@ import collections
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -42,9 +43,10 @@ import warnings
 import zlib
 from dataclasses import dataclass, field
 
-# Threads that wait asleep: on a busy machine spinning ones made a step 3 to 60 times slower, on an idle one they gain
-# nothing.  It has to be said before torch is loaded.
+# Threads wait for each other awake, but not for long: asleep at once makes a step a third slower on an idle machine,
+# awake for ever 3 to 60 times slower on a busy one.  It has to be said before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
 import torch
@@ -852,14 +854,14 @@ def orthogonalize(matrices, steps=5):
     """The nearest (semi-)orthogonal matrices, roughly: (…, m, n) -> U V^T of each, by Newton-Schulz iterations.
 
     x <- a x + (b x x^T + c (x x^T)^2) x pushes every singular value towards 1 (to within about 0.7 … 1.2, which is
-    enough); the coefficients are Keller Jordan's.  bf16 where that multiplies fast, on a GPU or with AMX, else fp32.
+    enough); the coefficients are Keller Jordan's.  bf16 on a GPU, and on a CPU that multiplies it; else fp32.
 
     >>> u = orthogonalize(torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)))
     >>> bool((torch.linalg.svdvals(u) - 1).abs().max() < 0.35)
     True
     """
     x = matrices.reshape(-1, *matrices.shape[-2:])
-    x = x.bfloat16() if matrices.is_cuda or torch.cpu._is_amx_tile_supported() else x.float()
+    x = x.bfloat16() if matrices.is_cuda or torch.cpu._is_avx512_bf16_supported() else x.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x                                     # the small side's Gram matrix is the cheap one
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
@@ -937,7 +939,8 @@ def make_optimizers(model, lr, weight_decay=0.0, momentum=0.95):
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not re.search("conv_qk|embed_tokens|lm_head", name)
         (matrices if is_matrix else rest).append(parameter)
-    return [Muon(matrices, lr, momentum, weight_decay), torch.optim.AdamW(rest, lr, (0.9, 0.95), weight_decay=0.0)]
+    adamw = torch.optim.AdamW(rest, lr, (0.9, 0.95), weight_decay=0.0, fused=True)
+    return [Muon(matrices, lr, momentum, weight_decay), adamw]
 
 
 def learning_rate(step, steps, peak, final):
@@ -2105,6 +2108,15 @@ def process_group():
 # ---- a run ----------------------------------------------------------------------------------------------------------
 
 
+def keep_freed_memory():
+    """Keep what is freed for the next operation, where the C library is glibc: it would give large blocks back to the
+    system, and a training step spent a tenth of its time on getting them again."""
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)                                 # M_MMAP_THRESHOLD: no block has a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def choose_device(config):
     """-> device, dtype.  Raises SystemExit for what this machine does not have."""
     check_choice("--dtype", config.dtype, ["auto", "float32", "bfloat16"])
@@ -2325,6 +2337,7 @@ def draw_curves(path, curves, title, xlabel, ylabel):
 def main(arguments=None):
     """The command line: the stages that were asked for, one after the other, a report after each, then evaluation."""
     begun = time.perf_counter()
+    keep_freed_memory()
     config, shape = parse_arguments(arguments)
     for path in config.data:
         if file_kind(path) is None:

@@ -689,8 +689,8 @@ class Zaya(nn.Module):
         """An empty decode state for `generate`; a subclass may keep its own."""
         return Cache(len(self.layers))
 
-    def prefill(self, input_ids, mask, chunk=2048):
-        """Read prompts and masks (B, S), `chunk` columns at a time -> the last hidden states (B, E), the new cache, and
+    def prefill(self, input_ids, mask):
+        """Read prompts and masks (B, S), some columns at a time -> the last hidden states (B, E), the new cache, and
         the experts taken (L, B, S) int16."""
         # Equal rows are read once: N candidates for one prompt cost the prompt of one.
         unique, copies = torch.cat([input_ids, mask], 1).unique(dim=0, return_inverse=True)
@@ -699,6 +699,8 @@ class Zaya(nn.Module):
             input_ids, mask = unique.chunk(2, 1)
         cache, choices = self.new_cache(), []
         padded = not mask.all()
+        # What a piece needs should stay in a CPU's caches, and fill a GPU.
+        chunk = max(1, 2**(12 if input_ids.device.type == "cpu" else 18) // len(input_ids))
         for ids, real in zip(input_ids.split(chunk, 1), mask.split(chunk, 1)):
             routing = []
             hidden = self.hidden_states(ids, real if padded else None, cache=cache, routing=routing)[:, -1]
