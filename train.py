@@ -13,6 +13,7 @@ pure function of its settings and seed: no hidden state, so a killed run goes on
 appendix.  Does NOT include: tensor or context parallelism.
 """
 import argparse
+import ast
 import codecs
 import collections
 import contextlib
@@ -82,13 +83,14 @@ class Stage:
     turns: int                              # … and conversations up to this many problems
     mask_prompts: bool = False              # only what the assistant says counts in the loss
     aggregation: float = 0.0                # share of problems, of the tasks that read, with other candidates' tails …
-    tail: int = 24                          # … of this many tokens …
+    tail: int = 24                          # … mostly of this many tokens …
     candidates: tuple = (1, 2, 3, 4, 4)     # … of one of these numbers of candidates
 
 
 @dataclass
 class RLStage:
-    """What one RL stage asks, and how long.  A step trains on `groups` prompts with `group_size` rollouts each."""
+    """What one RL stage asks, and how long.  A step trains on `groups` prompts with `group_size` rollouts each, of which
+    it learns from `learned`."""
     steps: int
     context: int                            # of a reply, tokens
     rope_theta: float
@@ -97,8 +99,10 @@ class RLStage:
     tasks: tuple
     groups: int
     group_size: int
+    learned: int
     aggregation: float = 0.0                # share of prompts made of the model's own earlier tails …
     tail: int = 24                          # … of this many tokens
+    rehearsal: int = 2                      # rows of SFT that a step learns besides
     adaptive: bool = False
     length_reward: float = 0.1
     reward_model_steps: int = 0             # 0: rewards are the verifiers'
@@ -110,23 +114,25 @@ class Evaluation:
     tasks: dict                             # difficulty by task
     problems: int                           # of each task
     budget: Budget                          # N, C, T, beta and tau of the headline …
-    most_rounds: int = 4                    # … and T of Markovian RSA's curve
+    most_rounds: int = 3                    # … and T of Markovian RSA's curve
+    few: int = 20                           # of the problems for Delethink and full RSA
 
 
 STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
-MATH, PUZZLES = ("column_sums", "add", "countdown"), ("sort", "sat")
-CODE = ("registers", "program", "synthesize", "falsify")        # CodeI/O, standard, CodeARC, breaking
-# RL leaves out "find": rewarding only complete answers would teach the model never to write "." (not solved), and
-# aggregation needs those honest gaps.
-REASONING = MATH + PUZZLES + CODE
+MATH, PUZZLES = ("add",), ("sort",)
+CODE = ("registers", "program", "falsify")                      # CodeI/O, standard, breaking
+# RL wears off what it does not reward, and Markovian RSA lives on what a reply hands on.  So every stage asks the tasks
+# that read tails, alone and to aggregate, and pays them for what the next round lives on: see Task.reward.
+READERS = ("find", "pass", "synthesize")
 
 
 def rl_stages(steps, lr, reward_model_steps, **shared):
     """The four stages of the cascade (TR section IV): `steps` and `lr` one each, the rest of RLStage shared."""
-    own = dict(warmup=dict(tasks=MATH + PUZZLES),
-               rlve=dict(tasks=REASONING, adaptive=True, aggregation=0.25),
-               mathcode=dict(tasks=MATH + CODE, aggregation=0.4),
-               behavior=dict(tasks=("constraints",), length_reward=0.0, reward_model_steps=reward_model_steps))
+    own = dict(warmup=dict(tasks=READERS + MATH + PUZZLES, aggregation=0.25),
+               rlve=dict(tasks=READERS + MATH + PUZZLES + CODE, aggregation=0.25, adaptive=True),
+               mathcode=dict(tasks=READERS + MATH + CODE, aggregation=0.4),
+               behavior=dict(tasks=READERS + ("constraints",), aggregation=0.25, length_reward=0.0,
+                             reward_model_steps=reward_model_steps))
     return {name: RLStage(steps=steps[i], lr=lr[i], lr_end=lr[i] / 5, **shared, **own[name])
             for i, name in enumerate(own)}
 
@@ -138,40 +144,40 @@ def rl_stages(steps, lr, reward_model_steps, **shared):
 PRESETS = {
     "smoke": dict(
         tokens_per_step=1024, text_bytes=300_000, balancer_lr=1e-2, eval_problems=4, eval_samples=2,
-        evaluate=Evaluation(dict(find=1, column_sums=2), 4, Budget(4, 2, 1, 64, 8), most_rounds=2),
+        evaluate=Evaluation({"find": 1, "pass": 1}, 4, Budget(4, 2, 1, 64, 8), most_rounds=2),
         stages=dict(
             pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
             midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
-            sft=Stage(250, 256, 5e5, 1.0, 1e-2, 1e-3, 2, 1, True, aggregation=0.1, tail=8),
+            sft=Stage(250, 256, 5e5, 0.9, 1e-2, 1e-3, 2, 1, True, aggregation=0.1, tail=8),
             **rl_stages(steps=(4, 4, 4, 4), lr=(1e-3, 1e-3, 1e-3, 1e-3), context=64, rope_theta=5e5, groups=2,
-                        group_size=4, reward_model_steps=4, tail=8))),
+                        group_size=4, learned=4, reward_model_steps=4, tail=8))),
     "tiny": dict(
-        tokens_per_step=2048, text_bytes=4_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=4,
-        evaluate=Evaluation(dict(find=6, synthesize=4, column_sums=10), 100, BUDGETS["tiny"]),
+        tokens_per_step=2048, text_bytes=2_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=2,
+        evaluate=Evaluation({"find": 6, "pass": 5, "synthesize": 4, "column_sums": 10}, 50, BUDGETS["tiny"]),
         stages=dict(
-            pretrain=Stage(700, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-            midtrain=Stage(400, 1024, 1e5, 0.86, 6e-3, 1e-3, 8, 8),
-            sft=Stage(2400, 256, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
-            **rl_stages(steps=(36, 110, 130, 40), lr=(2e-3, 2e-3, 2e-3, 7e-4), context=96, rope_theta=5e5, groups=16,
-                        group_size=8, reward_model_steps=60, tail=24))),
+            pretrain=Stage(250, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
+            midtrain=Stage(200, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
+            sft=Stage(1400, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
+            **rl_stages(steps=(15, 90, 45, 20), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
+                        group_size=8, learned=4, reward_model_steps=60, tail=24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation(dict(find=12, synthesize=8, column_sums=20), 100, Budget(16, 4, 2, 1024, 64)),
+        evaluate=Evaluation({"find": 12, "pass": 10, "synthesize": 8, "column_sums": 20}, 100, Budget(16, 4, 2, 1024, 64)),
         stages=dict(
             pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
             midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
             sft=Stage(3_000, 4096, 5e6, 0.9, 3e-4, 3e-5, 8, 4, True, aggregation=0.25, tail=64),
             **rl_stages(steps=(200, 400, 400, 200), lr=(1e-4, 1e-4, 1e-4, 1e-4), context=1024, rope_theta=5e6,
-                        groups=32, group_size=16, reward_model_steps=500, tail=64))),
+                        groups=32, group_size=16, learned=16, reward_model_steps=500, tail=64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation(dict(find=24, synthesize=12, column_sums=30), 100, BUDGETS["default"]),
+        evaluate=Evaluation({"find": 24, "pass": 20, "synthesize": 12, "column_sums": 30}, 100, BUDGETS["default"]),
         stages=dict(
             pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
             midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
             sft=Stage(10_000, 131072, 5e6, 0.75, 1e-4, 1e-5, 32, 64, True, aggregation=0.25, tail=4096),
             **rl_stages(steps=(232, 400, 848, 384), lr=(1e-5, 1e-5, 5e-6, 2e-6), context=65536, rope_theta=5e6,
-                        groups=128, group_size=16, reward_model_steps=1000, tail=4096))),
+                        groups=128, group_size=16, learned=16, reward_model_steps=1000, tail=4096))),
 }
 
 
@@ -587,18 +593,22 @@ def read_jsonl(path, skip_bad_lines=False):
         print(f"{path}: skipped {bad} bad line{'s' if bad > 1 else ''}")
 
 
-def python_text(limit):
-    """Text that every Python brings: English (the language reference in pydoc) and code (the standard library)."""
-    import pydoc_data.topics
+@functools.cache
+def own_texts(limit):
+    """Text that needs no download, {name: [text, …]} of about `limit` characters: simple stories, and the docstrings of
+    Python's standard library."""
     import sysconfig
-    topics = pydoc_data.topics.topics
-    english = "\n\n".join(topics[name] for name in sorted(topics))[:limit // 2]
-    code = []
+    rng = random.Random("stories")
+    texts = {"stories": [tell_story(rng) for _ in range(limit // 2 // 450)], "docstrings": []}
+    kinds, size = (ast.Module, ast.ClassDef, ast.FunctionDef), 0
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
-        if sum(map(len, code)) < limit - len(english):
+        if size < limit // 2:
             with open(path, encoding="utf-8", errors="replace") as file:
-                code.append(file.read())
-    return {"english": english, "code": "\n\n".join(code)}
+                nodes = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, kinds)]
+            found = list(filter(None, map(ast.get_docstring, nodes)))
+            texts["docstrings"] += found
+            size += sum(map(len, found))
+    return texts
 
 
 # A source numbers its samples.  size(held_out) says how many there are, None: without end.  get(index, held_out) gives
@@ -641,6 +651,16 @@ def windows(tokens, context):
     return np.append(np.arange(0, len(tokens), context), len(tokens))
 
 
+def text_source(name, texts, tokenizer, context):
+    """Texts as samples of at most `context` tokens; where one ends, the model learns to end."""
+    pieces = []
+    for text in texts:
+        ids = [*tokenizer.encode(text), tokenizer.end_of_text]
+        pieces += [ids[start:start + context] for start in range(0, len(ids), context)]
+    offsets = np.cumsum([0, *map(len, pieces)])
+    return FileSource(name, np.fromiter(itertools.chain.from_iterable(pieces), np.uint32, offsets[-1]), offsets)
+
+
 class TaskSource:
     """Endless conversations about generated problems, solved by the teacher, trimmed to the context."""
     name, is_traces = "traces", True
@@ -678,11 +698,16 @@ class TaskSource:
         problem = draw(task, rng.getrandbits(48), d, held_out)
         if not aggregates:
             return problem.prompt, task.solve(problem, rng.getrandbits(48))
+        # Some tails are longer or shorter, up to whole traces, as long as half of the context holds them.
+        tail = self.stage.tail
+        if rng.random() < 0.3:
+            tail = round(tail * 2 ** rng.uniform(-1, 3))
+        most = max(1, self.stage.context // 2 // tail)
         replies = []
-        for _ in range(rng.choice(self.stage.candidates)):
+        for _ in range(min(most, rng.choice(self.stage.candidates))):
             write = task.good_rollout if rng.random() < 0.5 else task.corrupt
             replies.append(write(problem, rng.getrandbits(48)))
-        tails = [cut_tail(reply, self.stage.tail, self.tokenizer) for reply in replies]
+        tails = [cut_tail(reply, tail, self.tokenizer) for reply in replies]
         return terse_prompt(problem.prompt, tails), task.aggregate(problem, replies, rng.getrandbits(48))
 
 
@@ -734,19 +759,18 @@ def cached_tokens(path, folder, tokenizer, context, skip_bad_lines):
     return tokens, np.fromfile(stem + ".offsets", np.int64), np.memmap(stem + ".targets", np.int8, "r")
 
 
-def make_sources(config, stage, tokenizer):
-    """The stage's sources: --data files or Python's own text, and the generated problems."""
+def make_sources(config, stage, tokenizer, seed):
+    """The stage's sources: --data files or our own texts, and the problems generated from `seed`."""
     sources, names = [], [os.path.basename(path) for path in config.data]
     for path, name in zip(config.data, names):
         arrays = cached_tokens(path, os.path.join(config.out, "data"), tokenizer, stage.context, config.skip_bad_lines)
         sources.append(FileSource(path if names.count(name) > 1 else name, *arrays))
     if not config.data:
-        for name, text in python_text(PRESETS[config.preset]["text_bytes"]).items():
-            tokens = np.array(tokenizer.encode(text), np.uint32)
-            sources.append(FileSource(name, tokens, windows(tokens, stage.context)))
+        for name, texts in own_texts(PRESETS[config.preset]["text_bytes"]).items():
+            sources.append(text_source(name, texts, tokenizer, stage.context))
     tasks = task_names(config.tasks)
     if tasks:
-        sources.append(TaskSource(tasks, stage, tokenizer, config.seed))
+        sources.append(TaskSource(tasks, stage, tokenizer, seed))
     if not sources:
         raise SystemExit("--tasks none without --data leaves nothing to train on")
     return sources
@@ -1081,7 +1105,7 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     checkpointer = Checkpointer(name, config, tokenizer, state)
     state = checkpointer.state
     # Data: samples of all sources, packed into rows of the stage's context length.
-    sources = make_sources(config, stage, tokenizer)
+    sources = make_sources(config, stage, tokenizer, config.seed)
     for source in sources:
         if state["data"].setdefault(source.name, source.fingerprint) != source.fingerprint:
             raise SystemExit(f"{checkpointer.folder} was begun on other data: {source.name} changed since. Bring the "
@@ -1193,6 +1217,18 @@ def policy_loss(logp, sampled_logp, advantage, rollouts, divisor=64, delta=0.1):
     keep = dppo_mask(now.exp(), sampled_logp.exp(), advantage, delta)
     ratio = (now - sampled_logp).exp().clamp_max(20)
     return -(advantage * ratio * logp * keep).sum() / rollouts / divisor
+
+
+def best_and_worst(rewards, count):
+    """Which rollouts of each group to learn from where learning takes longer than sampling: half of them with the
+    highest rewards, half with the lowest, so that rewards vary most (arXiv 2504.13818).  (P, G) -> (P, count) indices.
+
+    >>> best_and_worst(torch.tensor([[0., 1, 1, 1, 0, 1], [0, 0, 1, 0, 0, 0]]), 4)
+    tensor([[0, 4, 3, 5],
+            [0, 1, 5, 2]])
+    """
+    order = rewards.sort(dim=1, stable=True).indices
+    return torch.cat([order[:, :count // 2], order[:, count // 2 - count:]], 1)
 
 
 def has_signal(rewards):
@@ -1307,9 +1343,9 @@ def roll_out(model, prompts, group_size, context, end, generator=None, uniform=N
 
 
 def verifier_rewards(group):
-    """The usual reward: what the verifier says."""
-    verify = find_task(group.problem.task).verify
-    return [verify(group.problem, text)[0] for text in group.texts]
+    """The usual reward: what the task says."""
+    reward = find_task(group.problem.task).reward
+    return [reward(group.problem, text) for text in group.texts]
 
 
 class Actor:
@@ -1327,11 +1363,21 @@ class Actor:
         self.stage, self.seed = stage, seed
         self.score, self.dtype = score, dtype
         self.difficulty = dict.fromkeys(stage.tasks, 1)
+        self.hardest = {name: self.longest(find_task(name)) for name in stage.tasks}
         self.asked = dict.fromkeys(stage.tasks, 0)              # groups so far
         self.best_rates = {}                                    # the highest solve rates by task and difficulty
         self.useful = 1.0                                       # the running share of groups with a signal
         self.buffer, self.pool = [], []                         # groups to train on; (problem, tails) to aggregate
         self.version = self.rounds = 0
+
+    def longest(self, task):
+        """The highest difficulty at which a reply of the teacher's still fits the context."""
+        for d in range(2, task.hardest + 1):
+            problem = draw(task, "length", d, held_out=False)
+            lengths = [count_tokens(task.solve(problem, seed), self.tokenizer) for seed in range(8)]
+            if min(lengths) >= self.stage.context:
+                return d - 1
+        return task.hardest
 
     def sync(self, model, version):
         """The sampler, which is whole in every process, gets the trainer's weights."""
@@ -1411,7 +1457,7 @@ class Actor:
         """What a group's solve rate changes: its environment's difficulty and best rate, and the pool."""
         task, rate = find_task(group.problem.task), float(np.mean(group.rewards))
         if self.stage.adaptive and group.level == self.difficulty[task.name]:
-            self.difficulty[task.name] = min(task.hardest, next_difficulty(group.level, rate))
+            self.difficulty[task.name] = min(self.hardest[task.name], next_difficulty(group.level, rate))
         if group.level:
             self.best_rates[task.name, group.level] = max(self.best(group), rate)
         if self.stage.aggregation and task.reads and rate < 1:  # replies to aggregation prompts are aggregated too
@@ -1429,13 +1475,13 @@ class Actor:
         for i in tqdm(range(rounds), desc="finding difficulties", leave=False, disable=None):
             rng, groups = random.Random(f"{self.seed} start {i}"), []
             for name, belief in beliefs.items():
-                d = min(find_task(name).hardest, belief.propose(rng))
+                d = min(self.hardest[name], belief.propose(rng))
                 groups.append(self.new_group(name, d, rng))
             for group in self.sample(groups, group_size):
-                right = sum(reward > 0 for reward in group.rewards)
+                right = sum(group.rewards)
                 beliefs[group.problem.task].update(group.problem.difficulty, right, group_size - right)
         for name, belief in beliefs.items():
-            self.difficulty[name] = min(find_task(name).hardest, belief.middle())
+            self.difficulty[name] = min(self.hardest[name], belief.middle())
 
     def state_dict(self):
         """Everything that a round depends on; groups as plain dictionaries, as trainer.pt is read with weights_only."""
@@ -1469,7 +1515,8 @@ def rl_batches(groups, advantages, micro_batch, pad, device):
     rollouts = []
     for group, row in zip(groups, advantages.tolist()):
         for rollout in zip(group.tokens, group.logps, group.choices, row):
-            rollouts.append((group.prompt, *rollout))
+            if rollout[-1]:                                     # without an advantage there is nothing to learn
+                rollouts.append((group.prompt, *rollout))
     # Rows of a micro-batch are about as long as each other, so that little of it is padding.
     rollouts.sort(key=lambda rollout: len(rollout[0]) + len(rollout[1]))
     prompt, tokens, *_ = rollouts[-1]
@@ -1534,13 +1581,14 @@ def replay_gap(model, batch):
     return flips, kl(sampled_logp, replayed), kl(sampled_logp, alone)
 
 
-def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr, measure=True):
+def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr, measure=True, rehearsal=None):
     """One optimizer step on `policy_loss` -> its row of the log: {"loss", "norm", "masked", and as in train_step}.
 
     The loss has one term for each token that the policy wrote: its rollout's advantage over the group (rl_stage makes
     it) times the clipped ratio of trainer and sampler times log pi, unless DPPO's mask leaves the token out.  Experts
     are replayed: each token takes those that the sampler took, and only their weights are computed anew.  There is no
-    KL, entropy or auxiliary term; `measure` only logs what the replay is good for: {"flips", "kl", "kl_live"}.
+    KL, entropy or auxiliary term; `measure` only logs what the replay is good for: {"flips", "kl", "kl_live"}.  We
+    differ: a quarter of the loss of `rehearsal`, a batch of SFT, is added, since RL wears off what it does not ask for.
     batches: micro-batches of `collate`; rollouts, tokens: how many they hold, which loss and masked are divided by (of
     several processes the mean, as FSDP2 averages gradients).
     """
@@ -1560,6 +1608,11 @@ def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtyp
         row["loss"] += loss.item()
         keep = dppo_mask(logp.detach().exp(), sampled_logp.exp(), advantage)
         row["masked"] += (~keep).sum().item() / tokens
+    if rehearsal:
+        inputs, targets, positions, count = rehearsal
+        loss = summed_loss(model, inputs, targets, positions, dtype) / count
+        (loss / 4).backward()
+        row["rehearsed"] = loss.item()
     # Muon moves the matrices and AdamW the rest.
     row["norm"] = optimizer_step(model, optimizers, config.grad_clip, lr)
     # The routers have counted the replayed choices meanwhile: the balancer moves their biases.
@@ -1581,6 +1634,10 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
         parts = {"reward_model": reward_model}
         score, advantage_of = GatedReward(reward_model, tokenizer), grpo_advantage
     actor = Actor(model, tokenizer, stage, f"{config.seed} {name}", score, dtype)
+    # What SFT taught is rehearsed, with new problems.
+    sft, seed = stage_settings(config, "sft"), config.seed + 1000 * STAGES.index(name)
+    sources = make_sources(config, sft, tokenizer, seed)
+    rehearsal = Loader(sources, sft, stage.rehearsal * sft.context, seed, tokenizer.pad)
     if device != "cpu" and not config.no_compile:
         compile_decoding(actor.sampler)
     model = shard_model(model, config.shard)
@@ -1588,7 +1645,7 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the
     # specialisation learned earlier.
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    resumed = checkpointer.resume(model, optimizers, actor=actor, balancer=balancer, **parts)
+    resumed = checkpointer.resume(model, optimizers, actor=actor, balancer=balancer, rehearsal=rehearsal, **parts)
     if stage.reward_model_steps and not resumed:
         measured["judged"] = train_reward_model(reward_model, tokenizer, stage.reward_model_steps,
                                                 config.lr["sft"] / 4, config.seed)
@@ -1613,12 +1670,18 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
             bonus = torch.zeros_like(rewards)
             for i, group in enumerate(groups):
                 bonus[i] = length_reward(lengths[i].float(), rewards[i], actor.best(group), stage.length_reward)
-            batches = rl_batches(groups, advantage_of(rewards, bonus), config.micro_batch, tokenizer.pad, device)
+            chosen = best_and_worst(rewards, min(stage.learned, rewards.shape[1]))          # (P, learned)
+            advantages = torch.zeros_like(rewards).scatter(
+                1, chosen, advantage_of(rewards.gather(1, chosen), bonus.gather(1, chosen)))
+            batches = rl_batches(groups, advantages, config.micro_batch, tokenizer.pad, device)
             # One step of policy gradient; FSDP2 averages over processes, so sums are divided by what one has.
-            rollouts = rewards.numel() / world_size()
-            tokens = lengths.sum().item() / world_size()
+            rollouts = chosen.numel() / world_size()
+            tokens = lengths.gather(1, chosen).sum().item() / world_size()
+            *rows, _ = rehearsal.next()
+            count = max(1, (rows[1] >= 0).sum().item()) / world_size()
+            rows = [part.to(device) for part in shard_rows(rows)]
             row = average(rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr,
-                                  measure=checkpointer.shows(step)))
+                                  checkpointer.shows(step), (*rows, count)))
         row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
         checkpointer.finish_step(step, row, [group.problem.prompt for group in groups])
         if step % max(1, stage.steps // 4) == 0 and generated:
@@ -1715,13 +1778,15 @@ def train_reward_model(reward_model, tokenizer, steps, lr, seed, pairs=32):
 
 class GatedReward:
     """score(group) of the behavioral stage: the reward model's sigmoid, or 0 for a reply that the gate (the verifier)
-    refuses."""
+    refuses.  Other tasks are paid what the gate says."""
 
     def __init__(self, reward_model, tokenizer, gate=verifier_rewards):
         self.reward_model, self.tokenizer, self.gate = reward_model, tokenizer, gate
 
     @torch.no_grad()
     def __call__(self, group):
+        if group.problem.task != "constraints":
+            return self.gate(group)
         conversations = [conversation(self.tokenizer, group.problem, text) for text in group.texts]
         scores = self.reward_model(conversations).sigmoid().tolist()
         return [allowed * score for allowed, score in zip(self.gate(group), scores)]
@@ -1813,59 +1878,87 @@ def majority_rates(problems, replies):
     return np.array(right, float)
 
 
-def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0):
+def reading_rates(model, tokenizer, eval_spec, problems=16, population=8):
+    """What Markovian RSA makes of each task after 0, 1, …, T rounds, on few problems -> {task: [share right, …]}.
+
+    To be looked at after every stage: a stage that rewards other things can spoil what tails are read for.
+    """
+    budget, result = eval_spec.budget, {}
+    for name in shard([name for name in eval_spec.tasks if name in READERS]):
+        asked = held_out_problems([name], problems, (eval_spec.tasks[name],))
+        found = markovian_rsa([problem.prompt for problem in asked], Checkpoint(model, tokenizer), population,
+                              budget.subset, budget.rounds, budget.budget, budget.tail, 0, tokenizer)
+        result[name] = []
+        for t in range(budget.rounds + 1):
+            replies = [[candidate.text for candidate in each.rounds[t]] for each in found]
+            result[name].append(float(verify_replies(asked, replies).mean()))
+    return {name: rates for part in all_gather(result) for name, rates in part.items()}
+
+
+def story_rate(model, tokenizer, stories=32):
+    """The share of sampled stories that are consistent."""
+    begun = [tokenizer.encode(f"{PEOPLE[i % len(PEOPLE)][0]} lived") for i in range(stories)]
+    prompts, mask = left_padded(begun, tokenizer.pad, model.norm.weight.device)
+    told = model.generate(prompts, 256, attention_mask=mask, generator=torch.Generator().manual_seed(0),
+                          eos_token_id=tokenizer.end_of_text)
+    texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(told, told != tokenizer.pad)]
+    return sum(is_consistent(text.removesuffix("<|endoftext|>")) for text in texts) / stories
+
+
+def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0, alternatives=True):
     """Test-time compute on one task: Markovian RSA beside what else as many tokens buy, as an entry of report.json.
 
-    Shares of held-out problems that are right, with 95 % intervals over them.  rounds: by method, the population's
-    after each round, or a vote's; tokens: what was generated until then, a problem.
+    Shares of held-out problems that are right, with 95 % intervals over them, for Delethink and full RSA of a few of
+    them.  rounds: by method, the population's after each round, or a vote's; tokens: what was generated until then, a
+    problem.  Without `alternatives` only one sample and the vote stand beside it.
     """
     budget, difficulty = eval_spec.budget, eval_spec.tasks[name]
     N, C, T = budget.population, budget.subset, budget.rounds
     problems = held_out_problems([name], eval_spec.problems, (difficulty,))
     prompts = [problem.prompt for problem in problems]
     bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
-    source, known, longest = Checkpoint(model, tokenizer), {}, {}
+    source, plain, longest = Checkpoint(model, tokenizer), None, {}
 
-    def generate(prompts, max_new_tokens, seed):
-        """A call that another method made before, as the first rounds are, is not sampled again."""
-        call = (tuple(prompts), max_new_tokens, seed)
-        if call not in known:
-            known[call] = source(prompts, max_new_tokens, seed, progress=bar)
-        return known[call]
+    def generate(asked, max_new_tokens, seed):
+        """All methods begin with the same samples, the first N of each problem."""
+        if plain is not None and asked == [prompt for prompt in prompts for _ in range(N)][:len(asked)]:
+            return list(plain[:, :N].flat)[:len(asked)]
+        return source(asked, max_new_tokens, seed, progress=bar)
 
-    def sample(method, population, subset, rounds, tail):
-        """-> the texts of all rounds, an array (rounds + 1, problems, population)."""
-        results = markovian_rsa(prompts, generate, population, subset, rounds, budget.budget, tail, seed, tokenizer)
+    def sample(method, count, population, subset, rounds, tail):
+        """-> the texts of all rounds for the first `count` problems, an array (rounds + 1, count, population)."""
+        results = markovian_rsa(prompts[:count], generate, population, subset, rounds, budget.budget, tail, seed,
+                                tokenizer)
         longest[method] = max(result.longest_prompt for result in results)
         texts = [[[candidate.text for candidate in found] for found in result.rounds] for result in results]
         return np.array(texts, object).swapaxes(0, 1)
 
+    # The vote spends on plain samples what T rounds cost: it looks at N of them, then at N more, …
+    P, few = len(prompts), min(eval_spec.few, len(prompts))
+    plain = sample("vote", P, N * (T + 1), 1, 0, 0)[0]          # (problems, N (T + 1))
+    texts = {"vote": plain.reshape(-1, T + 1, N).swapaxes(0, 1)}
+    curves = {"vote": [majority_rates(problems, plain[:, :N * (t + 1)]) for t in range(T + 1)]}
+    rates = {"single": verify_replies(problems, plain).mean(1), "maj@equal_tokens": curves["vote"][T]}
     # Markovian RSA, and two special cases of it.
-    texts = {"markovian_rsa": sample("markovian_rsa", N, C, eval_spec.most_rounds, budget.tail),
-             "delethink": sample("delethink", N, 1, T, budget.tail),
-             "full_rsa": sample("full_rsa", N, C, T, budget.budget)}
-    curves, rates = {}, {}                                      # of (problems,) arrays
-    for method, rounds in texts.items():
-        curves[method] = [verify_replies(problems, replies).mean(1) for replies in rounds]
+    rounds = eval_spec.most_rounds if alternatives else T
+    texts["markovian_rsa"] = sample("markovian_rsa", P, N, C, rounds, budget.tail)
+    if alternatives:
+        texts["delethink"] = sample("delethink", few, N, 1, T, budget.tail)
+        texts["full_rsa"] = sample("full_rsa", few, N, C, T, budget.budget)
+    for method in list(texts)[1:]:
+        curves[method] = [verify_replies(problems, replies).mean(1) for replies in texts[method]]
         rates[method] = curves[method][T]
     rates["markovian_rsa_majority"] = majority_rates(problems, texts["markovian_rsa"][T])
-    # The vote spends on plain samples what T rounds cost: it looks at N of them, then at N more, …
-    plain = sample("vote", N * (T + 1), 1, 0, 0)[0]             # (problems, N (T + 1))
-    texts["vote"] = plain.reshape(-1, T + 1, N).swapaxes(0, 1)
-    curves["vote"] = [majority_rates(problems, plain[:, :N * (t + 1)]) for t in range(T + 1)]
-    rates["single"] = verify_replies(problems, plain).mean(1)
-    rates["maj@equal_tokens"] = curves["vote"][T]
 
-    row = {"task": name, "difficulty": difficulty, "problems": len(problems), "rounds": {}, "tokens": {}}
-    for method, rounds in texts.items():
-        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in rounds]
-        row["tokens"][method] = (np.cumsum(spent) / len(problems)).tolist()
+    row = {"task": name, "difficulty": difficulty, "problems": P, "few": few, "rounds": {}, "tokens": {}}
+    for method, each in texts.items():
+        spent = [sum(count_tokens(text, tokenizer) for text in replies.flat) for replies in each]
+        row["tokens"][method] = (np.cumsum(spent) / each.shape[1]).tolist()
         row["rounds"][method] = np.mean(curves[method], 1).tolist()
     for key, each in rates.items():
         row[key] = float(each.mean())
         row[key + "_ci95"] = interval(each)
-    return {**row, "generated_tokens": row["tokens"]["markovian_rsa"][T], "longest_prompt": longest["markovian_rsa"],
-            "longest_prompt_full_rsa": longest["full_rsa"]}
+    return {**row, "generated_tokens": row["tokens"]["markovian_rsa"][T], "longest_prompt": longest}
 
 
 def show_samples(model, tokenizer, sources, seed):
@@ -1956,7 +2049,7 @@ def load_checkpoint(folder, device):
 class Log:
     """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
     COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
-               "reward", "length", "no_end", "zero_groups", "staleness", "masked", "flips", "kl", "kl_live"]
+               "reward", "length", "no_end", "zero_groups", "staleness", "masked", "rehearsed", "flips", "kl", "kl_live"]
 
     def __init__(self, out, stage, step):
         path = os.path.join(out, "log.csv") if is_main() else os.devnull
@@ -2146,7 +2239,7 @@ def make_tokenizer(config, vocab_size):
         if not "".join(begun).strip():
             raise SystemExit(f"{path} has no text")
         texts += begun
-    texts = texts or python_text(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values()
+    texts = texts or sum(own_texts(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values(), [])
     bar = functools.partial(tqdm, desc="learning tokens", leave=False, disable=None)
     try:
         return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size, bar)
@@ -2228,6 +2321,10 @@ def finish_stage(name, before, config, shape, report, device, dtype):
         print(f"{name}: done before")
         return
     result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
+    if result["problems"] and name in STAGES[2:]:
+        result["reads"] = reading_rates(model, tokenizer, PRESETS[config.preset]["evaluate"])
+    if not config.data:
+        result["stories"] = story_rate(model, tokenizer)
     report["stages"][name] = {**result, **state["measured"]}
     report["seconds"][name] = state["seconds"]
     write_report(config.out, report)
@@ -2237,31 +2334,40 @@ def finish_stage(name, before, config, shape, report, device, dtype):
     if "end" in measured:
         line += " | difficulty " + ", ".join(f"{task} {measured['start'][task]} -> {d}"
                                              for task, d in measured["end"].items())
+    if "stories" in result:
+        line += " | consistent stories {stories:.0%}".format(**result)
     line += " | pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
     print(line)
+    if "reads" in result:
+        rates = [f"{task} " + " ".join(f"{rate:.2f}" for rate in each) for task, each in result["reads"].items()]
+        print(f"{name}: right after 0, 1, … rounds of Markovian RSA: " + ", ".join(rates))
 
 
 def run_evaluation(config, report, tasks, device):
-    """Test-time compute of the finished model on each of `tasks` -> report["ttc"]; what is there already stays."""
+    """Test-time compute after SFT and of the finished model on each of `tasks` -> report["ttc"]; what is there already
+    stays."""
     eval_spec = PRESETS[config.preset]["evaluate"]
-    final = load_checkpoint(os.path.join(config.out, "final"), device)
-    if not (final and report["stages"]):
-        raise SystemExit(f"evaluate needs {config.out}/final and the report.json of its run: run the other stages "
-                         "first")
-    model, tokenizer, _ = final
-    done = [row["task"] for row in report["ttc"]]
-    todo = [name for name in tasks if name not in done]
-    # As many tasks at a time as there are processes.
-    for start in range(0, len(todo), world_size()):
-        begun, rows = time.perf_counter(), []
-        for name in shard(todo[start:start + world_size()]):
-            rows.append(evaluate_ttc(model, tokenizer, name, eval_spec, config.seed))
-        rows = unshard(rows)
-        report["ttc"] += rows
-        report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
-        write_report(config.out, report)
-        for row in rows:
-            print(f"evaluate: {ttc_line(row)}")
+    if not report["stages"]:
+        raise SystemExit(f"evaluate needs the report.json of a run in {config.out}: run the other stages first")
+    for after in ("sft", "final"):
+        found = load_checkpoint(os.path.join(config.out, after), device)
+        if not found and after == "final":
+            raise SystemExit(f"evaluate needs {config.out}/final: run the other stages first")
+        done = [(row["after"], row["task"]) for row in report["ttc"]]
+        asked = tasks if after == "final" else set(tasks) & set(READERS)
+        todo = [name for name in tasks if found and name in asked and (after, name) not in done]
+        # As many tasks at a time as there are processes.
+        for start in range(0, len(todo), world_size()):
+            begun, rows = time.perf_counter(), []
+            for name in shard(todo[start:start + world_size()]):
+                row = evaluate_ttc(*found[:2], name, eval_spec, config.seed, alternatives=after == "final")
+                rows.append({"after": after, **row})
+            rows = unshard(rows)
+            report["ttc"] += rows
+            report["seconds"]["evaluate"] = report["seconds"].get("evaluate", 0.0) + time.perf_counter() - begun
+            write_report(config.out, report)
+            for row in rows:
+                print(f"evaluate: {ttc_line(row)}")
 
 
 def read_report(config):
@@ -2281,10 +2387,16 @@ def read_report(config):
     return report
 
 
+METHODS = {"single": "one sample", "maj@equal_tokens": "majority of equal tokens", "delethink": "Delethink",
+           "full_rsa": "full RSA", "markovian_rsa": "Markovian RSA"}
+
+
 def ttc_line(row):
-    return ("{task}, difficulty {difficulty}, {problems} problems: one sample {single:.2f}, equal tokens: majority "
-            "{maj@equal_tokens:.2f}, Delethink {delethink:.2f}, full RSA {full_rsa:.2f}, Markovian RSA "
-            "{markovian_rsa:.2f} [{markovian_rsa_ci95[0]:.2f}, {markovian_rsa_ci95[1]:.2f}]").format(**row)
+    line = "after {after}: {task}, difficulty {difficulty}, {problems} problems:".format(**row)
+    for method, name in METHODS.items():
+        if method in row:
+            line += " {} {:.2f} [{:.2f}, {:.2f}],".format(name, row[method], *row[method + "_ci95"])
+    return line.rstrip(",")
 
 
 def report_table(report):
@@ -2368,6 +2480,67 @@ def main(arguments=None):
           "report.md, report.png, report.json, loss.png, log.csv", flush=True)
 
 
+# ---- appendix: stories ----------------------------------------------------------------------------------------------
+
+# Name, he or she, his or her, him or her.
+PEOPLE = [("Mia", "she", "her", "her"), ("Anna", "she", "her", "her"), ("Rosa", "she", "her", "her"),
+          ("Lily", "she", "her", "her"), ("Tom", "he", "his", "him"), ("Ben", "he", "his", "him"),
+          ("Max", "he", "his", "him"), ("Sam", "he", "his", "him")]
+HOMES = ["near the sea", "in a little town", "on a farm", "by the forest", "in a house of stone"]
+COLORS = ["red", "blue", "green", "yellow", "white", "old", "small", "big"]
+THINGS = ["ball", "kite", "hat", "book", "cup", "doll", "drum", "bell", "boat", "shoe"]
+# Where a thing may be, the tool that gets it from there, and how.
+PLACES = [("high up in a tree", "ladder", "climbed up"), ("at the bottom of the pond", "net", "reached down"),
+          ("behind a locked door", "key", "opened the door"), ("in a dark cave", "lamp", "went in"),
+          ("on the roof", "rope", "pulled hard"), ("under the thick snow", "spade", "dug for a long time")]
+LOSSES = ["One day {he} lost {his} {color} {thing}.", "{He} had a {color} {thing}, but one morning it was gone.",
+          "What {he} liked best was {his} {color} {thing}. But one windy day it was gone."]
+SEARCHES = ["{He} looked under the bed and in the garden, but it was not there.",
+            "{He} asked everyone, but no one had seen it.", "{He} was sad and looked for it all day."]
+FINDS = ["Then {he} saw it {place}.", "At last {he} found it {place}.", "In the evening {he} saw it {place}."]
+TROUBLES = ["{Name} could not get it alone.", "But it was too hard for {him}.", "{Name} did not know what to do."]
+HELPS = ['"Can you help me?" {he} asked {friend}. "Yes," said {friend}, "I have a {tool}."',
+         "Then {friend} came by with a {tool}.", '{Name} called {friend}. "Wait," said {friend}, "I will bring a {tool}."']
+RESCUES = ["With the {tool}, {friend} {action} and got the {color} {thing}.",
+           "{friend} took the {tool} and {action}, and soon {name} had the {color} {thing} again."]
+ENDINGS = ["{Name} thanked {friend}, and they played until the sun went down.",
+           "{Name} was so happy that {he} laughed.", "From that day on {name} and {friend} were friends.",
+           '"Thank you!" said {name}. "Now we can play with it."']
+
+
+def tell_story(rng):
+    """Somebody loses something and gets it back with a friend's help."""
+    (name, he, his, him), (friend, *_) = rng.sample(PEOPLE, 2)
+    place, tool, action = rng.choice(PLACES)
+    words = dict(name=name, Name=name, he=he, He=he.capitalize(), his=his, him=him, friend=friend, place=place,
+                 tool=tool, action=action, color=rng.choice(COLORS), thing=rng.choice(THINGS))
+    parts = [f"{name} lived {rng.choice(HOMES)}."]
+    for sentences in (LOSSES, SEARCHES, FINDS, TROUBLES, HELPS, RESCUES, ENDINGS):
+        parts.append(rng.choice(sentences).format(**words))
+    return " ".join(parts)
+
+
+def is_consistent(story):
+    """Whether a story has one hero with fitting pronouns, one friend, one lost thing, and one tool that fits the place
+    and comes to use.
+
+    >>> story = tell_story(random.Random(0))
+    >>> is_consistent(story), is_consistent(story.replace("the old", "the red")), is_consistent(story[:200])
+    (True, False, False)
+    """
+    words = re.findall(r"\w+", story)
+    heroes = [person for person in PEOPLE if words[:2] == [person[0], "lived"]]
+    if not heroes:
+        return False
+    pronouns = set(re.findall(r"\b(?:he|she|his|her|him)\b", story.lower()))
+    names = {person[0] for person in PEOPLE} & set(words)
+    lost = set(re.findall(f"({'|'.join(COLORS)}) (\\w+)", story))
+    tools = [(place in story, words.count(tool)) for place, tool, _ in PLACES]
+    return (pronouns <= set(heroes[0][1:]) and len(names) == 2 and len(lost) == 1
+            and sorted(tools) == [(False, 0)] * (len(PLACES) - 1) + [(True, 2)]
+            and any(story.endswith(ending.rsplit(" ", 1)[1]) for ending in ENDINGS))
+
+
 # ---- appendix: the tasks --------------------------------------------------------------------------------------------
 
 
@@ -2422,6 +2595,11 @@ class Task:
             return 0, 0
         return int(self.verify_answer(problem.data, answer)), 1
 
+    def reward(self, problem, text):
+        """What reinforcement learning pays: 1 for a right answer.  A task that reads pays for what the next round lives
+        on: its reasoning must also end in the answer, or the tail would carry nothing."""
+        return float(self.verify(problem, text)[0] and (not self.reads or ends_in_answer(text)))
+
     def solve(self, problem, seed=0):
         """A worked reply by the teacher: <think>…</think>answer."""
         reasoning, answer = self.solution(problem.data, random.Random(f"solve {seed}"), 0.0)
@@ -2441,6 +2619,10 @@ class Task:
 
     def good_rollout(self, problem, seed=0):
         """A reply that helps whoever reads it in an aggregation prompt."""
+        return self.solve(problem, seed)
+
+    def aggregate(self, problem, replies, seed=0):
+        """The teacher's reply to an aggregation prompt.  One that always finds the answer needs nobody's tails."""
         return self.solve(problem, seed)
 
 
@@ -2485,6 +2667,12 @@ class Search(Task):
         return f"<think>{text}#y{answer}</think>{answer}"
 
 
+def ends_in_answer(text):
+    """Whether the reasoning ends in the answer, "#y" or "#n" or "#" before it: the form that tails are read in."""
+    reasoning, answer = text.partition("</think>")[0], split_answer(text)
+    return bool(answer) and re.search("#[yn]?" + re.escape(answer) + r"\Z", reasoning) is not None
+
+
 def with_error(value, rng, error_rate):
     """`value`, or with probability `error_rate` a number with another last digit."""
     if not error_rate or rng.random() >= error_rate:
@@ -2492,14 +2680,11 @@ def with_error(value, rng, error_rate):
     return value - value % 10 + (value + rng.randrange(1, 10)) % 10
 
 
-def draw_columns(rng, count, least, most):
-    """Columns of a digit, a number from `least` to `most` and a letter; letters follow each other in the alphabet."""
+def labels(rng, count):
+    """Letters that follow each other in the alphabet, from a random one on."""
     letters = 2 * "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    start, columns, said = rng.randrange(52), [], []
-    for label in letters[start:start + count]:
-        columns.append([rng.randrange(10), rng.randint(least, most), label])
-        said.append("{}{}{}".format(*columns[-1]))
-    return ",".join(said), {"columns": columns}
+    start = rng.randrange(52)
+    return letters[start:start + count]
 
 
 class ColumnSums(Task):
@@ -2508,11 +2693,11 @@ class ColumnSums(Task):
     sum 75c,39d -> <think>c:7+5=2d:3+9=2#c2d2</think>c2d2
     A value stands right behind its label only at the end, where a reader of the tail finds it.
     """
-    levels = (6, 7, 8)
+    reads, levels = True, (6, 7, 8)
 
     def generate(self, rng, d):
-        said, data = draw_columns(rng, d, 0, 9)
-        return f"sum {said}", data
+        columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
+        return "sum " + ",".join("{}{}{}".format(*column) for column in columns), {"columns": columns}
 
     def solution(self, data, rng, error_rate):
         steps, answer = "", ""
@@ -2528,8 +2713,6 @@ class Add(Task):
 
     47+85 -> <think>7+5+0=12,4+8+1=13</think>132                (digit + digit + carry = carry and digit)
     """
-    levels = (4, 5, 6)
-
     def generate(self, rng, d):
         smallest = 10 ** (d - 1) if d > 1 else 0
         a, b = rng.randrange(smallest, 10**d), rng.randrange(smallest, 10**d)
@@ -2576,7 +2759,7 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 DIGITS = {"0": 0, "1": 1, "2": 2, "3": 3, "4": 4, "5": 5, "6": 6, "7": 7, "8": 8, "9": 9}
 
 
-def run_expression(text, registers, rng=None, error_rate=0.0, modulus=10):
+def run_expression(text, registers, rng=None, error_rate=0.0):
     """The values an expression goes through, left to right, all mod 10: the language of every program here.
 
         expression := operand (operator operand)*      operand := digit | register      operator := + - *
@@ -2594,10 +2777,7 @@ def run_expression(text, registers, rng=None, error_rate=0.0, modulus=10):
         return None
     value, values = known[text[0]], []
     for sign, operand in zip(text[1::2], text[2::2]):
-        value = OPERATORS[sign](value, known[operand])
-        if modulus:
-            value %= modulus
-        value = with_error(value, rng, error_rate)
+        value = with_error(OPERATORS[sign](value, known[operand]) % 10, rng, error_rate)
         values.append(value)
     return values or [value]
 
@@ -2616,14 +2796,15 @@ def run_program(text, registers, rng=None, error_rate=0.0):
 
 
 class Registers(Task):
-    """Output prediction: what a program of d + 1 lines leaves in its registers.
+    """Output prediction: what a program of 2 + d // 2 lines, on more registers at odd d, leaves in them.
 
     run a=3;b=7;a=b*2 -> <think>a=3>a3;b=7>a3b7;a=b*2>a4b7</think>a4b7
     """
+    levels = (3, 4, 5)
 
     def generate(self, rng, d):
-        names, lines = "abcde"[:2 + d // 4], []
-        for _ in range(d + 1):
+        names, lines = "abcde"[:1 + d % 2 + d // 4], []
+        for _ in range(2 + d // 2):
             known = sorted({line[0] for line in lines})
             if not known or (len(known) < len(names) and rng.random() < 0.4):
                 lines.append(f"{names[len(known)]}={rng.randrange(10)}")
@@ -2684,10 +2865,10 @@ class Program(Task):
         return all(self.output(answer, x) == self.output(program, x) for x in range(10))
 
 
-def worked(expression, x, rng, error_rate, modulus=10):
+def worked(expression, x, rng, error_rate):
     """An expression on x, worked out step by step, and its value: x*2+3 on 4 -> ('4*2=8,8+3=1', 1)."""
     value, steps = x, []
-    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate, modulus)):
+    for i, result in enumerate(run_expression(expression, {"x": x}, rng, error_rate)):
         steps.append(f"{value}{expression[2 * i + 1:2 * i + 3]}={result}")
         value = result
     return ",".join(steps), value
@@ -2733,17 +2914,18 @@ class Synthesize(Search):
 
 
 class Falsify(Search):
-    """Find an input on which a wrong program fails: it is right but for a branch, d operations.  Many valid answers.
+    """Find an input on which a wrong program fails: it is right but for a branch, (d + 1) // 2 operations, and at odd d
+    many inputs take the branch.  Many valid answers.
 
     break x*2+3,x>6?x*2-1 -> <think>3n;8y:8*2=6,6+3=9/8*2=6,6-1=5#y8</think>8
     A trial asks whether the input takes the branch, and if so works out both programs.
     """
-    hardest = 12
+    hardest = 24
 
     def generate(self, rng, d):
         while True:
-            right, other = random_chain(rng, d, "+-*", 9), random_chain(rng, d, "+-*", 9)
-            above, count = rng.random() < 0.5, rng.randrange(1, 5)
+            right, other = [random_chain(rng, (d + 1) // 2, "+-*", 9) for _ in range(2)]
+            above, count = rng.random() < 0.5, rng.randrange(4, 7) if d % 2 else rng.randrange(1, 4)
             branch = f"x>{9 - count}" if above else f"x<{count}"
             data = {"right": right, "other": other, "branch": branch}
             if any(self.verify_answer(data, x) for x in DIGITS):
@@ -2767,120 +2949,86 @@ class Falsify(Search):
 
 
 class Find(Task):
-    """Predict an input: for each of d columns (a, t) find a digit x with (x + a) mod 10 < t.  Many valid answers.
+    """Predict an input: for each of d columns (a, t) find a digit x with (a + x) mod 10 < t.  Many valid answers.
 
-    find 06b,85c -> <think>b:5+0=5<65;c:0+8=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
+    find 06b,85c -> <think>b:0+5=5<65;c:8+0=8<5.#b5c.</think>b5c.      (after t, the guess if it holds or a dot)
     The teacher guesses once per column and checks honestly.  A dot says that it did not solve a column.
     """
-    exact, reads = False, True
+    exact, reads, levels = False, True, (3, 4, 5)
+    operators, signs, asked = "+", "<", "{a}{t}{label}"
 
     def generate(self, rng, d):
-        said, data = draw_columns(rng, d, 4, 8)
-        return f"find {said}", data
+        columns, said = [], []
+        for label in labels(rng, d):
+            valid = []
+            while not 4 <= len(valid) <= 8:                     # so many of the ten digits hold
+                column = dict(a=rng.randrange(10), sign=rng.choice(self.operators), than=rng.choice(self.signs),
+                              t=rng.randrange(1, 10), label=label)
+                valid = [x for x in range(10) if self.holds(column, self.value(column, x))]
+            columns.append(column)
+            said.append(self.asked.format(**column))
+        return f"{self.name} " + ",".join(said), {"columns": columns}
+
+    @staticmethod
+    def value(column, x):
+        return OPERATORS[column["sign"]](column["a"], x) % 10
+
+    @staticmethod
+    def holds(column, value):
+        return value < column["t"] if column["than"] == "<" else value > column["t"]
 
     def solution(self, data, rng, error_rate, candidates=None):
         """`candidates` {label: digits}: guess among these where there are any."""
         candidates, steps, answer = candidates or {}, [], ""
-        for a, t, label in data["columns"]:
-            x = rng.choice(candidates.get(label) or range(10))
-            value = with_error((x + a) % 10, rng, error_rate)
-            kept = str(x) if value < t else "."
-            steps.append(f"{label}:{x}+{a}={value}<{t}{kept}")
-            answer += label + kept
+        for column in data["columns"]:
+            x = rng.choice(candidates.get(column["label"]) or range(10))
+            value = with_error(self.value(column, x), rng, error_rate)
+            kept = str(x) if self.holds(column, value) else "."
+            steps.append("{label}:{a}{sign}{x}={value}{than}{t}{kept}".format(**column, x=x, value=value, kept=kept))
+            answer += column["label"] + kept
         return f"{';'.join(steps)}#{answer}", answer
 
+    def count_fields(self, data, answer):
+        """-> how many columns of an answer are right, and how many wrong; a dot is neither.  All are wrong if it is
+        none, such as one with other labels."""
+        columns, right, wrong = data["columns"], 0, 0
+        if len(answer) != 2 * len(columns) or answer[::2] != "".join(column["label"] for column in columns):
+            return 0, len(columns)
+        for column, x in zip(columns, answer[1::2]):
+            if x in DIGITS and self.holds(column, self.value(column, int(x))):
+                right += 1
+            elif x != ".":
+                wrong += 1
+        return right, wrong
+
     def verify_answer(self, data, answer):
-        if len(answer) != 2 * len(data["columns"]):
-            return False
-        for i, (a, t, label) in enumerate(data["columns"]):
-            mark, x = answer[2 * i], answer[2 * i + 1]
-            if mark != label or x not in DIGITS or (a + int(x)) % 10 >= t:
-                return False
-        return True
+        return self.count_fields(data, answer) == (len(data["columns"]), 0)
+
+    def reward(self, problem, text):
+        """Right fields less wrong ones: an honest dot costs nothing, as the next round can fill it in."""
+        if not ends_in_answer(text):
+            return 0.0
+        right, wrong = self.count_fields(problem.data, split_answer(text))
+        return max(0, right - wrong) / len(problem.data["columns"])
 
     def aggregate(self, problem, replies, seed=0):
         """For each column take a valid value that one of the replies has, else guess; check each anew."""
         answers = "|".join(split_answer(text) or "" for text in replies)
         valid = {}
-        for a, t, label in problem.data["columns"]:
-            found = map(int, re.findall(f"{label}([0-9])", answers))
-            valid[label] = [x for x in found if (x + a) % 10 < t]
+        for column in problem.data["columns"]:
+            found = map(int, re.findall(column["label"] + "([0-9])", answers))
+            valid[column["label"]] = [x for x in found if self.holds(column, self.value(column, x))]
         reasoning, answer = self.solution(problem.data, random.Random(f"aggregate {seed}"), 0.0, valid)
         return f"<think>{reasoning}</think>{answer}"
 
 
-class Countdown(Search):
-    """Reach a target with d + 1 numbers, each used once, by + - *, evaluated left to right.  Many valid answers.
+class Pass(Find):
+    """Find inputs under which tests pass: for each of d tests (op, a, < or >, t) a digit x with (a op x) mod 10 < t, or
+    > t.  Many valid answers.
 
-    make 13 of 3,5,2 -> <think>3+2-5:3+2=5,5-5=0;3*5-2:3*5=15,15-2=13#y3*5-2</think>3*5-2
+    pass 7*<4b,3->5c -> <think>b:7*2=4<4.;c:3-5=8>55#b.c5</think>b.c5
     """
-    levels, hardest = (1, 2), 7
-
-    def generate(self, rng, d):
-        while True:
-            numbers = [rng.randrange(1, 10) for _ in range(min(d + 1, 8))]
-            target = run_expression(self.guess({"numbers": numbers}, rng), {}, modulus=None)[-1]
-            if target <= 99:
-                return f"make {target} of {','.join(map(str, numbers))}", {"numbers": numbers, "target": target}
-
-    def guess(self, data, rng):
-        """A random expression over all numbers that never goes below 0."""
-        first, *others = rng.sample(data["numbers"], len(data["numbers"]))
-        text = str(first)
-        for number in others:
-            value = run_expression(text, {}, modulus=None)[-1]
-            text += f"{rng.choice('+-*' if value >= number else '+*')}{number}"
-        return text
-
-    def trial(self, data, answer, rng, error_rate):
-        steps, value = worked(answer, int(answer[0]), rng, error_rate, modulus=None)
-        return f"{answer}:{steps}", value == data["target"]
-
-    def is_valid(self, data, answer):
-        return run_expression(answer, {}) is not None and sorted(map(int, answer[::2])) == sorted(data["numbers"])
-
-
-class Sat(Search):
-    """Satisfiability, a puzzle: d + 1 variables, d + 2 clauses of two literals, + true or - false.  Many valid answers.
-
-    sat 1+2+,1+2-,1-2- -> <think>1+2+:1+2+y,1+2-y,1-2-n;1+2-:1+2+y,1+2-y,1-2-y#y1+2-</think>1+2-
-    A trial stops at the first clause that does not hold.
-    """
-
-    def generate(self, rng, d):
-        variables, clauses = "123456789"[:d + 1], []
-        planted = "".join(self.literals(rng, variables))
-        while len(clauses) < d + 2:
-            clause = "".join(sorted(self.literals(rng, rng.sample(variables, 2))))
-            if self.holds(clause, planted) and clause not in clauses:
-                clauses.append(clause)
-        return "sat " + ",".join(clauses), {"count": len(variables), "clauses": clauses}
-
-    @staticmethod
-    def literals(rng, variables):
-        return [variable + ("+" if rng.random() < 0.5 else "-") for variable in variables]
-
-    def guess(self, data, rng):
-        return "".join(variable + rng.choice("+-") for variable in "123456789"[:data["count"]])
-
-    @staticmethod
-    def holds(clause, answer):
-        """Whether an answer '1+2+3-' has one of the two literals of the clause '1+2-'."""
-        return clause[:2] in answer or clause[2:] in answer
-
-    def trial(self, data, answer, rng, error_rate):
-        parts = []
-        for clause in data["clauses"]:
-            misjudged = rng.random() < error_rate
-            works = self.holds(clause, answer) != misjudged
-            parts.append(clause + ("y" if works else "n"))
-            if not works:
-                break
-        return f"{answer}:" + ",".join(parts), works
-
-    def is_valid(self, data, answer):
-        variables = "123456789"[:data["count"]]
-        return re.fullmatch("([0-9][+-])+", answer) is not None and answer[::2] == variables
+    operators, signs, asked = "+-*", "<>", "{a}{sign}{than}{t}{label}"
 
 
 WARM = ["dear", "kind", "love", "happy", "thanks", "please"]
@@ -2894,7 +3042,6 @@ class Constraints(Task):
     write 3 words,no e,begins s,ends ! -> <think>1sun 2bird 3map</think>sun bird map!        (or has WORD)
     The verifier is the binary gate of the behavioral stage; what people like beyond it, `warmth` counts.
     """
-    levels = (2, 3, 4)
 
     def generate(self, rng, d):
         fewest = 2 + min(max(0, d - 4), 4)
@@ -2993,8 +3140,8 @@ class ReasoningGym(Task):
 
 
 TASKS = {task.name: task for task in (
-    ColumnSums("column_sums"), Add("add"), Sort("sort"), Registers("registers"), Find("find"), Program("program"),
-    Synthesize("synthesize"), Falsify("falsify"), Countdown("countdown"), Sat("sat"), Constraints("constraints"))}
+    ColumnSums("column_sums"), Add("add"), Sort("sort"), Registers("registers"), Find("find"), Pass("pass"),
+    Program("program"), Synthesize("synthesize"), Falsify("falsify"), Constraints("constraints"))}
 
 
 @functools.cache

@@ -74,16 +74,19 @@ def test_a_run_leaves_what_the_readme_says(smoke):
     report, table = json.loads((out / "report.json").read_text()), (out / "report.md").read_text()
     assert report["preset"] == "smoke" and report["seed"] == 0
     assert report["params"]["total"] > report["params"]["active"] > 0 and report["seconds"]["evaluate"] > 0
-    assert {row["task"]: row["difficulty"] for row in report["ttc"]} == eval_spec.tasks
-    for row in report["ttc"]:
-        assert row["problems"] == eval_spec.problems and f"{row['task']}, difficulty {row['difficulty']}" in table
-        assert len(row["rounds"]["markovian_rsa"]) == eval_spec.most_rounds + 1
+    for after, rounds in (("sft", eval_spec.budget.rounds), ("final", eval_spec.most_rounds)):
+        rows = [row for row in report["ttc"] if row["after"] == after]
+        assert {row["task"]: row["difficulty"] for row in rows} == eval_spec.tasks
+        for row in rows:
+            assert row["problems"] == eval_spec.problems and f"after {after}: {row['task']}, difficulty" in table
+            assert len(row["rounds"]["markovian_rsa"]) == rounds + 1 and ("full_rsa" in row) == (after == "final")
     for stage in train.STAGES:
         entry = report["stages"][stage]
         assert report["seconds"][stage] > 0 and f"{entry['pass@1']:.3f}" in table
         assert entry["ci95"][0] <= entry["pass@1"] <= entry["ci95"][1] and entry["problems"] == 4 * len(train.TASKS)
         assert set(entry["tasks"]) == set(train.TASKS)
-        assert stage not in train.STAGES[:3] or set(entry["loss"]) == {"english", "code", "traces"}
+        assert stage not in train.STAGES[:3] or set(entry["loss"]) == {"stories", "docstrings", "traces"}
+        assert 0 <= entry["stories"] <= 1 and ("reads" in entry) == (stage not in train.STAGES[:2])
     first = report["stages"]["pretrain"]["loss"]
     assert all(loss < 5.2 for loss in first.values()), first    # from ln 384 = 5.95
     rows = log_rows(out)

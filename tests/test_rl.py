@@ -358,8 +358,8 @@ def test_every_row_of_a_step_keeps_its_own_advantage():
 # ---- the actor ------------------------------------------------------------------------------------------------------
 
 def tiny_stage(**changes):
-    usual = dict(steps=4, context=48, rope_theta=1e4, lr=1e-3, lr_end=1e-4, tasks=("add", "sort", "sat"), groups=2,
-                 group_size=4)
+    usual = dict(steps=4, context=48, rope_theta=1e4, lr=1e-3, lr_end=1e-4, tasks=("add", "sort", "falsify"), groups=2,
+                 group_size=4, learned=4)
     return RLStage(**{**usual, **changes})
 
 
@@ -405,12 +405,12 @@ def test_only_ended_unrepetitive_right_answers_are_rewarded(monkeypatch):
 def test_the_least_sampled_environment_is_asked_its_next_level(talk):
     actor, levels = make_actor(context=300), train.TASKS["sort"].levels
     rounds = [[group.problem for group in actor.generate()] for _ in range(6)]
-    assert [problem.task for problem in sum(rounds[:2], [])] == ["add", "sort", "sat"] * 2 + ["add", "sort"]
+    assert [problem.task for problem in sum(rounds[:2], [])] == ["add", "sort", "falsify"] * 2 + ["add", "sort"]
     problems = [problem for problem in sum(rounds, []) if problem.task == "sort"]
     assert [problem.difficulty for problem in problems] == [levels[i % len(levels)] for i in range(8)]
     assert not any(train.is_held_out(problem) for problem in problems) and len({p.prompt for p in problems}) > 5
-    actor.asked["sat"] = 0
-    assert [group.problem.task for group in actor.generate()] == ["sat"] * 4
+    actor.asked["falsify"] = 0
+    assert [group.problem.task for group in actor.generate()] == ["falsify"] * 4
 
 
 def test_the_buffer_gives_the_oldest_and_drops_the_stale(talk):
@@ -506,13 +506,17 @@ def test_the_pool_holds_tails_of_what_is_not_solved_yet(talk):
 
 
 def test_adaptive_difficulty_follows_the_solve_rate(talk):
-    actor = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True)
+    actor = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True, context=100)
     asked = [{group.problem.difficulty for group in actor.generate()} for _ in range(4)]
     assert asked == [{1}, {2}, {3}, {4}]                        # one level a round: the round's others were easier
     actor.score = first_half
     assert actor.generate() and actor.difficulty["add"] == 5 and actor.best(Group(ADD, [], level=4)) == 1
     actor.score = lambda group: [0.0] * 4
     assert actor.generate() and actor.difficulty["add"] < 5
+    short = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True, context=48)
+    for _ in range(9):
+        short.generate()
+    assert short.difficulty["add"] == 4                         # "<think>0+5+0=05,…</think>12345" has 50 tokens at 5
     still = make_actor(score=lambda group: [1.0] * 4, tasks=("add",))
     assert still.generate() and still.difficulty["add"] == 1
 
@@ -567,11 +571,16 @@ def test_a_reward_model_starts_without_an_opinion_and_learns_apart_from_the_poli
 
 
 def test_the_gate_kills_the_score():
+    asked = train.Problem("constraints", 1, "write 2 words,has sun", {"rules": {"count": 2, "has": "sun"}})
+
     def score(conversations):
-        assert BYTES.decode(conversations[0]) == "<|user|>47+85<|end|><|assistant|><think></think>132<|end|>"
+        assert BYTES.decode(conversations[0]) == \
+            "<|user|>write 2 words,has sun<|end|><|assistant|><think></think>sun map<|end|>"
         return tensor(2, 5, -1)
-    group = Group(ADD, [], texts=["<think></think>132", "<think></think>13", "<think></think>132"])
+    group = Group(asked, [], texts=["<think></think>sun map", "<think></think>sun", "<think></think>map sun"])
     scores = train.GatedReward(score, BYTES)(group)
     assert np.allclose(scores, [0.880797, 0, 0.268941], atol=1e-5) and scores[1] == 0
+    # Other tasks have no use for a score.
+    assert train.GatedReward(score, BYTES)(Group(ADD, [], texts=["<think></think>132", "132"])) == [1, 0]
     scores = train.GatedReward(score, BYTES, gate=lambda group: [0, 1, 0])(group)
     assert np.allclose(scores, [0, 0.993307, 0], atol=1e-5)

@@ -42,14 +42,17 @@ def test_problems_teachers_and_held_out_problems(name):
         assert held and not held & train_set
 
 
+FIND = {"columns": [dict(a=0, sign="+", than="<", t=6, label="b"), dict(a=8, sign="+", than="<", t=5, label="c")]}
+PASS = {"columns": [dict(a=7, sign="*", than="<", t=4, label="b"), dict(a=3, sign="-", than=">", t=5, label="c")]}
+
+
 @pytest.mark.parametrize("name, data, right, wrong", [
     ("column_sums", {"columns": [[7, 5, "c"], [3, 9, "d"]]}, ["c2d2"], ["c2d3", "22", "d2c2", "c2d2d2"]),
     ("add", {"a": 47, "b": 85}, ["132"], ["0132", "131", "+132", "１３２"]),
     ("sort", {"digits": "3917"}, ["1379"], ["9731", "137", "13799"]),
     ("registers", {"lines": ["a=3", "b=a+4", "a=b*2"]}, ["a4b7"], ["a3b7", "b7a4", "a4"]),
-    ("find", {"columns": [[0, 6, "b"], [8, 5, "c"]]}, ["b5c6", "b0c2", "b3c4"], ["b6c6", "b5c.", "b5", "c6b5", "b٣c6"]),
-    ("countdown", {"numbers": [3, 5, 2], "target": 13}, ["3*5-2", "5*3-2", "2*5+3"],
-     ["3*5-2-0", "3+5", "15-2", "3*5-2=13", "3+5*2", "", "3*5-２", "3*5-2\n", "3*5-2+"]),
+    ("find", FIND, ["b5c6", "b0c2", "b3c4"], ["b6c6", "b5c.", "b5", "c6b5", "b٣c6"]),
+    ("pass", PASS, ["b0c4", "b3c7", "b9c5"], ["b1c4", "b0c3", "b0c.", "b0", "c4b0", "b0c８"]),
     ("program", {"lines": ["a=x+4", "a=3-a"]},                  # 9 - x; 9 and x+9 hold on one and on two inputs
      ["a=x+4;a=3-a", "a=9-x", "a=x*9+9", "b=x+1;a=9-x", "x=x+4;a=3-x", ";".join(["a=9-x"] * 32)],
      ["", "a=x+4", "a=9", "a=x+9", "b=9-x", "a=9-x;", "a=9-x;a=a+1", "a = 9-x", "a=９-x", "a=9-x\n", "9-x"]),
@@ -58,9 +61,6 @@ def test_problems_teachers_and_held_out_problems(name):
      ["", "3", "x+3", "3+x*2", "X*2+3", "x*2+13", "x*2+٣", "y*2+3", "(x*2)+3", "x*2+3 ", "x*2+3" + "+0" * 48]),
     ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, ["1", "3", "5"],     # odd, in the branch
      ["", "0", "7", "13", "-1", "x", "3\n", "٣", "³"]),
-    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, ["1+2-"],
-     ["", "1+2+", "1-2-", "1+", "+-", "2-1+", "1+2-3+", "1+2-\n", "１+2-", "1+2−", "1+,2-"]),
-    ("sat", {"count": 3, "clauses": ["1+2+", "2-3+"]}, ["1+2-3-", "1+2-3+", "1-2+3+"], ["1-2-3+", "1+2+3-", "1+2-3"]),
     ("constraints", {"rules": {"count": 3, "no": "e", "begins": "s", "ends": "!"}}, ["sun bird map!", "s x y!"],
      ["", "sun sun sun!", "!", "sun bird map", "sun bird map!!", "sun bird map.", "sun bird!", "bird sun map!",
       "sun red map!", "Sun bird map!", "sun  bird map!", "sun bird map !", "sun bird mäp!", "sun bird map!\n"]),
@@ -107,12 +107,9 @@ def test_verifiers_answer_at_once(name):
 
 
 @pytest.mark.parametrize("name, data, answer, trial, wrong, failed", [
-    ("countdown", {"numbers": [3, 5, 2], "target": 13}, "3*5-2", "3*5-2:3*5=15,15-2=13", "3-5*2",
-     "3-5*2:3-5=-2,-2*2=-4"),
     ("synthesize", {"examples": [[0, 3], [4, 1]], "count": 2}, "x*2+3", "x*2+3:0*2=0,0+3=3>3/4*2=8,8+3=1>1", "x*2+2",
      "x*2+2:0*2=0,0+2=2>3"),
     ("falsify", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"}, "3", "3y:3*2=6,6+3=9/3*7=1,1+3=4", "8", "8n"),
-    ("sat", {"count": 2, "clauses": ["1+2+", "1+2-", "1-2-"]}, "1+2-", "1+2-:1+2+y,1+2-y,1-2-y", "1-2-", "1-2-:1+2+n"),
 ])
 def test_searchers_say_what_they_found_and_take_it_over(monkeypatch, name, data, answer, trial, wrong, failed):
     task, problem = TASKS[name], train.Problem(name, 2, "?", data)
@@ -129,20 +126,39 @@ def test_searchers_say_what_they_found_and_take_it_over(monkeypatch, name, data,
 
 def test_readers_choose_among_right_candidates():
     """Of find's columns b may be 0 to 5, c 2 to 6; only b4, c3 and c6 hold and are in an answer."""
-    assert [name for name, task in TASKS.items() if task.reads] == ["find", "synthesize"]
+    assert [name for name, task in TASKS.items() if task.reads] == ["column_sums", "find", "pass", "synthesize"]
     problem = train.Problem("falsify", 1, "?", {"right": "x*2+3", "other": "x*7+3", "branch": "x<6"})
     replies = [f"<think></think>{x}" for x in (1, 2, 5, 8)]
     assert {TASKS["falsify"].aggregate(problem, replies, seed)[-1] for seed in range(20)} == {"1", "5"}
     assert {TASKS["falsify"].aggregate(problem, replies[3:], seed)[-1] for seed in range(99)} == set("0123456789")
-    problem = train.Problem("find", 2, "find 06b,85c", {"columns": [[0, 6, "b"], [8, 5, "c"]]})
+    problem = train.Problem("find", 2, "find 06b,85c", FIND)
     replies = ["<think>b1</think>b4c.", "<think></think>b9c3", "b0c2 without the form", "<think></think>c6"]
     texts = {TASKS["find"].aggregate(problem, replies, seed) for seed in range(20)}
-    assert texts == {"<think>b:4+0=4<64;c:3+8=1<53#b4c3</think>b4c3", "<think>b:4+0=4<64;c:6+8=4<56#b4c6</think>b4c6"}
+    assert texts == {"<think>b:0+4=4<64;c:8+3=1<53#b4c3</think>b4c3", "<think>b:0+4=4<64;c:8+6=4<56#b4c6</think>b4c6"}
     guessed = {TASKS["find"].aggregate(problem, replies[:1], seed) for seed in range(200)}
     assert {text[-3:] for text in guessed} == {"4c.", *(f"4c{x}" for x in range(2, 7))}          # nobody solved c
     task, problems = TASKS["synthesize"], [TASKS["synthesize"].make(seed, 4) for seed in range(40)]
     assert sum(task.verify(p, task.good_rollout(p, 7))[0] for p in problems) > 30       # its own replies hardly are
     assert sum(task.verify(p, task.solve(p, 7))[0] for p in problems) < 10
+
+
+@pytest.mark.parametrize("task, answer, form, reward", [
+    ("find", "b5c6", "#b5c6", 1.0), ("find", "b5c.", "#b5c.", 0.5), ("find", "b5c1", "#b5c1", 0.0),
+    ("find", "b.c.", "#b.c.", 0.0), ("find", "c5b6", "#c5b6", 0.0), ("find", "b5", "#b5", 0.0),
+    ("find", "b5c6", "#b5c.", 0.0), ("find", "b5c6", "b5c6", 0.0), ("find", "b5c6", "#b5c6;", 0.0),
+    ("pass", "b0c4", "#b0c4", 1.0), ("pass", "b0c4", "", 0.0)])
+def test_a_reader_is_paid_for_what_the_next_round_lives_on(task, answer, form, reward):
+    problem = train.Problem(task, 2, "?", {"find": FIND, "pass": PASS}[task])
+    assert TASKS[task].reward(problem, f"<think>…{form}</think>{answer}") == reward
+    assert TASKS[task].reward(problem, f"{form}</think>{answer}") == 0                  # no reasoning
+
+
+def test_only_readers_must_end_in_their_answer():
+    problem = train.Problem("synthesize", 1, "?", {"examples": [[0, 3], [4, 1]]})
+    for form, reward in (("#yx*2+3", 1), ("#nx*2+3", 1), ("#x*2+3", 1), ("#yx*2", 0), ("x*2+3", 0)):
+        assert TASKS["synthesize"].reward(problem, f"<think>{form}</think>x*2+3") == reward
+    problem = train.Problem("add", 2, "?", {"a": 47, "b": 85})
+    assert TASKS["add"].reward(problem, "<think></think>132") == 1 > TASKS["add"].reward(problem, "<think></think>131")
 
 
 @settings(max_examples=400, deadline=None)

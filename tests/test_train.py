@@ -235,7 +235,7 @@ def test_rows_are_read_from_every_kind_of_file(tmp_path, name, write):
     path.write_bytes(write([{"question": f"{i} on and on and on?", "answer": i, "answer_id": "x"} for i in range(30)]))
     assert [m[1]["content"] for m in train.read_jsonl(str(path))] == [str(i) for i in range(30)]
     config = train.TrainConfig(data=[str(path)], tasks="none", out=str(tmp_path / "out"))
-    source, = train.make_sources(config, tiny_stage(), BYTES)
+    source, = train.make_sources(config, tiny_stage(), BYTES, 0)
     assert source.is_traces and source.size(False) + source.size(True) == 30
     assert "<|user|>7 on and on and on?<|end|>" in BYTES.decode(source.get(7, False)[0])
     assert train.make_tokenizer(config, 268).vocab_size == 268
@@ -376,33 +376,34 @@ def test_packed_samples_get_the_logits_they_get_alone():
 def test_aggregation_rows_hold_cut_tails_and_a_right_answer(monkeypatch):
     """Tails of right and of wrong replies; the target is right, but for a dot where no reply solved a column, and for
     an honest search where no reply is right."""
-    cuts, problems, right, honest = [], [], [], []
+    cuts, problems, right, honest, longest = [], [], [], [], []
     monkeypatch.setattr(train, "cut_tail", lambda *call: cuts.append((call[0], rsa.cut_tail(*call))) or cuts[-1][1])
     draw = train.draw
     monkeypatch.setattr(train, "draw", lambda *call: problems.append(draw(*call)) or problems[-1])
-    source = TaskSource(["column_sums", "find", "synthesize"], tiny_stage(aggregation=1.0, tail=9), BYTES, 0)
+    source = TaskSource(["add", "find", "synthesize"], tiny_stage(aggregation=1.0, tail=9), BYTES, 0)
     for index in range(100):
         cuts.clear()
         problems.clear()
         question, answer = source.exchange(random.Random(index), held_out=False)
         problem = problems[0]                                   # a later one is for corrupt
         assert question == rsa.terse_prompt(problem.prompt, [tail for _, tail in cuts]) and 1 <= len(cuts) <= 4
-        assert all(len(tail) <= 9 and "</think>" not in tail and text.split("</think>")[0].endswith(tail)
-                   for text, tail in cuts)
+        assert all("</think>" not in tail and text.split("</think>")[0].endswith(tail) for text, tail in cuts)
+        longest.append(max(len(tail) for _, tail in cuts))
         task = TASKS[problem.task]
-        assert task.reads                                       # column_sums does not: it has no such rows
+        assert task.reads                                       # add does not: it has no such rows
         rewards = [task.verify(problem, text)[0] for text, _ in cuts]
         right += rewards
         if task.name == "find" and "." in answer:               # a guess of its own that failed
             label = answer[answer.rindex(".") - 1]
-            column = next(c for c in problem.data["columns"] if c[2] == label)
+            column = next(c for c in problem.data["columns"] if c["label"] == label)
             found = re.findall(f"{label}([0-9])", "".join(text.split("</think>")[1] for text, _ in cuts))
-            assert not any((column[0] + int(x)) % 10 < column[1] for x in found)
+            assert not any((column["a"] + int(x)) % 10 < column["t"] for x in found)
         elif task.name == "synthesize" and not any(rewards):
             honest.append("#n" in answer)                       # nobody found it, and it may well not either
         else:
             assert task.verify(problem, answer)[0] == 1
     assert 0.2 < np.mean(right) < 0.8 and any(honest)
+    assert longest.count(9) > 50 and min(longest) < 9 and max(longest) > 30    # most tails are of the usual length
 
 
 # ---- optimizers and steps -------------------------------------------------------------------------------------------
@@ -658,10 +659,11 @@ def test_test_time_compute_by_hand(monkeypatch):
     assert curve[0] == 0.25 and 0.25 < curve[1] < curve[2] and row["markovian_rsa"] == curve[1]
     assert row["delethink"] < row["markovian_rsa"] == row["full_rsa"]           # one tail shows less than two
     assert len(row["rounds"]["delethink"]) == len(row["rounds"]["vote"]) == 2 and len(curve) == 3
-    assert row["longest_prompt"] < row["longest_prompt_full_rsa"] > 80          # full RSA carries all of `far far …`
+    longest = row["longest_prompt"]
+    assert longest["markovian_rsa"] < longest["full_rsa"] > 80                  # full RSA carries all of `far far …`
     assert row["tokens"]["vote"][1] == pytest.approx(2 * row["tokens"]["vote"][0]) and \
         row["tokens"]["markovian_rsa"][1] == row["generated_tokens"]
     for key in ("single", "maj@equal_tokens", "markovian_rsa", "markovian_rsa_majority", "full_rsa", "delethink"):
         assert 0 <= row[key + "_ci95"][0] <= row[key] <= row[key + "_ci95"][1] <= 1
-    # Three rounds of Markovian RSA, whose first serves Delethink and full RSA too, and two rounds' worth of samples.
-    assert [size for size, _ in parrot.calls] == [5 * 8] * 5 + [5 * 16]
+    # Two rounds' worth of samples, which are everyone's first round, and two more, one and one of aggregation.
+    assert [size for size, _ in parrot.calls] == [5 * 16] + [5 * 8] * 4

@@ -65,7 +65,7 @@ def prepare(seed, steps, preset="tiny", **shape):
     stage, tokenizer = train.stage_settings(config, "pretrain"), train.make_tokenizer(config, None)
     shape = ZayaConfig.preset(preset, vocab_size=tokenizer.vocab_size, **shape)
     shape.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
-    return Setting(config, stage, tokenizer, train.make_sources(config, stage, tokenizer), shape)
+    return Setting(config, stage, tokenizer, train.make_sources(config, stage, tokenizer, config.seed), shape)
 
 
 def practise(model, setting, balancer=None, name="training", **more):

@@ -18,7 +18,7 @@ from zaya import PIDBalancer, Tokenizer
 TASKS, LEVELS = ("find", "falsify"), (1, 2, 3)
 SHAPE = dict(hidden_size=64, moe_intermediate_size=64, num_attention_heads=4, head_dim=16, router_hidden_size=16)
 SFT = train.Stage(200, 128, 1e4, 1.0, 1e-2, 1e-3, difficulty=3, turns=1, mask_prompts=True)
-RL = train.RLStage(40, 96, 1e4, 3e-3, 1e-3, TASKS, groups=8, group_size=8)
+RL = train.RLStage(40, 96, 1e4, 3e-3, 1e-3, TASKS, groups=8, group_size=8, learned=8)
 TOKENIZER = Tokenizer()                                                    # bytes: no merges to learn
 
 
