@@ -599,15 +599,16 @@ def own_texts(limit):
     Python's standard library."""
     import sysconfig
     rng = random.Random("stories")
-    texts = {"stories": [tell_story(rng) for _ in range(limit // 2 // 450)], "docstrings": []}
+    texts = {"stories": [tell_story(rng) for _ in range(min(limit // 1000, 100_000))], "docstrings": []}
     kinds, size = (ast.Module, ast.ClassDef, ast.FunctionDef), 0
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
-        if size < limit // 2:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                nodes = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, kinds)]
-            found = list(filter(None, map(ast.get_docstring, nodes)))
-            texts["docstrings"] += found
-            size += sum(map(len, found))
+        with open(path, encoding="utf-8", errors="replace") as file:
+            nodes = ast.walk(ast.parse(file.read()))
+        for node in nodes:
+            text = ast.get_docstring(node) if size < limit // 2 and isinstance(node, kinds) else None
+            if text:
+                texts["docstrings"].append(text)
+                size += len(text)
     return texts
 
 
@@ -1878,21 +1879,25 @@ def majority_rates(problems, replies):
     return np.array(right, float)
 
 
-def reading_rates(model, tokenizer, eval_spec, problems=16, population=8):
-    """What Markovian RSA makes of each task after 0, 1, …, T rounds, on few problems -> {task: [share right, …]}.
+def texts_by_round(results):
+    """What Markovian RSA wrote: an array of texts (rounds + 1, problems, population)."""
+    texts = [[[candidate.text for candidate in found] for found in result.rounds] for result in results]
+    return np.array(texts, object).swapaxes(0, 1)
 
-    To be looked at after every stage: a stage that rewards other things can spoil what tails are read for.
+
+def reading_rates(model, tokenizer, eval_spec, problems=16, population=8):
+    """What Markovian RSA makes of the tasks that read after 0, 1, …, T rounds -> {task: [share right, …]}.
+
+    On few problems, to be looked at after every stage: one that rewards other things can spoil what tails are read for.
     """
-    budget, result = eval_spec.budget, {}
-    for name in shard([name for name in eval_spec.tasks if name in READERS]):
+    budget, source, result = eval_spec.budget, Checkpoint(model, tokenizer), {}
+    for name in set(eval_spec.tasks) & set(shard(READERS)):
         asked = held_out_problems([name], problems, (eval_spec.tasks[name],))
-        found = markovian_rsa([problem.prompt for problem in asked], Checkpoint(model, tokenizer), population,
-                              budget.subset, budget.rounds, budget.budget, budget.tail, 0, tokenizer)
-        result[name] = []
-        for t in range(budget.rounds + 1):
-            replies = [[candidate.text for candidate in each.rounds[t]] for each in found]
-            result[name].append(float(verify_replies(asked, replies).mean()))
-    return {name: rates for part in all_gather(result) for name, rates in part.items()}
+        found = markovian_rsa([problem.prompt for problem in asked], source, population, budget.subset, budget.rounds,
+                              budget.budget, budget.tail, 0, tokenizer)
+        result[name] = [float(verify_replies(asked, replies).mean()) for replies in texts_by_round(found)]
+    result = collections.ChainMap(*all_gather(result))
+    return {name: result[name] for name in READERS if name in result}
 
 
 def story_rate(model, tokenizer, stories=32):
@@ -1901,8 +1906,11 @@ def story_rate(model, tokenizer, stories=32):
     prompts, mask = left_padded(begun, tokenizer.pad, model.norm.weight.device)
     told = model.generate(prompts, 256, attention_mask=mask, generator=torch.Generator().manual_seed(0),
                           eos_token_id=tokenizer.end_of_text)
-    texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(told, told != tokenizer.pad)]
-    return sum(is_consistent(text.removesuffix("<|endoftext|>")) for text in texts) / stories
+    consistent = 0
+    for row in told.tolist():
+        text = tokenizer.decode(row).replace("<|pad|>", "")     # it pads a short prompt, and what comes after the end
+        consistent += is_consistent(text.removesuffix("<|endoftext|>"))
+    return consistent / stories
 
 
 def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0, alternatives=True):
@@ -1918,10 +1926,11 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0, alternatives=True):
     prompts = [problem.prompt for problem in problems]
     bar = functools.partial(tqdm, desc=f"test-time compute on {name}", leave=False, disable=None)
     source, plain, longest = Checkpoint(model, tokenizer), None, {}
+    first = np.repeat(prompts, N).tolist()
 
     def generate(asked, max_new_tokens, seed):
         """All methods begin with the same samples, the first N of each problem."""
-        if plain is not None and asked == [prompt for prompt in prompts for _ in range(N)][:len(asked)]:
+        if plain is not None and asked == first[:len(asked)]:
             return list(plain[:, :N].flat)[:len(asked)]
         return source(asked, max_new_tokens, seed, progress=bar)
 
@@ -1930,8 +1939,7 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0, alternatives=True):
         results = markovian_rsa(prompts[:count], generate, population, subset, rounds, budget.budget, tail, seed,
                                 tokenizer)
         longest[method] = max(result.longest_prompt for result in results)
-        texts = [[[candidate.text for candidate in found] for found in result.rounds] for result in results]
-        return np.array(texts, object).swapaxes(0, 1)
+        return texts_by_round(results)
 
     # The vote spends on plain samples what T rounds cost: it looks at N of them, then at N more, …
     P, few = len(prompts), min(eval_spec.few, len(prompts))
@@ -2239,7 +2247,9 @@ def make_tokenizer(config, vocab_size):
         if not "".join(begun).strip():
             raise SystemExit(f"{path} has no text")
         texts += begun
-    texts = texts or sum(own_texts(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values(), [])
+    if not config.data:
+        for own in own_texts(min(2_000_000, PRESETS[config.preset]["text_bytes"])).values():
+            texts += own
     bar = functools.partial(tqdm, desc="learning tokens", leave=False, disable=None)
     try:
         return Tokenizer.train("\n".join(texts), vocab_size or ZayaConfig.preset(config.preset).vocab_size, bar)
@@ -2696,8 +2706,11 @@ class ColumnSums(Task):
     reads, levels = True, (6, 7, 8)
 
     def generate(self, rng, d):
-        columns = [[rng.randrange(10), rng.randrange(10), label] for label in labels(rng, d)]
-        return "sum " + ",".join("{}{}{}".format(*column) for column in columns), {"columns": columns}
+        columns, said = [], []
+        for label in labels(rng, d):
+            columns.append([rng.randrange(10), rng.randrange(10), label])
+            said.append("{}{}{}".format(*columns[-1]))
+        return "sum " + ",".join(said), {"columns": columns}
 
     def solution(self, data, rng, error_rate):
         steps, answer = "", ""

@@ -39,6 +39,12 @@ def ppo_mask(pi, mu, advantage, clip=0.2):
     return torch.where(advantage > 0, pi <= mu * (1 + clip), pi >= mu * (1 - clip))
 
 
+def right_or_wrong(group):
+    """The verifier's word: train.py pays for parts of an answer too."""
+    verify = train.find_task(group.problem.task).verify
+    return [verify(group.problem, text)[0] for text in group.texts]
+
+
 def learn(model, batches, rollouts, mask, replay):
     """The gradient of train.rl_step, with another mask, or with experts that the trainer's router chooses anew."""
     model.train()
@@ -55,7 +61,7 @@ def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train
     config, rows = settings(seed), []
     optimizers = train.make_optimizers(model, stage.lr, momentum=0.0)
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    actor = train.Actor(model, TOKENIZER, stage, f"{seed} rl")
+    actor = train.Actor(model, TOKENIZER, stage, f"{seed} rl", right_or_wrong)
     actor.sync_every = actor.most_stale = sync_every
     for step in range(stage.steps):
         if step % sync_every == 0:

@@ -14,7 +14,9 @@ import sys
 import time
 
 import arms
+import numpy as np
 import torch
+from arms import train
 
 PATH = os.path.join(arms.RESULTS, "runs.json")
 # Our names in runs.json, and train.py's in report.json.
@@ -69,6 +71,25 @@ def stands_out(row):
             and low > row["ci95"]["vote"][1])
 
 
+def draw(runs):
+    """results/runs.png: of the finished models, each method's mean over the runs, and the range of the runs."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axis, tasks = figure.subplots(), {}
+    for row in (row for run in runs for row in run["ttc"] if row["after"] == "final"):
+        tasks.setdefault(f"{row['task']}, difficulty {row['difficulty']}", []).append(row)
+    for number, (method, name) in enumerate(METHODS.items()):
+        shares = np.array([[row[method] for row in rows] for rows in tasks.values()])       # (tasks, runs)
+        mean = shares.mean(1)
+        axis.bar(np.arange(len(tasks)) + 0.16 * number, mean, 0.15, label=train.METHODS[name],
+                 yerr=[mean - shares.min(1), shares.max(1) - mean], capsize=3, color=f"C{number}")
+    axis.set_xticks(np.arange(len(tasks)) + 0.32, tasks)
+    axis.set(title=f"Reading tails finds what no vote finds, where parts combine ({len(runs)} runs, worst to best)",
+             ylabel="held-out problems right", ylim=(0, 1))
+    figure.legend(loc="outside right center")
+    figure.savefig(os.path.join(arms.RESULTS, "runs.png"), dpi=110)
+
+
 def table(runs):
     rows = [["seed", "arithmetic", "minutes", "after", "task", *METHODS, "stands out"]]
     for run in runs:
@@ -87,6 +108,7 @@ def main():
         if (int(seed), own) not in [(run["seed"], run["arithmetic"]) for run in runs]:
             runs.append(whole_run(int(seed), arithmetic))
             arms.write_json(PATH, runs)
+            draw(runs)
     print(table(runs))
 
 
