@@ -16,6 +16,7 @@ import argparse
 import ast
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -44,10 +45,9 @@ import warnings
 import zlib
 from dataclasses import dataclass, field
 
-# Threads wait for each other awake, but not for long: asleep at once makes a step a third slower on an idle machine,
-# awake for ever 3 to 60 times slower on a busy one.  It has to be said before torch is loaded.
+# Threads wait asleep: spinning ones make a step 3 to 60 times slower where another program is at work, and on an idle
+# machine there is Twin.  It has to be said before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import numpy as np
 import torch
@@ -89,8 +89,8 @@ class Stage:
 
 @dataclass
 class RLStage:
-    """What one RL stage asks, and how long.  A step trains on `groups` prompts with `group_size` rollouts each, of which
-    it learns from `learned`."""
+    """What one RL stage asks, and how long.  A step has `groups` prompts with `group_size` rollouts each, and learns from
+    `learned` of these."""
     steps: int
     context: int                            # of a reply, tokens
     rope_theta: float
@@ -156,13 +156,14 @@ PRESETS = {
         evaluate=Evaluation({"find": 6, "pass": 5, "synthesize": 4, "column_sums": 10}, 50, BUDGETS["tiny"]),
         stages=dict(
             pretrain=Stage(250, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-            midtrain=Stage(200, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
+            midtrain=Stage(150, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
             sft=Stage(1400, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
             **rl_stages(steps=(15, 90, 45, 20), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
                         group_size=8, learned=4, reward_model_steps=60, tail=24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation({"find": 12, "pass": 10, "synthesize": 8, "column_sums": 20}, 100, Budget(16, 4, 2, 1024, 64)),
+        evaluate=Evaluation({"find": 12, "pass": 10, "synthesize": 8, "column_sums": 20}, 100,
+                            Budget(16, 4, 2, 1024, 64)),
         stages=dict(
             pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
             midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
@@ -1000,7 +1001,54 @@ def optimizer_step(model, optimizers, clip, lr):
     return norm
 
 
-def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss, count=None):
+class Twin:
+    """A model's second copy on the same weights, for a CPU: two threads learn from half of a batch each.
+
+    A small model's operations are too short to be shared out, each to two threads that then wait for one another; two
+    halves of a batch meet once a step.
+    """
+
+    def __init__(self, model):
+        self.model, self.copy = model, copy.deepcopy(model)
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)
+        for mine, its in zip(model.parameters(), self.copy.parameters()):
+            its.data = mine.data
+        for mine, its in zip(model.layers, self.copy.layers):
+            its.gate.balancing_biases = mine.gate.balancing_biases
+
+    def learn(self, step, parts):
+        """step(model, part), which goes backward and returns something, for each part -> what it returned."""
+        threads = torch.get_num_threads()
+        self.copy.train(self.model.training)
+        torch.set_num_threads(threads // 2)
+        its = self.thread.submit(lambda: [step(self.copy, part) for part in parts[1::2]])
+        results = [None] * len(parts)
+        results[::2] = [step(self.model, part) for part in parts[::2]]
+        results[1::2] = its.result()
+        torch.set_num_threads(threads)
+        # What the copy found out, gradients and its routers' choices, is the model's.
+        for mine, its in zip(self.model.parameters(), self.copy.parameters()):
+            if its.grad is not None:
+                mine.grad = its.grad if mine.grad is None else mine.grad.add_(its.grad)
+                its.grad = None
+        for mine, its in zip(self.model.layers, self.copy.layers):
+            mine.gate.load += its.gate.load
+            its.gate.load.zero_()
+        return results
+
+
+def learn(model, step, parts, twin=None):
+    """step(model, part) for each part, by two threads if there is a twin -> what it returned."""
+    return twin.learn(step, parts) if twin else [step(model, part) for part in parts]
+
+
+def make_twin(model):
+    """A Twin where it helps: one process on a CPU with two threads or more."""
+    on_cpu = model.norm.weight.device.type == "cpu"
+    return Twin(model) if on_cpu and world_size() == 1 and torch.get_num_threads() > 1 else None
+
+
+def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss, count=None, twin=None):
     """One optimizer step -> its row of the log: {"loss", "norm", "load", "entropy", "bias", "skip"}.
 
     batch: input_ids, targets, position_ids (rows, S) int64.  `loss_of`: kernels.summed_loss, or the same compiled.
@@ -1010,15 +1058,19 @@ def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=su
     count = count or max(1, (targets >= 0).sum().item())
     device = model.norm.weight.device
     rows = max(1, config.micro_batch // inputs.shape[1])
-    row = {"loss": 0.0}
-    model.train()
-    # Gradients of the micro-batches add up to those of the whole batch.
-    for start in range(0, len(inputs), rows):
+    if twin:
+        rows = min(rows, -(-len(inputs) // 2))
+
+    def backward(model, start):
         part = slice(start, start + rows)
-        x, y, position = inputs[part], targets[part], positions[part]
-        loss = loss_of(model, x.to(device), y.to(device), position.to(device), dtype) / count
+        x, y, position = inputs[part].to(device), targets[part].to(device), positions[part].to(device)
+        loss = loss_of(model, x, y, position, dtype) / count
         loss.backward()
-        row["loss"] += loss.item()
+        return loss.item()
+
+    # Gradients of the micro-batches add up to those of the whole batch.
+    model.train()
+    row = {"loss": sum(learn(model, backward, range(0, len(inputs), rows), twin))}
     # Muon moves the matrices and AdamW the rest.
     row["norm"] = optimizer_step(model, optimizers, config.grad_clip, lr)
     # The routers have counted their choices meanwhile: the balancer moves their biases.
@@ -1118,7 +1170,7 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     optimizers = make_optimizers(model, stage.lr, weight_decay=0.1)
     balancer = PIDBalancer(model, config.balancer_lr)
     checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
-    loss_of = summed_loss
+    loss_of, twin = summed_loss, make_twin(model)
     if not config.no_compile:
         compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
         loss_of = compile_loss() if compiled else summed_loss
@@ -1131,7 +1183,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
         # them has on average.
         count = max(1, (batch[1] >= 0).sum().item()) / world_size()
         lr = learning_rate(step - 1, stage.steps, stage.lr, stage.lr_end)
-        row = average(train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count))
+        row = average(train_step(model, optimizers, balancer, shard_rows(batch), config, dtype, lr, loss_of, count,
+                                 twin))
         seconds = time.perf_counter() - begun
         row |= {"lr": lr, "seconds": seconds, "tokens_per_second": config.tokens_per_step / seconds}
         checkpointer.finish_step(step, row, origins)
@@ -1582,7 +1635,8 @@ def replay_gap(model, batch):
     return flips, kl(sampled_logp, replayed), kl(sampled_logp, alone)
 
 
-def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr, measure=True, rehearsal=None):
+def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr, measure=True, rehearsal=None,
+            twin=None):
     """One optimizer step on `policy_loss` -> its row of the log: {"loss", "norm", "masked", and as in train_step}.
 
     The loss has one term for each token that the policy wrote: its rollout's advantage over the group (rl_stage makes
@@ -1597,18 +1651,24 @@ def rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtyp
     if measure:
         with autocast(model, dtype):
             row["flips"], row["kl"], row["kl_live"] = replay_gap(model, batches[len(batches) // 2])
-    model.train()
-    # Gradients of the micro-batches add up to those of all rollouts.
-    for inputs, targets, positions, choices, sampled_logp, advantage in batches:
+
+    def backward(model, batch):
+        """-> the loss, and how many tokens were masked."""
         # The trainer's log probability of each sampled token, through the experts that the sampler took.
+        inputs, targets, positions, choices, sampled_logp, advantage = batch
         with autocast(model, dtype):
             logp = token_logps(model, inputs, targets, positions, list(choices))
         # The policy gradient, without the tokens whose probability has moved far enough already.
         loss = policy_loss(logp, sampled_logp, advantage, rollouts)
         loss.backward()
-        row["loss"] += loss.item()
         keep = dppo_mask(logp.detach().exp(), sampled_logp.exp(), advantage)
-        row["masked"] += (~keep).sum().item() / tokens
+        return loss.item(), (~keep).sum().item()
+
+    # Gradients of the micro-batches add up to those of all rollouts.
+    model.train()
+    for loss, masked in learn(model, backward, batches, twin):
+        row["loss"] += loss
+        row["masked"] += masked / tokens
     if rehearsal:
         inputs, targets, positions, count = rehearsal
         loss = summed_loss(model, inputs, targets, positions, dtype) / count
@@ -1651,6 +1711,7 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
         measured["judged"] = train_reward_model(reward_model, tokenizer, stage.reward_model_steps,
                                                 config.lr["sft"] / 4, config.seed)
         print(f"{name}: the reward model agrees with {measured['judged']:.1%} of 200 held-out preferences")
+    twin = make_twin(model)
     if stage.adaptive and not resumed:
         actor.init_difficulty()
         measured["start"] = dict(actor.difficulty)
@@ -1682,7 +1743,7 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
             count = max(1, (rows[1] >= 0).sum().item()) / world_size()
             rows = [part.to(device) for part in shard_rows(rows)]
             row = average(rl_step(model, optimizers, balancer, batches, rollouts, tokens, config, dtype, lr,
-                                  checkpointer.shows(step), (*rows, count)))
+                                  checkpointer.shows(step), (*rows, count), twin))
         row |= {"lr": lr, "seconds": time.perf_counter() - begun, **rollout_metrics(generated, groups, step - 1)}
         checkpointer.finish_step(step, row, [group.problem.prompt for group in groups])
         if step % max(1, stage.steps // 4) == 0 and generated:
@@ -2057,7 +2118,8 @@ def load_checkpoint(folder, device):
 class Log:
     """log.csv, one row a step.  Opened at a step, it forgets the rows after it: a resumed run writes them again."""
     COLUMNS = ["stage", "step", "loss", "lr", "norm", "load", "entropy", "bias", "skip", "tokens_per_second", "seconds",
-               "reward", "length", "no_end", "zero_groups", "staleness", "masked", "rehearsed", "flips", "kl", "kl_live"]
+               "reward", "length", "no_end", "zero_groups", "staleness", "masked", "rehearsed", "flips", "kl",
+               "kl_live"]
 
     def __init__(self, out, stage, step):
         path = os.path.join(out, "log.csv") if is_main() else os.devnull
@@ -2510,7 +2572,8 @@ SEARCHES = ["{He} looked under the bed and in the garden, but it was not there."
 FINDS = ["Then {he} saw it {place}.", "At last {he} found it {place}.", "In the evening {he} saw it {place}."]
 TROUBLES = ["{Name} could not get it alone.", "But it was too hard for {him}.", "{Name} did not know what to do."]
 HELPS = ['"Can you help me?" {he} asked {friend}. "Yes," said {friend}, "I have a {tool}."',
-         "Then {friend} came by with a {tool}.", '{Name} called {friend}. "Wait," said {friend}, "I will bring a {tool}."']
+         '{Name} called {friend}. "Wait," said {friend}, "I will bring a {tool}."',
+         "Then {friend} came by with a {tool}."]
 RESCUES = ["With the {tool}, {friend} {action} and got the {color} {thing}.",
            "{friend} took the {tool} and {action}, and soon {name} had the {color} {thing} again."]
 ENDINGS = ["{Name} thanked {friend}, and they played until the sun went down.",
@@ -2534,9 +2597,9 @@ def is_consistent(story):
     """Whether a story has one hero with fitting pronouns, one friend, one lost thing, and one tool that fits the place
     and comes to use.
 
-    >>> story = tell_story(random.Random(0))
-    >>> is_consistent(story), is_consistent(story.replace("the old", "the red")), is_consistent(story[:200])
-    (True, False, False)
+    >>> story = tell_story(random.Random(0))                    # Max had a red cup …
+    >>> [is_consistent(text) for text in (story, story.replace("the red", "the big"), story.replace("He", "She"))]
+    [True, False, False]
     """
     words = re.findall(r"\w+", story)
     heroes = [person for person in PEOPLE if words[:2] == [person[0], "lived"]]

@@ -112,7 +112,8 @@ def test_reinforcement_learning_leaves_its_traces(smoke):
         assert all(float(row["kl"]) < 1 and 0 <= float(row["flips"]) <= 1 for row in trained if row["kl"])
         assert f"{stage} 1/" in printed and "kl_live" in printed
     results = json.loads((out / "report.json").read_text())["stages"]
-    assert set(results["rlve"]["start"]) == set(results["rlve"]["end"]) == set(train.PRESETS["smoke"]["stages"]["rlve"].tasks)
+    environments = set(train.PRESETS["smoke"]["stages"]["rlve"].tasks)
+    assert set(results["rlve"]["start"]) == set(results["rlve"]["end"]) == environments
     assert 0.3 < results["behavior"]["judged"] <= 1
 
 

@@ -479,12 +479,12 @@ def test_every_parameter_has_one_optimizer():
     assert not any(word in name for name in in_muon for word in ("conv", "embed", "norm", "scale", "bias", "temp"))
 
 
-def train_steps(model, batch, steps=1, micro_batch=10**6):
+def train_steps(model, batch, steps=1, micro_batch=10**6, twin=None):
     """Updates on one batch -> their rows."""
     config = train.TrainConfig(preset="smoke")
     config.micro_batch = micro_batch
     optimizers, balancer = train.make_optimizers(model, 1e-2), PIDBalancer(model, 1e-2)
-    return [train.train_step(model, optimizers, balancer, batch, config, torch.float32, 1e-2)
+    return [train.train_step(model, optimizers, balancer, batch, config, torch.float32, 1e-2, twin=twin)
             for _ in range(steps)]
 
 
@@ -496,6 +496,27 @@ def test_micro_batches_add_up_to_the_batch():
     assert all(abs(rows[0][key] - rows[1][key]) < 1e-4 for key in rows[0])
     for a, b in zip(models[0].state_dict().values(), models[1].state_dict().values()):
         assert torch.allclose(a, b, atol=2e-4)
+
+
+@pytest.mark.parametrize("micro_batch", [10**6, 128])
+def test_two_threads_learn_what_one_learns(micro_batch):
+    """The twin is on the same weights after every step, and its gradients and its routers' load are the model's."""
+    *batch, _ = make_loader(mask_prompts=True).next()
+    models, threads = [tiny_model() for _ in range(2)], torch.get_num_threads()
+    assert train.make_twin(models[0]) is None or threads > 1
+    torch.set_num_threads(2)
+    try:
+        twin = train.make_twin(models[1])
+        one = train_steps(models[0], batch, 3, micro_batch)
+        two = train_steps(models[1], batch, 3, micro_batch, twin)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert all(abs(a[key] - b[key]) < 1e-4 for a, b in zip(one, two) for key in a) and one[2]["loss"] < one[0]["loss"]
+    b, c = models[1].state_dict(), twin.copy.state_dict()
+    for name, a in models[0].state_dict().items():
+        assert torch.allclose(a, b[name], atol=2e-4) and torch.equal(b[name], c[name]), name
+    assert all(parameter.grad is None for parameter in twin.copy.parameters())
 
 
 def test_a_batch_without_targets_has_loss_zero():
