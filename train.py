@@ -89,8 +89,8 @@ class Stage:
 
 @dataclass
 class RLStage:
-    """What one RL stage asks, and how long.  A step has `groups` prompts with `group_size` rollouts each, and learns from
-    `learned` of these."""
+    """What one RL stage asks, and how long.  A step has `groups` prompts with `group_size` rollouts each, and
+    learns from `learned` of these."""
     steps: int
     context: int                            # of a reply, tokens
     rope_theta: float
@@ -2572,8 +2572,8 @@ SEARCHES = ["{He} looked under the bed and in the garden, but it was not there."
 FINDS = ["Then {he} saw it {place}.", "At last {he} found it {place}.", "In the evening {he} saw it {place}."]
 TROUBLES = ["{Name} could not get it alone.", "But it was too hard for {him}.", "{Name} did not know what to do."]
 HELPS = ['"Can you help me?" {he} asked {friend}. "Yes," said {friend}, "I have a {tool}."',
-         '{Name} called {friend}. "Wait," said {friend}, "I will bring a {tool}."',
-         "Then {friend} came by with a {tool}."]
+         "Then {friend} came by with a {tool}.",
+         '{Name} called {friend}. "Wait," said {friend}, "I will bring a {tool}."']
 RESCUES = ["With the {tool}, {friend} {action} and got the {color} {thing}.",
            "{friend} took the {tool} and {action}, and soon {name} had the {color} {thing} again."]
 ENDINGS = ["{Name} thanked {friend}, and they played until the sun went down.",

@@ -107,8 +107,8 @@ def table(runs):
         most = [max(row[rival] for row in each) for rival in ("single", "vote")]
         lines.append([after, task, len(each), *(f"{share:.2f}" for share in (least, *most)),
                       sum(map(stands_out, each))])
-    about = "Stands out: Markovian RSA is at least twice one sample, and its 95 % interval is above those of one sample " \
-        "and of the vote."
+    about = "Stands out: Markovian RSA is at least twice one sample, and its 95 % interval is above one sample's and " \
+        "above the vote's."
     return "\n\n".join([arms.markdown(lines), about, arms.markdown(rows)])
 
 
