@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_readme_says(smoke):
     assert report["params"]["total"] > report["params"]["active"] > 0 and report["seconds"]["evaluate"] > 0
     for after, rounds in (("sft", eval_spec.budget.rounds), ("final", eval_spec.most_rounds)):
         rows = [row for row in report["ttc"] if row["after"] == after]
-        assert {row["task"]: row["difficulty"] for row in rows} == eval_spec.tasks
+        assert {row["task"]: row["difficulty"] for row in rows} == eval_spec.tasks  # smoke has two
         for row in rows:
             assert row["problems"] == eval_spec.problems and f"after {after}: {row['task']}, difficulty" in table
             assert len(row["rounds"]["markovian_rsa"]) == rounds + 1 and ("full_rsa" in row) == (after == "final")
