@@ -1113,7 +1113,8 @@ class Checkpointer:
             return False
         for name, part in parts.items():
             part.load_state_dict(self.state["parts"][name])
-        set_optimizer_state_dict(model, self.optimizers, self.state["optimizers"], options=WHOLE)
+        if self.state["optimizers"]:
+            set_optimizer_state_dict(model, self.optimizers, self.state["optimizers"], options=WHOLE)
         print(f"{self.name}: going on after step {self.saved}")
         return True
 
@@ -1123,7 +1124,10 @@ class Checkpointer:
         self.clock, self.saved = now, step
         if isinstance(self.model, FSDPModule):                  # sampling leaves the root's weights gathered
             self.model.reshard()
-        self.state["optimizers"] = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE)
+        # Before the first step there is no state, and torch's function would make one by a step of its own.
+        self.state["optimizers"] = {}
+        if any(optimizer.state for optimizer in self.optimizers):
+            self.state["optimizers"] = get_optimizer_state_dict(self.model, self.optimizers, options=WHOLE)
         self.state["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
         self.state.update(step=step, settings=settings(self.config), done=done)
         # final/ is the last stage that is done.  It comes first: after a kill in between the stage is not done.

@@ -230,7 +230,7 @@ MISTAKES = {
     "--sedd 3": "did you mean --seed?", "--steps middle=3": "did you mean midtrain?",
     "--steps many": "'many' is not a whole number", "--preset huge": "smoke, tiny, small, zaya1-8b",
     "--stages pretrian": "did you mean pretrain?", "--stages midtrain": "run --stages pretrain first",
-    "--stages evaluate": "run the other stages first", "--stages rlve --tasks find": "leaves nothing to run",
+    "--stages evaluate": "run the other stages first", "--stages rlve --tasks constraints": "leaves nothing to run",
     "--tasks addd": "did you mean add?", "--tasks none --data README.md": ".txt and .jsonl",
     "--data nowhere.txt": "nowhere.txt: No such file", "--data README.md README.md": ".txt and .jsonl",
     "--lr nan": "--lr nan must be at least 0", "--grad-clip -1": "--grad-clip -1.0 must be at least 0",
