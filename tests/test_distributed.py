@@ -21,7 +21,7 @@ from zaya import Zaya
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PRETRAIN = ["--preset", "smoke", "--stages", "pretrain", "--steps", "12", "--lr", "2e-3", "--save-every", "4",
             "--log-every", "1", "--tasks", "sort", "--eval-problems", "0"]
-POST = ["--preset", "smoke", "--tasks", "falsify,find", "--steps", "pretrain=2,midtrain=2,sft=150,warmup=4,rlve=2"]
+POST = ["--preset", "smoke", "--tasks", "synthesize,find", "--steps", "pretrain=2,midtrain=2,sft=150,warmup=4,rlve=2"]
 COMPARED = ["step", "loss", "norm", "entropy", "bias", "reward", "length", "no_end", "zero_groups", "staleness",
             "masked"]
 
