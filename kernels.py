@@ -918,8 +918,8 @@ class Slots:
         # A thread takes about as many tokens as the others, but all of a slot, whose tokens must come in order.
         threads = torch.get_num_threads()
         middles = slot[torch.arange(1, threads) * N // threads]
-        cuts = (slot == middles[:, None]).int().argmax(1).unique().tolist()
-        list(self.threads.map(step, [0, *cuts], [*cuts, N]))
+        cuts = sorted({0, *(slot == middles[:, None]).int().argmax(1).tolist()})
+        list(self.threads.map(step, cuts, [*cuts[1:], N]))
         return work[:, :config.hidden_size], choices
 
 

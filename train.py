@@ -603,11 +603,13 @@ def own_texts(limit):
     texts = {"stories": [tell_story(rng) for _ in range(min(limit // 1000, 100_000))], "docstrings": []}
     kinds, size = (ast.Module, ast.ClassDef, ast.FunctionDef), 0
     for path in sorted(glob.glob(os.path.join(sysconfig.get_path("stdlib"), "*.py"))):
+        if size >= limit // 2:
+            break
         with open(path, encoding="utf-8", errors="replace") as file:
             nodes = ast.walk(ast.parse(file.read()))
         for node in nodes:
-            text = ast.get_docstring(node) if size < limit // 2 and isinstance(node, kinds) else None
-            if text:
+            text = ast.get_docstring(node) if isinstance(node, kinds) else None
+            if text and size < limit // 2:
                 texts["docstrings"].append(text)
                 size += len(text)
     return texts
@@ -1042,10 +1044,10 @@ def learn(model, step, parts, twin=None):
     return twin.learn(step, parts) if twin else [step(model, part) for part in parts]
 
 
-def make_twin(model):
-    """A Twin where it helps: one process on a CPU with two threads or more."""
-    on_cpu = model.norm.weight.device.type == "cpu"
-    return Twin(model) if on_cpu and world_size() == 1 and torch.get_num_threads() > 1 else None
+def make_twin(model, most=2**25):
+    """A Twin where it helps: one process on a CPU with two threads or more, and a model of at most so many numbers."""
+    small = model.norm.weight.device.type == "cpu" and model.parameter_counts()["total"] <= most
+    return Twin(model) if small and world_size() == 1 and torch.get_num_threads() > 1 else None
 
 
 def train_step(model, optimizers, balancer, batch, config, dtype, lr, loss_of=summed_loss, count=None, twin=None):
@@ -1177,7 +1179,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     loss_of, twin = summed_loss, make_twin(model)
     if not config.no_compile:
         compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
-        loss_of = compile_loss() if compiled else summed_loss
+        if compiled:
+            loss_of, twin = compile_loss(), None
         print(f"{name}: {why}")
 
     for step in range(state["step"] + 1, stage.steps + 1):
@@ -1950,13 +1953,13 @@ def texts_by_round(results):
     return np.array(texts, object).swapaxes(0, 1)
 
 
-def reading_rates(model, tokenizer, eval_spec, problems=16, population=8):
-    """What Markovian RSA makes of the tasks that read after 0, 1, …, T rounds -> {task: [share right, …]}.
+def reading_rates(model, tokenizer, tasks, eval_spec, problems=16, population=8):
+    """What Markovian RSA makes of those tasks that read after 0, 1, …, T rounds -> {task: [share right, …]}.
 
     On few problems, to be looked at after every stage: one that rewards other things can spoil what tails are read for.
     """
     budget, source, result = eval_spec.budget, Checkpoint(model, tokenizer), {}
-    for name in set(eval_spec.tasks) & set(shard(READERS)):
+    for name in set(tasks) & set(eval_spec.tasks) & set(shard(READERS)):
         asked = held_out_problems([name], problems, (eval_spec.tasks[name],))
         found = markovian_rsa([problem.prompt for problem in asked], source, population, budget.subset, budget.rounds,
                               budget.budget, budget.tail, 0, tokenizer)
@@ -2398,7 +2401,8 @@ def finish_stage(name, before, config, shape, report, device, dtype):
         return
     result = pass_at_1(model, tokenizer, task_names(config.tasks), config.eval_problems, config.eval_samples)
     if result["problems"] and name in STAGES[2:]:
-        result["reads"] = reading_rates(model, tokenizer, PRESETS[config.preset]["evaluate"])
+        eval_spec = PRESETS[config.preset]["evaluate"]
+        result["reads"] = reading_rates(model, tokenizer, task_names(config.tasks), eval_spec)
     if not config.data:
         result["stories"] = story_rate(model, tokenizer)
     report["stages"][name] = {**result, **state["measured"]}
@@ -2414,7 +2418,7 @@ def finish_stage(name, before, config, shape, report, device, dtype):
         line += " | consistent stories {stories:.0%}".format(**result)
     line += " | pass@1 {pass@1:.3f} [{ci95[0]:.3f}, {ci95[1]:.3f}] on {problems} held-out problems".format(**result)
     print(line)
-    if "reads" in result:
+    if result.get("reads"):
         rates = [f"{task} " + " ".join(f"{rate:.2f}" for rate in each) for task, each in result["reads"].items()]
         print(f"{name}: right after 0, 1, … rounds of Markovian RSA: " + ", ".join(rates))
 
