@@ -65,13 +65,29 @@ def test_the_first_screen_is_the_runs_own():
     assert printed[-1].startswith(f"{claimed} minutes in all") and float(claimed) * 60 >= sum(seconds.values()) - 3
 
 
+def test_the_first_screen_quotes_the_worst_of_the_runs():
+    """Of the finished models, for two tasks: the least of Markovian RSA, the most of one sample and of the vote."""
+    import train
+    runs = json.loads(read(RESULTS, "runs.json"))
+    said, worst = re.search(r"^In each of (\d+) whole runs?.*?\n(?=It needs)", read("README.md"), re.S | re.M), []
+    for task in ("find", "pass"):
+        rows = [row for run in runs for row in run["ttc"] if (row["after"], row["task"]) == ("final", task)]
+        assert len(rows) == len(runs)
+        worst.append(min(row["markovian_rsa"] for row in rows))
+        worst += [max(row[rival] for row in rows) for rival in ("single", "vote")]
+    assert int(said[1]) == len(runs) and [f"{share:.2f}" for share in worst] == re.findall(r"\b[01]\.\d\d\b", said[0])
+    for run in runs:
+        assert list(run["stages"]) == train.STAGES and run["minutes"] > 0 and run["cpu"] and run["threads"]
+        assert all(row["ci95"]["markovian_rsa"][0] <= row["markovian_rsa"] for row in run["ttc"])
+
+
 def test_every_number_was_printed_by_a_committed_result():
     """Where the run, the evidence or the tour of the model say it: among all results some number nearly always fits.
     Commands, links and the lengths of the files are other tests'."""
     text = re.sub(r"^```(sh|python)\n.*?^```|\]\([^)]*\)|^\[\d+\]: .*|^\| `\w+\.py` .*", "", read("README.md"),
                   flags=re.S | re.M)
     tour = json.loads(read("notebooks", "01_model_tour.ipynb"))
-    printed = [read(RESULTS, "tiny", "output.txt"), read(RESULTS, "evidence.md")]
+    printed = [read(RESULTS, "tiny", "output.txt"), read(RESULTS, "evidence.md"), read(RESULTS, "runs.md")]
     printed += ["".join(output.get("text", "")) for cell in tour["cells"] for output in cell.get("outputs", [])]
     claimed = numbers(text)
     assert len(claimed) > 50 and not claimed - numbers("\n".join(printed)), claimed - numbers("\n".join(printed))
