@@ -35,10 +35,11 @@ def cpu_name():
 
 def whole_run(seed, arithmetic):
     """Run train.py to its end -> the entry of runs.json."""
-    out = os.path.join(arms.ROOT, "out", f"run-{seed}-{arithmetic or 'own'}")
+    name = os.path.join("out", f"run-{seed}-{arithmetic or 'own'}")
+    out = os.path.join(arms.ROOT, name)
     os.makedirs(out, exist_ok=True)
     environment = {**os.environ, **({"ATEN_CPU_CAPABILITY": arithmetic} if arithmetic else {})}
-    command, begun = [sys.executable, "train.py", "--seed", str(seed), "--out", out], time.perf_counter()
+    command, begun = [sys.executable, "train.py", "--seed", str(seed), "--out", name], time.perf_counter()
     try:
         with open(os.path.join(out, "output.txt"), "a", encoding="utf-8") as file:
             subprocess.run(command, cwd=arms.ROOT, env=environment, check=True, stdout=file)
@@ -77,15 +78,15 @@ def draw(runs):
     figure = Figure(figsize=(10, 4), layout="constrained")
     axis, tasks = figure.subplots(), {}
     for row in (row for run in runs for row in run["ttc"] if row["after"] == "final"):
-        tasks.setdefault(f"{row['task']}, difficulty {row['difficulty']}", []).append(row)
+        tasks.setdefault(f"{row['task']}\ndifficulty {row['difficulty']}", []).append(row)
     for number, (method, name) in enumerate(METHODS.items()):
         shares = np.array([[row[method] for row in rows] for rows in tasks.values()])       # (tasks, runs)
         mean = shares.mean(1)
         axis.bar(np.arange(len(tasks)) + 0.16 * number, mean, 0.15, label=train.METHODS[name],
                  yerr=[mean - shares.min(1), shares.max(1) - mean], capsize=3, color=f"C{number}")
     axis.set_xticks(np.arange(len(tasks)) + 0.32, tasks)
-    axis.set(title=f"Reading tails finds what no vote finds, where parts combine ({len(runs)} runs, worst to best)",
-             ylabel="held-out problems right", ylim=(0, 1))
+    axis.set(title="Reading tails finds what no vote finds, unless one answer is right", ylim=(0, 1),
+             ylabel="held-out problems right", xlabel=f"runs: {len(runs)}; bars are means, lines go from worst to best")
     figure.legend(loc="outside right center")
     figure.savefig(os.path.join(arms.RESULTS, "runs.png"), dpi=110)
 
