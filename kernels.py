@@ -854,7 +854,7 @@ class Slots:
         self.columns = self.room = 0                            # T: those in use, and those there are
         self.kv = [torch.zeros(1, 2, K, 0, 16 * D) for _ in model.layers]
         self.recent = [torch.zeros(1, 2 * latents + K * D // 2) for _ in model.layers]
-        self.threads = concurrent.futures.ThreadPoolExecutor(torch.get_num_threads())
+        self.pool = concurrent.futures.ThreadPoolExecutor(torch.get_num_threads())
         # Made for each call of generate: the weights may have changed since the last one.
         self.layers = torch.stack([folded(layer) for layer in model.layers])
 
@@ -919,7 +919,7 @@ class Slots:
         threads = torch.get_num_threads()
         middles = slot[torch.arange(1, threads) * N // threads]
         cuts = sorted({0, *(slot == middles[:, None]).int().argmax(1).tolist()})
-        list(self.threads.map(step, cuts, [*cuts[1:], N]))
+        list(self.pool.map(step, cuts, [*cuts[1:], N]))
         return work[:, :config.hidden_size], choices
 
 

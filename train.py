@@ -122,7 +122,8 @@ STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior
 MATH, PUZZLES = ("add",), ("sort",)
 CODE = ("registers", "program", "falsify")                      # CodeI/O, standard, breaking
 # RL wears off what it does not reward, and Markovian RSA lives on what a reply hands on.  So every stage asks the tasks
-# that read tails, alone and to aggregate, and pays them for what the next round lives on: see Task.reward.
+# that read tails, alone and to aggregate, and pays them for what the next round lives on: see Task.reward.  Of these
+# column_sums is left out: one answer is right, so voting wins, and RL may wear off how its tails are read.
 READERS = ("find", "pass", "synthesize")
 
 
@@ -1023,11 +1024,13 @@ class Twin:
         threads = torch.get_num_threads()
         self.copy.train(self.model.training)
         torch.set_num_threads(threads // 2)
-        its = self.thread.submit(lambda: [step(self.copy, part) for part in parts[1::2]])
-        results = [None] * len(parts)
-        results[::2] = [step(self.model, part) for part in parts[::2]]
-        results[1::2] = its.result()
-        torch.set_num_threads(threads)
+        try:
+            its = self.thread.submit(lambda: [step(self.copy, part) for part in parts[1::2]])
+            results = [None] * len(parts)
+            results[::2] = [step(self.model, part) for part in parts[::2]]
+            results[1::2] = its.result()
+        finally:
+            torch.set_num_threads(threads)
         # What the copy found out, gradients and its routers' choices, is the model's.
         for mine, its in zip(self.model.parameters(), self.copy.parameters()):
             if its.grad is not None:
@@ -1959,7 +1962,8 @@ def reading_rates(model, tokenizer, tasks, eval_spec, problems=16, population=8)
     On few problems, to be looked at after every stage: one that rewards other things can spoil what tails are read for.
     """
     budget, source, result = eval_spec.budget, Checkpoint(model, tokenizer), {}
-    for name in set(tasks) & set(eval_spec.tasks) & set(shard(READERS)):
+    names = [name for name in shard(READERS) if name in tasks and name in eval_spec.tasks]
+    for name in tqdm(names, desc="reading tails", leave=False, disable=None):
         asked = held_out_problems([name], problems, (eval_spec.tasks[name],))
         found = markovian_rsa([problem.prompt for problem in asked], source, population, budget.subset, budget.rounds,
                               budget.budget, budget.tail, 0, tokenizer)
