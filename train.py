@@ -114,7 +114,6 @@ class Evaluation:
     tasks: dict                             # difficulty by task
     problems: int                           # of each task
     budget: Budget                          # N, C, T, beta and tau of the headline …
-    most_rounds: int = 3                    # … and T of Markovian RSA's curve
     few: int = 20                           # of the problems for Delethink and full RSA
 
 
@@ -145,7 +144,7 @@ def rl_stages(steps, lr, reward_model_steps, **shared):
 PRESETS = {
     "smoke": dict(
         tokens_per_step=1024, text_bytes=300_000, balancer_lr=1e-2, eval_problems=4, eval_samples=2,
-        evaluate=Evaluation({"find": 1, "pass": 1}, 4, Budget(4, 2, 1, 64, 8), most_rounds=2),
+        evaluate=Evaluation({"find": 1, "pass": 1}, 4, Budget(4, 2, 1, 64, 8)),
         stages=dict(
             pretrain=Stage(30, 128, 1e4, 0.5, 8e-3, 3e-3, 2, 1),
             midtrain=Stage(15, 256, 1e5, 0.86, 3e-3, 1e-3, 4, 3),
@@ -158,9 +157,9 @@ PRESETS = {
         stages=dict(
             pretrain=Stage(200, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
             midtrain=Stage(150, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
-            sft=Stage(1250, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
-            **rl_stages(steps=(15, 90, 45, 20), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
-                        group_size=8, learned=4, reward_model_steps=30, tail=24))),
+            sft=Stage(1100, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
+            **rl_stages(steps=(15, 90, 40, 20), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
+                        group_size=8, learned=4, reward_model_steps=20, tail=24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
         evaluate=Evaluation({"find": 12, "pass": 10, "synthesize": 8, "column_sums": 20}, 100,
@@ -2020,8 +2019,7 @@ def evaluate_ttc(model, tokenizer, name, eval_spec, seed=0, alternatives=True):
     curves = {"vote": [majority_rates(problems, plain[:, :N * (t + 1)]) for t in range(T + 1)]}
     rates = {"single": verify_replies(problems, plain).mean(1), "maj@equal_tokens": curves["vote"][T]}
     # Markovian RSA, and two special cases of it.
-    rounds = eval_spec.most_rounds if alternatives else T
-    texts["markovian_rsa"] = sample("markovian_rsa", P, N, C, rounds, budget.tail)
+    texts["markovian_rsa"] = sample("markovian_rsa", P, N, C, T, budget.tail)
     if alternatives:
         texts["delethink"] = sample("delethink", few, N, 1, T, budget.tail)
         texts["full_rsa"] = sample("full_rsa", few, N, C, T, budget.budget)
@@ -2578,28 +2576,28 @@ THINGS = ["ball", "kite", "hat", "book", "cup", "doll", "drum", "bell", "boat", 
 PLACES = [("high up in a tree", "ladder", "climbed up"), ("at the bottom of the pond", "net", "reached down"),
           ("behind a locked door", "key", "opened the door"), ("in a dark cave", "lamp", "went in"),
           ("on the roof", "rope", "pulled hard"), ("under the thick snow", "spade", "dug for a long time")]
-LOSSES = ["One day {he} lost {his} {color} {thing}.", "{He} had a {color} {thing}, but one morning it was gone.",
+LOSSES = ["One day {he} lost {his} {color} {thing}.", "{He} had {a} {color} {thing}, but one morning it was gone.",
           "What {he} liked best was {his} {color} {thing}. But one windy day it was gone."]
 SEARCHES = ["{He} looked under the bed and in the garden, but it was not there.",
             "{He} asked everyone, but no one had seen it.", "{He} was sad and looked for it all day."]
 FINDS = ["Then {he} saw it {place}.", "At last {he} found it {place}.", "In the evening {he} saw it {place}."]
-TROUBLES = ["{Name} could not get it alone.", "But it was too hard for {him}.", "{Name} did not know what to do."]
+TROUBLES = ["{He} could not get it alone.", "But it was too hard for {him}.", "{He} did not know what to do."]
 HELPS = ['"Can you help me?" {he} asked {friend}. "Yes," said {friend}, "I have a {tool}."',
          "Then {friend} came by with a {tool}.",
-         '{Name} called {friend}. "Wait," said {friend}, "I will bring a {tool}."']
-RESCUES = ["With the {tool}, {friend} {action} and got the {color} {thing}.",
-           "{friend} took the {tool} and {action}, and soon {name} had the {color} {thing} again."]
-ENDINGS = ["{Name} thanked {friend}, and they played until the sun went down.",
-           "{Name} was so happy that {he} laughed.", "From that day on {name} and {friend} were friends.",
-           '"Thank you!" said {name}. "Now we can play with it."']
+         '{He} called {friend}. "Wait," said {friend}, "I will bring a {tool}."']
+RESCUES = ["With the {tool} they {action} and got the {thing}.",
+           "They took the {tool} and {action}, and soon {he} had the {thing} again."]
+ENDINGS = ["They played until the sun went down.", "{He} was so happy that {he} laughed.",
+           "From that day on they were friends.", '"Thank you!" {he} said. "Now we can play with it."']
 
 
 def tell_story(rng):
     """Somebody loses something and gets it back with a friend's help."""
     (name, he, his, him), (friend, *_) = rng.sample(PEOPLE, 2)
     place, tool, action = rng.choice(PLACES)
-    words = dict(name=name, Name=name, he=he, He=he.capitalize(), his=his, him=him, friend=friend, place=place,
-                 tool=tool, action=action, color=rng.choice(COLORS), thing=rng.choice(THINGS))
+    color = rng.choice(COLORS)
+    words = dict(he=he, He=he.capitalize(), his=his, him=him, friend=friend, place=place, tool=tool, action=action,
+                 a="an" if color == "old" else "a", color=color, thing=rng.choice(THINGS))
     parts = [f"{name} lived {rng.choice(HOMES)}."]
     for sentences in (LOSSES, SEARCHES, FINDS, TROUBLES, HELPS, RESCUES, ENDINGS):
         parts.append(rng.choice(sentences).format(**words))
@@ -2611,7 +2609,7 @@ def is_consistent(story):
     and comes to use.
 
     >>> story = tell_story(random.Random(0))                    # Max had a red cup …
-    >>> [is_consistent(text) for text in (story, story.replace("the red", "the big"), story.replace("He", "She"))]
+    >>> [is_consistent(text) for text in (story, story.replace("the cup", "the hat"), story.replace("He", "She"))]
     [True, False, False]
     """
     words = re.findall(r"\w+", story)
@@ -2620,7 +2618,7 @@ def is_consistent(story):
         return False
     pronouns = set(re.findall(r"\b(?:he|she|his|her|him)\b", story.lower()))
     names = {person[0] for person in PEOPLE} & set(words)
-    lost = set(re.findall(f"({'|'.join(COLORS)}) (\\w+)", story))
+    lost = set(THINGS) & set(words)
     tools = [(place in story, words.count(tool)) for place, tool, _ in PLACES]
     return (pronouns <= set(heroes[0][1:]) and len(names) == 2 and len(lost) == 1
             and sorted(tools) == [(False, 0)] * (len(PLACES) - 1) + [(True, 2)]
@@ -2798,13 +2796,15 @@ class ColumnSums(Task):
 
 
 class Add(Task):
-    """Addition of two d-digit numbers with carries.  An error spoils only what follows it.
+    """Addition of two numbers with d + 1 digits together, with carries.  An error spoils only what follows it.
 
     47+85 -> <think>7+5+0=12,4+8+1=13</think>132                (digit + digit + carry = carry and digit)
     """
+    levels = (2, 3, 5)
+
     def generate(self, rng, d):
-        smallest = 10 ** (d - 1) if d > 1 else 0
-        a, b = rng.randrange(smallest, 10**d), rng.randrange(smallest, 10**d)
+        a, b = (rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
+                for digits in (d // 2 + 1, (d + 1) // 2))
         return f"{a}+{b}", {"a": a, "b": b}
 
     def solution(self, data, rng, error_rate):
@@ -2820,16 +2820,16 @@ class Add(Task):
 
 
 class Sort(Task):
-    """Sort d + 1 digits by selection: the smallest one, then what is left.
+    """Sort 2 + d // 2 digits by selection: the smallest one, then what is left.  At even d no digit comes twice.
 
     sort 3917 -> <think>1:397,3:97,7:9,9:</think>1379
     """
-    levels = (4, 5, 6)
+    levels, hardest = (6, 8, 10), 16
 
     def generate(self, rng, d):
         digits = "11"
         while len(set(digits)) == 1:
-            digits = "".join(str(rng.randrange(10)) for _ in range(d + 1))
+            digits = "".join(rng.choices("0123456789", k=2 + d // 2) if d % 2 else rng.sample("0123456789", 2 + d // 2))
         return f"sort {digits}", {"digits": digits}
 
     def solution(self, data, rng, error_rate):
@@ -2912,7 +2912,8 @@ class Registers(Task):
 
 
 class Program(Task):
-    """Write a program (the standard form of code tasks): for a formula with d + 1 operations, checked on ten inputs.
+    """Write a program (the standard form of code tasks): for a formula with 1 + d // 2 operations, checked on ten
+    inputs.  At even d each operation has its digit on the right.
 
     code (3-(x+4)) -> <think>6:0,3</think>a=x+4;a=3-a           (a try: on input 6, a is 0, then 3)
     """
@@ -2922,9 +2923,9 @@ class Program(Task):
         outputs = {0}
         while len(outputs) == 1:                                # a constant would be no lesson
             formula, lines, inner = "x", [], "x"
-            for _ in range(d + 1):
+            for _ in range(1 + d // 2):
                 other, operator = rng.choice("x123456789"), rng.choice("+-*")
-                if rng.random() < 0.5:
+                if d % 2 and rng.random() < 0.5:
                     formula, line = f"({other}{operator}{formula})", f"a={other}{operator}{inner}"
                 else:
                     formula, line = f"({formula}{operator}{other})", f"a={inner}{operator}{other}"

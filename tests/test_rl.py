@@ -516,7 +516,7 @@ def test_adaptive_difficulty_follows_the_solve_rate(talk):
     short = make_actor(score=lambda group: [1.0] * 4, tasks=("add",), adaptive=True, context=48)
     for _ in range(9):
         short.generate()
-    assert short.difficulty["add"] == 4                         # "<think>0+5+0=05,…</think>12345" has 50 tokens at 5
+    assert short.difficulty["add"] == 7                         # "<think>0+5+0=05,…</think>12345" has 50 tokens at 8
     still = make_actor(score=lambda group: [1.0] * 4, tasks=("add",))
     assert still.generate() and still.difficulty["add"] == 1
 

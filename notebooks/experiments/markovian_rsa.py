@@ -69,7 +69,7 @@ def measure(run):
     # The run's own sft checkpoint beside what else as many tokens buy, as its report has it for the finished model.
     model, tokenizer, _ = load(run, "sft")
     for task, d in EARLY[1:]:
-        asked = train.Evaluation({task: d}, report["ttc"][0]["problems"], BUDGET, most_rounds=BUDGET.rounds)
+        asked = train.Evaluation({task: d}, report["ttc"][0]["problems"], BUDGET)
         result["sft"].append(train.evaluate_ttc(model, tokenizer, task, asked, seed))
     arms.write_result("markovian_rsa", seed, **result)
 
