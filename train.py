@@ -114,7 +114,7 @@ class Evaluation:
     tasks: dict                             # difficulty by task
     problems: int                           # of each task
     budget: Budget                          # N, C, T, beta and tau of the headline …
-    few: int = 20                           # of the problems for Delethink and full RSA
+    few: int = 16                           # of the problems for Delethink and full RSA
 
 
 STAGES = ["pretrain", "midtrain", "sft", "warmup", "rlve", "mathcode", "behavior"]
@@ -153,17 +153,16 @@ PRESETS = {
                         group_size=4, learned=4, reward_model_steps=4, tail=8))),
     "tiny": dict(
         tokens_per_step=2048, text_bytes=2_000_000, balancer_lr=5e-3, eval_problems=30, eval_samples=2,
-        evaluate=Evaluation({"find": 6, "pass": 5, "synthesize": 4, "column_sums": 10}, 50, BUDGETS["tiny"]),
+        evaluate=Evaluation({"find": 8, "pass": 6, "column_sums": 10}, 50, BUDGETS["tiny"]),
         stages=dict(
             pretrain=Stage(200, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-            midtrain=Stage(150, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
-            sft=Stage(1100, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
-            **rl_stages(steps=(15, 90, 40, 20), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
+            midtrain=Stage(120, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
+            sft=Stage(950, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
+            **rl_stages(steps=(15, 85, 35, 15), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
                         group_size=8, learned=4, reward_model_steps=20, tail=24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation({"find": 12, "pass": 10, "synthesize": 8, "column_sums": 20}, 100,
-                            Budget(16, 4, 2, 1024, 64)),
+        evaluate=Evaluation({"find": 16, "pass": 12, "column_sums": 20}, 100, Budget(16, 4, 2, 1024, 64)),
         stages=dict(
             pretrain=Stage(20_000, 1024, 1e4, 0.5, 2e-3, 6e-4, 8, 2),
             midtrain=Stage(5_000, 4096, 1e6, 0.86, 6e-4, 2e-4, 16, 16),
@@ -172,7 +171,7 @@ PRESETS = {
                         groups=32, group_size=16, learned=16, reward_model_steps=500, tail=64))),
     "zaya1-8b": dict(
         tokens_per_step=4_194_304, text_bytes=10**12, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
-        evaluate=Evaluation({"find": 24, "pass": 20, "synthesize": 12, "column_sums": 30}, 100, BUDGETS["default"]),
+        evaluate=Evaluation({"find": 24, "pass": 20, "column_sums": 30}, 100, BUDGETS["default"]),
         stages=dict(
             pretrain=Stage(100_000, 4096, 1e4, 0.5, 6e-4, 2e-4, 8, 2),
             midtrain=Stage(20_000, 32768, 1e6, 0.86, 2e-4, 1e-4, 32, 64),
@@ -1955,15 +1954,16 @@ def texts_by_round(results):
     return np.array(texts, object).swapaxes(0, 1)
 
 
-def reading_rates(model, tokenizer, tasks, eval_spec, problems=16, population=8):
+def reading_rates(model, tokenizer, tasks, eval_spec, problems=12, population=8):
     """What Markovian RSA makes of those tasks that read after 0, 1, …, T rounds -> {task: [share right, …]}.
 
     On few problems, to be looked at after every stage: one that rewards other things can spoil what tails are read for.
     """
     budget, source, result = eval_spec.budget, Checkpoint(model, tokenizer), {}
-    names = [name for name in shard(READERS) if name in tasks and name in eval_spec.tasks]
+    names = [name for name in shard(READERS) if name in tasks]
     for name in tqdm(names, desc="reading tails", leave=False, disable=None):
-        asked = held_out_problems([name], problems, (eval_spec.tasks[name],))
+        difficulty = eval_spec.tasks.get(name) or find_task(name).levels[-1] + 2    # as far above what RL asks as theirs
+        asked = held_out_problems([name], problems, (difficulty,))
         found = markovian_rsa([problem.prompt for problem in asked], source, population, budget.subset, budget.rounds,
                               budget.budget, budget.tail, 0, tokenizer)
         result[name] = [float(verify_replies(asked, replies).mean()) for replies in texts_by_round(found)]
