@@ -10,7 +10,7 @@ Every path is a plain function, usable alone, that says in one line what it equa
     linear_cross_entropy  LM head and loss in chunks, never holding (N, V) logits         any device
     triton_residual_norm, triton_cca_mix, grouped_mm        one source for CUDA and ROCm  GPU
     compile_loss, compile_decoding                          one graph for a training step, one for a decoding step
-    quantize, load        int8 weights, a scale a row
+    quantize, load        weights rounded to 8 or 4 bits
     Slots                 `generate` with one C function a step                     CPU, small models in fp32
 
 Importing this file needs neither Triton nor a GPU.  `python kernels.py` prints how equal and how fast each path is on
@@ -19,8 +19,10 @@ this machine.  Does NOT include: hand-written backward passes where PyTorch's ow
 import argparse
 import copy
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -322,7 +324,7 @@ class FusedZaya(zaya.Zaya):
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         with torch.autocast(hidden.device.type, enabled=False):
             if weight.dtype == torch.int8:
-                return int8_product(hidden.float(), weight, head.scale)
+                return rounded_product(hidden.float(), weight, head.scale)
             # An fp32 copy of a slice stays in the cache, one of the whole (V, E) would be read from memory again.
             return torch.cat([hidden.float() @ part.float().mT for part in weight.split(1024)], -1)
 
@@ -369,105 +371,222 @@ class FusedZaya(zaya.Zaya):
 
 def fuse(model):
     """Give a Zaya and its layers their fast paths, in place -> the model.  Same parameters, same checkpoints."""
-    if not isinstance(model, FusedZaya):                        # an Int8Zaya is one
+    if not isinstance(model, FusedZaya):                        # a rounded one is
         model.__class__ = FusedZaya
     for layer in model.layers:
         layer.__class__ = FusedLayer
         layer.self_attn.__class__ = FusedCCA
-        if isinstance(layer.experts, zaya.Experts):             # int8 ones have their own
+        if isinstance(layer.experts, zaya.Experts):             # rounded ones have their own
             layer.experts.__class__ = FusedExperts
     return model
 
 
-# ---- int8 weights ---------------------------------------------------------------------------------------------------
+# ---- weights of 8 and of 4 bits -------------------------------------------------------------------------------------
+# A rounded matrix (N, K) is a pair of tensors.  In 8 bits: int8 (N, K), and a scale a row, (N,) fp32.  In 4 bits: uint8
+# (N, K/2), two neighbours of a row in a byte, and for every GROUP of a row its scale and its middle, (K/GROUP, N, 2)
+# bf16: w = (q - 8) scale + middle, with q in 0 … 15.
+GROUP = 64
 
 
-def int8_rows(weight):
-    """(…, N, K) -> int8 of the same shape, scale (…, N) fp32, with weight ~ int8 * scale[…, None]: a scale a row."""
+def round_weight(weight, bits):
+    """(…, N, K) any float -> the pair of tensors that stands for it in so many bits."""
     weight = weight.float()
-    scale = weight.abs().amax(-1).clamp_min(1e-30) / 127
-    return (weight / scale[..., None]).round_().to(torch.int8), scale
+    if bits == 8:
+        scale = weight.abs().amax(-1).clamp_min(1e-30) / 127
+        return (weight / scale[..., None]).round_().to(torch.int8), scale
+    groups = weight.unflatten(-1, (-1, GROUP))                                      # (…, N, K/GROUP, GROUP)
+    low, high = groups.amin(-1), groups.amax(-1)
+    # Rounded to bf16 before they are used: q makes good a part of that error.
+    scale = ((high - low) / 15).clamp_min(1e-30).bfloat16()
+    middle = (low + 8 * scale.float()).bfloat16()
+    q = ((groups - middle.float()[..., None]) / scale.float()[..., None]).round_().add_(8).clamp_(0, 15)
+    q = q.flatten(-2).to(torch.uint8)
+    return q[..., ::2] | q[..., 1::2] << 4, torch.stack([scale, middle], -1).transpose(-3, -2).contiguous()
 
 
-def int8_product(x, weight, scale):
-    """x @ (weight * scale[:, None])^T for weight (N, K) int8, scale (N,) fp32: (…, K) any float -> (…, N).
+def restore_weight(weight, scale, dtype=torch.float32):
+    """The matrix (N, K) that such a pair stands for."""
+    if weight.dtype == torch.int8:
+        return weight.to(dtype) * scale.to(dtype)[:, None]
+    q = torch.stack([weight & 15, weight >> 4], -1).flatten(1).unflatten(1, (-1, GROUP))     # (N, K/GROUP, GROUP)
+    scale, middle = scale.to(dtype).transpose(0, 1)[..., None].unbind(2)                            # (N, K/GROUP, 1)
+    return torch.addcmul(middle, q.to(dtype) - 8, scale).flatten(1)
 
-    A few rows on a CPU read the int8 weights as they are; many rows, and a GPU, unpack them first.
+
+@functools.cache
+def packed_layout():
+    """How this CPU's 4-bit product wants a matrix, which PyTorch does not say -> (rows in a block, whether a byte holds
+    rows that are half a block apart, or neighbours); None where it has no such product, or another way."""
+    rows = torch.arange(128, dtype=torch.int32)[:, None] * 7 + torch.arange(64, dtype=torch.int32) ** 2
+    try:
+        wanted = torch.ops.aten._convert_weight_to_int4pack_for_cpu(rows % 16, 1)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return None
+    plain = (rows % 16).to(torch.uint8)
+    plain = plain[:, ::2] | plain[:, 1::2] << 4
+    for layout in ((64, True), (32, True), (32, False)):        # AVX-512, AVX2, neither
+        if torch.equal(pack(plain, layout).flatten(), wanted.flatten()):
+            return layout
+    return None
+
+
+def pack(weight, layout):
+    """A 4-bit matrix (N, K/2) -> the same in this CPU's order: block after block, there column after column the block's
+    rows, two in a byte."""
+    rows, halves = layout
+    q = torch.stack([weight & 15, weight >> 4], -1).flatten(1).unflatten(0, (-1, rows)).mT          # (N/rows, K, rows)
+    low, high = q.chunk(2, -1) if halves else (q[..., ::2], q[..., 1::2])
+    return (low | high << 4).reshape(weight.shape)
+
+
+def unpack(weight, layout):
+    """The inverse of `pack`."""
+    rows, halves = layout
+    weight = weight.view(-1, 2 * weight.shape[1], rows // 2)                        # (N/rows, K, rows/2)
+    low, high = weight & 15, weight >> 4
+    q = torch.cat([low, high], -1) if halves else torch.stack([low, high], -1).flatten(2)
+    q = q.mT.flatten(0, 1)                                                          # (N, K)
+    return q[:, ::2] | q[:, 1::2] << 4
+
+
+def rounded_product(x, weight, scale, layout=None):
+    """x @ restore_weight(weight, scale)^T: (…, K) any float -> (…, N).  layout: the one in which 4 bits are packed.
+
+    A few rows on a CPU read the rounded weights as they are; many rows, and a GPU, unpack them first.
     """
     rows = x.reshape(-1, x.shape[-1])
-    # The packed product walks a row in whole vectors: a K that is no multiple of them is read beyond its end.
-    if len(rows) <= 32 and x.device.type == "cpu" and weight.shape[1] % 32 == 0:
-        y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, scale.to(x.dtype))
+    few = len(rows) <= 32 and x.device.type == "cpu"
+    if weight.dtype == torch.int8:
+        # The packed product walks a row in whole vectors: a K that is no multiple of them is read beyond its end.
+        if few and weight.shape[1] % 32 == 0:
+            y = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), weight, scale.to(x.dtype))
+        else:
+            y = (rows @ weight.to(x.dtype).mT) * scale.to(x.dtype)
+    elif few and layout:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows.contiguous(), weight, GROUP, scale.to(x.dtype))
     else:
-        y = (rows @ weight.to(x.dtype).mT) * scale.to(x.dtype)
+        plain = unpack(weight, layout) if layout else weight
+        y = rows @ restore_weight(plain, scale, x.dtype).mT
     return y.view(*x.shape[:-1], len(weight))
 
 
-class Int8Linear(torch.nn.Module):
-    """nn.Linear without a bias; weight (N, K) int8, scale (N,) fp32.  (…, K) -> (…, N) in x's dtype."""
+class Rounded(torch.nn.Module):
+    """A module with rounded weights; its 4-bit ones are in the file's order, or in `layout`, this CPU's."""
+    layout = None
 
-    def __init__(self, shape):
+    def set_layout(self, layout):
+        for name, tensor in self.named_buffers(recurse=False):
+            if tensor.dtype == torch.uint8:
+                moved = []
+                for matrix in tensor.view(-1, *tensor.shape[-2:]):
+                    plain = unpack(matrix, self.layout) if self.layout else matrix
+                    moved.append(pack(plain, layout) if layout else plain)
+                setattr(self, name, torch.stack(moved).view_as(tensor))
+        self.layout = layout
+
+
+class RoundedLinear(Rounded):
+    """nn.Linear without a bias: (…, K) -> (…, N) in x's dtype."""
+
+    def __init__(self, weight, scale):
         super().__init__()
-        self.register_buffer("weight", torch.zeros(shape, dtype=torch.int8))
-        self.register_buffer("scale", torch.zeros(shape[:-1]))
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
 
     def forward(self, x):
-        return int8_product(x, self.weight, self.scale)
+        return rounded_product(x, self.weight, self.scale, self.layout)
 
 
-class Int8Embedding(Int8Linear):
-    """nn.Embedding with a scale a token; tied, it is the LM head as well."""
+class RoundedEmbedding(RoundedLinear):
+    """nn.Embedding in 8 bits; tied, it is the LM head as well."""
 
     def forward(self, ids):
         return self.weight[ids].float() * self.scale[ids, None]
 
 
-class Int8Experts(torch.nn.Module):
-    """zaya.Experts with weights in int8, a scale for every expert's output channel."""
+class RoundedExperts(Rounded):
+    """zaya.Experts: gate_up and down are pairs of stacks, one matrix an expert."""
 
     def __init__(self, gate_up, down):
         super().__init__()
-        for name, shape in (("gate_up", gate_up), ("down", down)):                  # (X, 2F, E) and (X, E, F)
-            self.register_buffer(name + "_proj", torch.zeros(shape, dtype=torch.int8))
-            self.register_buffer(name + "_scale", torch.zeros(shape[:-1]))
+        for name, (weight, scale) in dict(gate_up=gate_up, down=down).items():
+            self.register_buffer(name + "_proj", weight)
+            self.register_buffer(name + "_scale", scale)
 
     def forward(self, x, choice, weight):
         y = torch.zeros_like(x)                                                     # as the skip expert leaves it
         for e in set(choice.tolist()) - {len(self.down_proj)}:
             here = (choice == e).nonzero()[:, 0]
-            gate, up = int8_product(x[here], self.gate_up_proj[e], self.gate_up_scale[e]).chunk(2, -1)
-            y[here] = int8_product(F.silu(gate) * up, self.down_proj[e], self.down_scale[e])
+            gate_up = rounded_product(x[here], self.gate_up_proj[e], self.gate_up_scale[e], self.layout)
+            gate, up = gate_up.chunk(2, -1)
+            y[here] = rounded_product(F.silu(gate) * up, self.down_proj[e], self.down_scale[e], self.layout)
         return (y * weight[:, None]).to(x.dtype)
 
 
 class Int8Zaya(FusedZaya):
-    """A fused model whose experts, attention projections, embedding and LM head are int8: a scale an output channel.
+    """A fused model whose experts, attention projections, embedding and LM head are rounded to 8 bits.
 
     Routers, convolutions, norms and scales stay as they are: 1 % of the weights.  Made by `quantize`, not for training.
     """
-    QUANTIZED = re.compile(r"((embed_tokens|lm_head|[qko]_proj|v_proj_\w+)\.weight|experts\.\w+_proj)$")
+    bits = 8
+    ROUNDED = re.compile(r"((embed_tokens|lm_head|[qko]_proj|v_proj_\w+)\.weight|experts\.\w+_proj)$")
 
     def __init__(self, config):
         super().__init__(config)
         for layer in self.layers:
             for name in ("q_proj", "k_proj", "v_proj_current", "v_proj_delayed", "o_proj"):
-                setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name).weight.shape))
-            layer.experts = Int8Experts(layer.experts.gate_up_proj.shape, layer.experts.down_proj.shape)
-        self.embed_tokens = Int8Embedding(self.embed_tokens.weight.shape)
+                weight = getattr(layer.self_attn, name).weight
+                setattr(layer.self_attn, name, RoundedLinear(*self.rounded(name, weight)))
+            layer.experts = RoundedExperts(self.rounded("", layer.experts.gate_up_proj),
+                                           self.rounded("", layer.experts.down_proj))
+        self.embed_tokens = RoundedEmbedding(*self.rounded("embed_tokens", self.embed_tokens.weight))
         if not config.tie_word_embeddings:
-            self.lm_head = Int8Linear(self.lm_head.weight.shape)
+            self.lm_head = RoundedLinear(*self.rounded("lm_head", self.lm_head.weight))
         fuse(self)
+
+    @classmethod
+    @torch.no_grad()
+    def rounded(cls, name, weight):
+        """The pair of tensors for a weight of this name.  Embedding and LM head have 8 bits, and so has what does not
+        divide into the 4-bit product's blocks."""
+        N, K = weight.shape[-2:]
+        keep = name.startswith(("embed_tokens", "lm_head")) or N % 64 or K % GROUP
+        return round_weight(weight, 8 if keep else cls.bits)
+
+    @property
+    def stored_dtype(self):
+        return f"int{self.bits}"
+
+    def set_layout(self, layout):
+        for module in self.modules():
+            if isinstance(module, Rounded):
+                module.set_layout(layout)
+
+    def save_pretrained(self, directory, state_dict=None):
+        layout = self.layers[0].experts.layout
+        self.set_layout(None)                                   # in a file they have every CPU's order
+        super().save_pretrained(directory, state_dict)
+        self.set_layout(layout)
+
+
+class Int4Zaya(Int8Zaya):
+    """The same with 4 bits, in groups of 64 weights, for experts and attention projections."""
+    bits = 4
+
+
+ROUNDED = {8: Int8Zaya, 4: Int4Zaya}
 
 
 @torch.no_grad()
-def quantize(model):
-    """Zaya -> Int8Zaya.  Of memory-mapped weights no more than one tensor is in memory beside the result."""
+def quantize(model, bits=8):
+    """Zaya -> Int8Zaya or Int4Zaya.  Of memory-mapped weights no more than one is in memory beside the result."""
+    kind = ROUNDED[bits]
     with torch.device("meta"):
-        quantized = Int8Zaya(model.config)
+        quantized = kind(model.config)
     state = {}
     for name, tensor in model.state_dict().items():
-        if Int8Zaya.QUANTIZED.search(name):
-            state[name], state[re.sub("(weight|proj)$", "scale", name)] = int8_rows(tensor)
+        if kind.ROUNDED.search(name):
+            state[name], state[re.sub("(weight|proj)$", "scale", name)] = kind.rounded(name, tensor)
         else:
             state[name] = tensor
     quantized.load_state_dict(state, assign=True)
@@ -476,18 +595,20 @@ def quantize(model):
     return quantized.requires_grad_(False).eval()
 
 
-def is_int8(folder):
+def stored_bits(folder):
+    """8 or 4 for a folder that `quantize_checkpoint` wrote, else None."""
     path = os.path.join(folder, "config.json")
-    return os.path.exists(path) and zaya.read_json(path).get("dtype") == "int8"
+    dtype = zaya.read_json(path).get("dtype") if os.path.exists(path) else None
+    return {"int8": 8, "int4": 4}.get(dtype)
 
 
-def quantize_checkpoint(source, target):
-    """Write the int8 form of the checkpoint in `source` to `target`, and its tokenizer.  Raises OSError, ValueError."""
-    if is_int8(source):
-        raise FileExistsError("this is an int8 form already")
+def quantize_checkpoint(source, target, bits=8):
+    """Write the checkpoint in `source`, rounded, to `target`, and its tokenizer.  Raises OSError, ValueError."""
+    if stored_bits(source):
+        raise FileExistsError(f"this is an int{stored_bits(source)} form already")
     if os.path.exists(target) and os.path.samefile(source, target):
-        raise FileExistsError("its int8 form would overwrite it: name another folder")
-    load(source, int8=True).save_pretrained(target)
+        raise FileExistsError(f"its int{bits} form would overwrite it: name another folder")
+    quantize(zaya.Zaya.from_pretrained(source), bits).save_pretrained(target)
     for name in os.listdir(source):
         weights = name in ("config.json", "model.safetensors.index.json")
         if name.endswith((".json", ".jinja")) and not weights:
@@ -496,12 +617,16 @@ def quantize_checkpoint(source, target):
             os.replace(copied + ".tmp", copied)
 
 
-def load(folder, int8=False, device="cpu"):
-    """A checkpoint in the official layout (int8: rounds it) or its int8 form, fused.  Raises OSError, ValueError."""
-    if is_int8(folder):
-        return Int8Zaya.from_pretrained(folder, device=device).requires_grad_(False)
-    model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
-    return quantize(model) if int8 else model
+def load(folder, bits=None, device="cpu"):
+    """A checkpoint, fused: as it is stored, or rounded to 8 or 4 bits.  Raises OSError, ValueError."""
+    if stored_bits(folder):
+        model = ROUNDED[stored_bits(folder)].from_pretrained(folder, device=device).requires_grad_(False)
+    else:
+        model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
+        model = quantize(model, bits) if bits else model
+    if isinstance(model, Int8Zaya) and device == "cpu":
+        model.set_layout(packed_layout())
+    return model
 
 
 # ---- decoding on a CPU: one C function ------------------------------------------------------------------------------
@@ -1453,28 +1578,40 @@ def decoding_speed(model, prompt, count):
     return 1e3 * count / (whole - first), big.nbytes / 1e6 / product
 
 
+def resident_gb():
+    """What of this process is in memory, with the pages of mapped files; None where Linux does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
 @torch.no_grad()
 def decoding(folder, count=32):
-    """The checkpoint in `folder` and its int8 form, decoding one row -> rows of what they read, reach and get wrong.
+    """The checkpoint in `folder` and its int8 and int4 forms, decoding one row -> rows of what they take, read, reach
+    and get wrong.
 
-    Where `folder` has no checkpoint, a random ZAYA1-8B (17.7 GB) is put there; the int8 form goes into `folder`-int8.
-    share: of the tokens/s that torch.mv's speed would allow.  error, kl, same: of the logits over the same tokens.
+    Where `folder` has no checkpoint, a random ZAYA1-8B (17.7 GB) is put there; the others go into `folder`-int8 and
+    -int4.  share: of the tokens/s that torch.mv's speed would allow.  error, kl, same: of the logits over the same
+    tokens, each with the experts of its own choice.
     """
-    rounded, prompt = folder + "-int8", torch.arange(1, 9)[None]
-    rows = []
+    prompt, rows = torch.arange(1, 9)[None], []
     if not os.path.exists(os.path.join(folder, "config.json")):
         make_random_checkpoint(folder)
-    if not os.path.exists(os.path.join(rounded, "config.json")):
-        quantize_checkpoint(folder, rounded)
-    for name in (folder, rounded):
+    for bits in (None, 8, 4):
+        name = f"{folder}-int{bits}" if bits else folder
+        if not os.path.exists(os.path.join(name, "config.json")):
+            quantize_checkpoint(folder, name, bits)
         model = load(name)
-        if name == folder:
+        if bits is None:
             tokens = model.generate(prompt, count, temperature=0)
             reference = model(tokens)[0]                                            # (S, V)
         speed, bandwidth = decoding_speed(model, prompt, count)
         size = gb_per_token(model)
-        rows.append({"checkpoint": name, "gb_per_token": size, "torch.mv_gb_per_s": bandwidth, "tokens_per_s": speed,
-                     "share": speed * size / bandwidth, **logit_error(model(tokens)[0], reference)})
+        disk = sum(entry.stat().st_size for entry in os.scandir(name) if entry.name.endswith(".safetensors")) / 1e9
+        rows.append({"checkpoint": name, "gb_on_disk": disk, "gb_resident": resident_gb(), "gb_per_token": size,
+                     "torch.mv_gb_per_s": bandwidth, "tokens_per_s": speed, "share": speed * size / bandwidth,
+                     **logit_error(model(tokens)[0], reference)})
+        del model
+        gc.collect()
     return rows
 
 
@@ -1482,16 +1619,17 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Equality and speed of every fast path on this machine.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--compile", action="store_true", help="also the compiled training step: minutes of compiling")
-    parser.add_argument("--full-size", metavar="FOLDER", help="instead: decoding speed of the checkpoint in FOLDER and "
-                        "of its int8 form in FOLDER-int8; a random ZAYA1-8B is made if there is none")
-    parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: write FOLDER's int8 form")
+    parser.add_argument("--full-size", metavar="FOLDER", help="instead: size and decoding speed of the checkpoint in "
+                        "FOLDER, and of FOLDER-int8 and FOLDER-int4; a random ZAYA1-8B is made if there is none")
+    parser.add_argument("--quantize", nargs=2, metavar=("FOLDER", "TARGET"), help="instead: round FOLDER's weights")
+    parser.add_argument("--bits", type=int, choices=(8, 4), default=8, help="… to so many bits (default 8)")
     given = parser.parse_args(arguments)
     device, machine = "cpu", {"device": "cpu", "threads": torch.get_num_threads()}
     if given.quantize or given.full_size:
         from safetensors import SafetensorError
         try:
             if given.quantize:
-                return quantize_checkpoint(*given.quantize)
+                return quantize_checkpoint(*given.quantize, given.bits)
             found = {"decoding": decoding(given.full_size)}
         except (OSError, ValueError, SafetensorError) as error:                     # missing, damaged, a full disk
             raise SystemExit(f"{given.full_size or given.quantize[0]}: {error}") from None

@@ -11,23 +11,23 @@ taught to read.  Any function generate(prompts, max_new_tokens, seed) can write 
 folder of weights, and Endpoint, a server that speaks the chat-completions protocol.
 """
 import argparse
+import asyncio
 import collections
 import contextlib
+import copy
 import functools
-import http.client
 import itertools
 import json
 import os
 import random
 import re
+import queue
 import statistics
 import sys
 import threading
-import urllib.error
-import urllib.request
+import time
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from multiprocessing.pool import ThreadPool
 
 # Threads that wait asleep: on a busy machine spinning ones are many times slower, on an idle one they gain nothing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -344,7 +344,14 @@ def interval(rates):
 class Source:
     """Where text comes from: stream(prompts, max_new_tokens, seed, known) yields (index, text, tokens spent, error), as
     rollouts finish, in any order, but for the indices in `known`.  What it yields for an index does not depend on which
-    others are known, so a run that goes on after a kill samples what it would have sampled."""
+    others are known, so a run that goes on after a kill samples what it would have sampled.
+
+    before: the messages that stand before each prompt, and parts: of its own message, what is no text."""
+    before, parts, stopped = (), (), False
+
+    def stop(self):
+        """From any thread: end what is under way, and begin nothing more."""
+        self.stopped = True
 
     def __call__(self, prompts, max_new_tokens, seed, progress=iter):
         """As markovian_rsa's generate.  progress: a bar such as tqdm, around the stream."""
@@ -354,9 +361,9 @@ class Source:
         return texts
 
 
-def prompt_ids(tokenizer, prompt):
-    """What the model reads before it answers: the user's turn, and the opening of the assistant's."""
-    return tokenizer.render([{"role": "user", "content": prompt}], generation_prompt=True)[0]
+def prompt_ids(tokenizer, prompt, before=()):
+    """What the model reads before it answers: the messages `before`, the user's, the opening of the assistant's."""
+    return tokenizer.render([*before, {"role": "user", "content": prompt}], generation_prompt=True)[0]
 
 
 def left_padded(rows, pad, device):
@@ -369,21 +376,27 @@ def left_padded(rows, pad, device):
     return ids.to(device), mask.to(device)
 
 
-def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0):
+def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_p=1.0, before=()):
     """Sample the assistant's answer to each prompt in one batch: list of str -> list of str, <think> tags included."""
     import torch
-    inputs, mask = left_padded([prompt_ids(tokenizer, p) for p in prompts], tokenizer.pad, model.norm.weight.device)
+    rows = [prompt_ids(tokenizer, prompt, before) for prompt in prompts]
+    inputs, mask = left_padded(rows, tokenizer.pad, model.norm.weight.device)
     out = model.generate(inputs, max_new_tokens, temperature, top_p, attention_mask=mask, eos_token_id=tokenizer.end,
                          generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
-    ends = {tokenizer.end} if isinstance(tokenizer.end, int) else set(tokenizer.end)
-    # ZAYA1-8B's chat template itself opens the reasoning: the tag then stands in the prompt and not in the reply.
-    asked = tokenizer.decode(inputs[0, -4:].tolist())
-    opened = "<think>" if asked.rstrip().endswith("<think>") else ""
-    texts = []
+    ends, texts = end_tokens(tokenizer), []
     for row in out.tolist():
         kept = itertools.takewhile(lambda token: token not in ends, row)
-        texts.append(opened + tokenizer.decode(kept))
+        texts.append(opening(tokenizer, rows[0]) + tokenizer.decode(kept))
     return texts
+
+
+def end_tokens(tokenizer):
+    return [tokenizer.end] if isinstance(tokenizer.end, int) else tokenizer.end
+
+
+def opening(tokenizer, prompt):
+    """ZAYA1-8B's chat template opens the reasoning: then the tag stands in the prompt (ids) and not in the reply."""
+    return "<think>" if tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>") else ""
 
 
 def is_ours(folder):
@@ -398,10 +411,15 @@ def is_ours(folder):
 
 
 class ChatTokenizer:
-    """transformers.AutoTokenizer behind those methods of zaya.Tokenizer that this file uses.  As there, a special token
-    that is spelled out in a problem becomes that token.  name: an official folder such as ZAYA1-8B's, or a hub name."""
+    """transformers.AutoTokenizer behind zaya.Tokenizer's methods.  As there, a special token that is spelled out in a
+    problem becomes that token.  name: an official folder such as ZAYA1-8B's, or a hub name.
 
-    def __init__(self, name):
+    chat: give a base model's, which has no chat template, ChatML; a reply then ends with <|im_end|>, or its own end.
+    """
+    CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}END\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+    def __init__(self, name, chat=False):
         from transformers import AutoTokenizer
         self.inner, ends = AutoTokenizer.from_pretrained(name), None
         for file in ("generation_config.json", "config.json"):  # a hub name has none here: it is for counting alone
@@ -411,17 +429,50 @@ class ChatTokenizer:
                     ends = json.load(config).get("eos_token_id")
         self.end = ends if isinstance(ends, list) else [ends] * (ends is not None)
         self.pad = self.inner.pad_token_id or 0
+        self.ranks, self.vocab_size = self.inner.get_vocab(), len(self.inner)
+        self.end_of_text = self.inner.eos_token_id
+        if self.end_of_text is None:
+            self.end_of_text = (self.end or [self.pad])[0]
+        if chat and self.inner.chat_template is None:
+            end = "<|im_end|>" if "<|im_end|>" in self.ranks else self.decode([self.end_of_text])
+            self.inner.chat_template = self.CHATML.replace("END", end)
+            self.end = [self.ranks[end], *self.end]
+
+    def ids(self, messages, generation_prompt=False):
+        if not messages:
+            return []
+        return self.inner.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
 
     def render(self, messages, generation_prompt=False):
-        """As zaya.Tokenizer's, but the targets, which only training needs, are None."""
-        ids = self.inner.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
-        return ids, None
+        """As zaya.Tokenizer's.  A reply that the template changes when others follow it is never learned."""
+        ids = self.ids(messages, generation_prompt)
+        targets = [False] * len(ids)
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant" and message.get("weight", 1) != 0:
+                said = self.ids(messages[:i + 1])
+                # What asks for a reply is not the assistant's, so far as the reply goes on from it.
+                begun = len(os.path.commonprefix([said, self.ids(messages[:i], True)]))
+                if ids[:len(said)] == said:
+                    targets[begun:len(said)] = [True] * (len(said) - begun)
+        return ids, targets
 
     def encode(self, text):
         return self.inner.encode(text, add_special_tokens=False)
 
     def decode(self, ids):
         return self.inner.decode(list(ids), clean_up_tokenization_spaces=False)
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
+
+    def save_pretrained(self, folder):
+        self.inner.save_pretrained(folder)
+
+
+def open_tokenizer(folder, chat=False):
+    """A checkpoint's tokenizer, ours or the official one."""
+    from zaya import Tokenizer
+    return Tokenizer.from_pretrained(folder) if is_ours(folder) else ChatTokenizer(folder, chat)
 
 
 class Checkpoint(Source):
@@ -436,16 +487,27 @@ class Checkpoint(Source):
     def from_pretrained(cls, folder, **options):
         import torch
         from kernels import load
-        from zaya import Tokenizer
-        tokenizer = Tokenizer.from_pretrained(folder) if is_ours(folder) else ChatTokenizer(folder)
+        tokenizer = open_tokenizer(folder)
         prompt_ids(tokenizer, "?")                              # ValueError now rather than later without a template
         return cls(load(folder, device="cuda" if torch.cuda.is_available() else "cpu"), tokenizer, **options)
+
+    def set_sampling(self, fields):
+        """Of a request; ValueError for what `generate` does not do."""
+        if not fields.keys() <= {"temperature", "top_p"} or {type(each) for each in fields.values()} - {int, float}:
+            raise ValueError("a checkpoint samples by temperature and top_p, two numbers, alone")
+        vars(self).update(fields)
+
+    def logits(self, hidden):
+        """The model's.  `generate` asks for them at every token, and so learns of a `stop`."""
+        if self.stopped:
+            raise ConnectionError("stopped")
+        return type(self.model).logits(self.model, hidden)
 
     def rows_at_once(self, prompts, max_new_tokens):
         """How many rows of the longest prompt and `max_new_tokens` have keys and values of at most `cache_bytes`."""
         config = self.model.config
         width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim     # numbers a token
-        longest = max((len(prompt_ids(self.tokenizer, prompt)) for prompt in set(prompts)), default=0)
+        longest = max((len(prompt_ids(self.tokenizer, prompt, self.before)) for prompt in set(prompts)), default=0)
         row_bytes = width * self.model.norm.weight.element_size() * (longest + max_new_tokens)
         return max(1, min(self.rows, self.cache_bytes // row_bytes))
 
@@ -457,8 +519,12 @@ class Checkpoint(Source):
             part = order[start:start + rows]
             if set(part) <= set(known):
                 continue
-            texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
-                          self.temperature, self.top_p)
+            self.model.logits = self.logits
+            try:
+                texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
+                              self.temperature, self.top_p, self.before)
+            finally:
+                del self.model.logits
             for i, text in zip(part, texts):
                 if i not in known:
                     yield i, text, count_tokens(text, self.tokenizer), None
@@ -517,79 +583,119 @@ class Endpoint(Source):
         self.timeout, self.retries, self.answered = timeout, retries, False
         self.sampling, self.names = dict(temperature=temperature, top_p=top_p), request or {}
         self.key = os.environ.get(key_variable, "").strip() or "none"
+        self.usages, self.refusal, self.running = [], None, None
 
-    def post(self, body):
+    def set_sampling(self, fields):
+        """Of a request, which the server judges."""
+        self.sampling = {**self.sampling, **fields}
+
+    async def post(self, client, body):
         """One request: a dict -> status, the answer's text, and the seconds after which to come back."""
-        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}", "User-Agent": "rsa.py"}
-        request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        try:
-            response = urllib.request.urlopen(request, timeout=self.timeout)
-        except urllib.error.HTTPError as refused:
-            response = refused                                  # it has a body, too
-        with response:
-            self.answered, later = True, response.headers.get("Retry-After", "")
-            later = float(later) if re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", later) else 0.0
-            return response.status, response.read().decode("utf-8", "replace"), later
+        headers = {"Authorization": f"Bearer {self.key}", "User-Agent": "rsa.py"}
+        response = await client.post(f"{self.url}/chat/completions", json=body, headers=headers)
+        self.answered, later = True, response.headers.get("Retry-After", "")
+        later = float(later) if re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", later) else 0.0
+        return response.status_code, response.content.decode("utf-8", "replace"), later
 
-    def ask(self, prompt, max_new_tokens, seed, stopped=None):
-        """-> text, tokens, None; or None, 0, what went wrong in the server's words.  stopped: an Event that ends it."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": sendable(prompt)}]}
+    async def ask(self, client, gate, prompt, max_new_tokens, seed):
+        """-> text, tokens, None; or None, 0, what went wrong in the server's words."""
+        import httpx
+        content = sendable(prompt)
+        if self.parts:
+            content = [*self.parts, {"type": "text", "text": content}]
+        body = {"model": self.model, "messages": [*self.before, {"role": "user", "content": content}]}
         for name, value in dict(max_tokens=max_new_tokens, seed=seed, **self.sampling).items():
             body[self.names.get(name, name)] = value
         body.pop("", None)
-        stopped, wait = stopped or threading.Event(), 0.0
-        status, words, unreachable = 0, "stopped", False
+        wait = 0.0
         for attempt in range(self.retries + 1):
-            if stopped.wait(wait):
-                break
+            await asyncio.sleep(wait)
             # Back-off with jitter, so that clients refused together do not come back together.
             wait = min(8.0, self.back_off * 2.0 ** attempt) * random.uniform(0.5, 1.0)
             status, said, unreachable = 0, "", False
             try:
-                status, said, later = self.post(body)
+                async with gate:
+                    status, said, later = await self.post(client, body)
                 wait = max(wait, later)
                 if status < 300:
-                    status, answer = 0, json.loads(said)
+                    status = 0
+                    answer = json.loads(said)
                     error = answer.get("error") or answer["choices"][0].get("error")
                     if not error:
-                        return *read_completion(answer), None
+                        text, tokens = read_completion(answer)
+                        self.usages.append(answer.get("usage") or {})
+                        return text, tokens, None
                     status = int(error["code"])                 # a proxy wraps what it was told in a 200
-            except (OSError, http.client.HTTPException) as error:                   # timeouts, too
-                said, unreachable = repr(error), isinstance(error, urllib.error.URLError) and not self.answered
+            except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:           # timeouts, too
+                said = repr(error)
+                unreachable = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)) and not self.answered
             except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
                 said = f"no chat completion came back: {said or error}"
-            words = f"{status or ''} {said}"
             if self.key != "none":
-                words = words.replace(self.key, "***")
-            words = " ".join(words.split())[:500]
+                said = said.replace(self.key, "***")
             if 400 <= status < 500 and status not in (408, 409, 429):
                 break
-        fatal = None
+        self.refusal = status, said
+        words = " ".join(f"{status or ''} {said}".split())[:500]
         if status in (401, 403, 404):
             hint = ""
             if status == 404 and not self.url.endswith("/v1"):
                 hint = f" (most servers' address ends in /v1, but --endpoint is {self.url})"
-            fatal = f"the server refuses model {self.model!r} or this request{hint}: {words}"
+            raise ConnectionError(f"the server refuses model {self.model!r} or this request{hint}: {words}")
         if unreachable:
-            fatal = f"no server answers at --endpoint {self.url}: {words}"
-        if fatal:
-            stopped.set()                                       # nobody else need ask
-            raise ConnectionError(fatal)
+            raise ConnectionError(f"no server answers at --endpoint {self.url}: {words}")
         return None, 0, words
 
     def stream(self, prompts, max_new_tokens, seed, known=()):
-        stopped = threading.Event()
+        import httpx
+        results = queue.SimpleQueue()
 
-        def ask(i):
-            return i, *self.ask(prompts[i], max_new_tokens, random.Random(f"{seed} {i}").getrandbits(31), stopped)
+        async def ask(client, gate, i):
+            number = random.Random(f"{seed} {i}").getrandbits(31)
+            results.put((i, *await self.ask(client, gate, prompts[i], max_new_tokens, number)))
 
-        # Ctrl-C and a refusal end here too, with requests under way: nothing waits for this pool's threads, not even
-        # the interpreter's exit, as it would for those of concurrent.futures.
-        with ThreadPool(self.concurrency) as pool:
+        async def ask_all():
+            self.running = asyncio.get_running_loop(), asyncio.current_task()
+            if self.stopped:
+                raise asyncio.CancelledError
+            gate = asyncio.Semaphore(self.concurrency)
+            async with httpx.AsyncClient(timeout=self.timeout, limits=httpx.Limits()) as client:
+                asked = [asyncio.ensure_future(ask(client, gate, i)) for i in range(len(prompts)) if i not in known]
+                try:
+                    await asyncio.gather(*asked)
+                finally:                                        # after a refusal nobody else need ask
+                    for each in asked:
+                        each.cancel()
+                    await asyncio.gather(*asked, return_exceptions=True)
+
+        def run():
             try:
-                yield from pool.imap_unordered(ask, [i for i in range(len(prompts)) if i not in known])
-            finally:
-                stopped.set()
+                results.put(asyncio.run(ask_all()))
+            except asyncio.CancelledError:
+                results.put(ConnectionError("stopped"))
+            except Exception as error:
+                results.put(error)
+
+        # A loop in a thread of its own: it works in a notebook too, which has one already, and Ctrl-C waits for nobody.
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            while isinstance(found := results.get(), tuple):
+                yield found
+            if found:
+                raise found
+        finally:
+            self.cancel()
+
+    def cancel(self):
+        """What is under way ends, and its connections close, at once."""
+        if self.running:
+            loop, task = self.running
+            with contextlib.suppress(RuntimeError):             # it has ended, and closed its loop
+                loop.call_soon_threadsafe(task.cancel)
+
+    def stop(self):
+        super().stop()
+        self.cancel()
 
 
 # ---- a run: its bar, its trace, and going on after a kill -----------------------------------------------------------
@@ -727,6 +833,352 @@ def show_rounds(run, result):
     print(f"majority of the last round: {answer or 'none names an answer'} ({votes} of {len(found)})")
 
 
+# ---- a server before another one ------------------------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """What a request gets instead of an answer: a status, and words or a server's own JSON."""
+
+    def __init__(self, status, words):
+        super().__init__(words)
+        self.status = status
+
+    def content(self):
+        with contextlib.suppress(ValueError):
+            own = json.loads(str(self))
+            if isinstance(own, dict) and own.get("error"):
+                return own
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": None, "code": self.status}}
+
+
+# Fields of a request for Markovian RSA: those that decide it, those that each rollout is asked with, and idle ones.
+DECIDE = {"model", "messages", "stream", "stream_options", "n", "seed", "max_tokens", "max_completion_tokens", "rsa",
+          "rsa_t", "rsa_n", "rsa_k"}
+EACH = {"temperature", "top_p", "top_k", "min_p", "stop", "frequency_penalty", "presence_penalty", "repetition_penalty",
+        "logit_bias", "reasoning_effort", "chat_template_kwargs"}
+IDLE = {"user", "metadata", "store", "service_tier", "safety_identifier"}
+
+
+def changed(budget, own):
+    """A budget with a request's or the command line's `own` numbers.  ValueError if they make no sense together."""
+    numbers = {**asdict(budget), **own}
+    # What was not asked for follows what was: a smaller population or budget takes subset and tail along.
+    numbers["subset"] = own.get("subset", min(numbers["subset"], numbers["population"]))
+    numbers["tail"] = own.get("tail", min(numbers["tail"], numbers["budget"]))
+    return Budget(**numbers)
+
+
+class Job:
+    """A request for Markovian RSA: what it asks for, and in a thread of its own the work.  ValueError for a bad one.
+
+    The conversation is the problem: each prompt has all of its messages, and tails beside the text of the last one.
+    The answer is the first reply of the last round that gives the answer of the round's majority (of a tie, the first
+    one's); if none gives any, the first whose reasoning ended.  select="aggregate": one more reply, to the last tails.
+    """
+    most_rollouts, longest = 1024, 2**20                        # in all; tokens of one
+
+    def __init__(self, body, budget, source, tokenizer, build_prompt):
+        unknown = body.keys() - DECIDE - EACH - IDLE
+        if unknown:
+            raise ValueError(f"Markovian RSA does not know the field {min(unknown)!r}; the model by itself may")
+        if body.get("n") not in (None, 1):
+            raise ValueError("Markovian RSA gives one answer: n must be 1")
+        own = {"rounds": body.get("rsa_t"), "population": body.get("rsa_n"), "subset": body.get("rsa_k"),
+               "budget": body.get("max_completion_tokens", body.get("max_tokens")), "seed": body.get("seed")}
+        own |= body["rsa"] if isinstance(body.get("rsa"), dict) else {}
+        own = {key: value for key, value in own.items() if value is not None}
+        self.select = own.pop("select", "majority")
+        if self.select not in ("majority", "aggregate"):
+            raise ValueError(f"rsa.select must be 'majority' or 'aggregate', not {self.select!r}")
+        for key, value in own.items():
+            if type(value) is not int or key not in [*Budget.__dataclass_fields__, "seed"]:
+                raise ValueError("rsa holds integers (population, subset, rounds, budget, tail, seed) and select, not "
+                                 f"{key} {value!r}")
+        self.seed = own.pop("seed", random.getrandbits(31))
+        self.budget = changed(budget, own)
+        if self.budget.population * (self.budget.rounds + 1) > self.most_rollouts or self.budget.budget > self.longest:
+            raise ValueError(f"{self.budget} is too much: at most {self.most_rollouts} rollouts of {self.longest} "
+                             "tokens")
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+            raise ValueError("messages must be a list of objects with role and content")
+        content = messages[-1].get("content")
+        texts, others = [], []
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            has_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+            (texts if has_text else others).append(part)
+        self.problem = "\n".join(part["text"] for part in texts)
+        if messages[-1].get("role") != "user" or not self.problem.strip():
+            raise ValueError("the last message must be the user's, and hold a text")
+        self.source, self.tokenizer, self.build_prompt = copy.copy(source), tokenizer, build_prompt
+        self.source.before, self.source.parts, self.source.usages = messages[:-1], others, []
+        self.source.set_sampling({key: value for key, value in body.items() if key in EACH})
+        self.tokens, self.failed, self.asked, self.reasoning = [], [], 0, 0
+
+    def generate(self, prompts, max_new_tokens, seed):
+        """markovian_rsa's; it says how far a round is, and at its end what the population answers."""
+        t, texts = len(self.tokens), [None] * len(prompts)
+        self.tokens.append(0)
+        for done, (i, text, tokens, error) in enumerate(self.source.stream(prompts, max_new_tokens, seed), 1):
+            texts[i] = text
+            if text is None:
+                self.failed.append(f"round {t}, candidate {i}: {error}")
+                continue
+            if len(prompts) > 1:
+                self.say(f" {done}" if self.tokens[t] else f"round {t}, rollouts: {done}")
+            # The server counts the tokens, and we which share of them is reasoning.
+            whole, answer = count_tokens(text, self.tokenizer), text.rpartition("</think>")[2]
+            spent = tokens or whole
+            if text.startswith("<think>"):
+                thought = whole - count_tokens(answer, self.tokenizer) if "</think>" in text else whole
+                self.reasoning += round(spent * thought / whole)
+            self.tokens[t] += spent
+            self.asked += count_tokens(prompts[i], self.tokenizer)
+        votes = collections.Counter((final_answer(text) or "no answer")[:40] for text in texts if text is not None)
+        if votes and len(prompts) > 1:
+            self.say(" | " + ", ".join(f"{answer} x{count}" for answer, count in votes.most_common(6)) + "\n")
+        return texts
+
+    def choose(self, candidates):
+        """-> the text to answer with, and the last round's majority with its votes."""
+        texts = [candidate.text for candidate in candidates if candidate.text is not None]
+        answers = list(map(final_answer, texts))
+        answer, votes = majority(answers)
+        if self.select == "aggregate":
+            tails = [candidate.tail for candidate in candidates if candidate.tail]
+            tails = random.Random(f"{self.seed} last").sample(tails, min(self.budget.subset, len(tails)))
+            texts = self.generate([self.build_prompt(self.problem, tails)], self.budget.budget, self.seed)
+            if texts == [None]:
+                raise RuntimeError(self.failed[-1])
+            return texts[0], answer, votes
+        if answer is not None:
+            return texts[answers.index(answer)], answer, votes
+        ended = [text for text in texts if not text.startswith("<think>") or "</think>" in text]
+        return (ended or texts)[0], answer, votes
+
+    def __call__(self, say):
+        """Do the work, and `say` how far it is -> content, finish_reason, usage, what the `rsa` object tells."""
+        self.say = say
+        try:
+            result = markovian_rsa(self.problem, self.generate, **asdict(self.budget), seed=self.seed,
+                                   tokenizer=self.tokenizer, build_prompt=self.build_prompt)
+            text, answer, votes = self.choose(result.candidates)
+        except (RuntimeError, ConnectionError, ValueError) as error:
+            # Where a server said why, its status and its words.
+            status, said = getattr(self.source, "refusal", None) or (0, "")
+            words = said if status else f"{error} {self.failed[-1:] or ''}"
+            raise Refusal(status or (400 if isinstance(error, ValueError) else 502), words) from None
+        reasoning, tag, content = text.rpartition("</think>")
+        if text.startswith("<think>"):
+            reasoning, content = (reasoning, content) if tag else (text, "")
+            say(reasoning.removeprefix("<think>"))
+        asked = sum(usage.get("prompt_tokens") or 0 for usage in self.source.usages) or self.asked
+        spent = sum(self.tokens)
+        usage = {"prompt_tokens": asked, "completion_tokens": spent, "total_tokens": asked + spent,
+                 "completion_tokens_details": {"reasoning_tokens": self.reasoning}}
+        about = {**asdict(self.budget), "seed": self.seed, "select": self.select, "answer": answer, "votes": votes,
+                 "tokens": self.tokens, "failed": len(self.failed), "failures": self.failed[:8]}
+        return content.strip(), "length" if text.startswith("<think>") and not tag else "stop", usage, about
+
+
+class Server:
+    """An ASGI application, OpenAI's protocol: MODEL-mrsa and MODEL-mrsa-BUDGET think by Markovian RSA.
+
+    MODEL itself, and every other path below /v1, passes through untouched to the server behind, if one is there.  A
+    request's `rsa` object overrides the budget; false passes it through, too.  When a client goes away, what runs for
+    it ends, here and behind, in every phase.
+    """
+    quiet, most_jobs, most_bytes = 10.0, 64, 2**24              # seconds of silence; problems at once; a body's bytes
+    HOP = {"host", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "upgrade", "trailer"}
+
+    def __init__(self, source, model, budget, tokenizer, build_prompt):
+        self.source, self.model, self.tokenizer, self.build_prompt = source, model, tokenizer, build_prompt
+        self.budgets = {f"{model}-mrsa": budget}
+        self.budgets |= {f"{model}-mrsa-{name}": each for name, each in BUDGETS.items()}
+        self.jobs, self.turn = set(), threading.Lock()          # a checkpoint solves one problem after another
+
+    async def __call__(self, scope, receive, send):
+        from starlette.requests import ClientDisconnect, Request
+        from starlette.responses import JSONResponse
+        asked, raw = Request(scope, receive), bytearray()
+        with contextlib.suppress(ClientDisconnect):
+            async for piece in asked.stream():
+                raw += piece[:self.most_bytes + 1 - len(raw)]
+
+        async def answer():
+            async with contextlib.AsyncExitStack() as after:
+                try:
+                    response = await self.respond(asked, bytes(raw), after)
+                except Refusal as refusal:
+                    response = JSONResponse(refusal.content(), refusal.status)
+                await response(scope, asyncio.Event().wait, send)
+
+        async def leave():
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        # Whoever has gone needs no answer: cancelled, it closes all that `after` knows of.
+        work, left = asyncio.ensure_future(answer()), asyncio.ensure_future(leave())
+        try:
+            await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            left.cancel()
+            await asyncio.gather(work, left, return_exceptions=True)
+        if not work.cancelled():
+            work.result()
+
+    async def respond(self, asked, raw, after):
+        """A request and its body -> the response.  after: an exit stack for what ends with it."""
+        if len(raw) > self.most_bytes:
+            raise Refusal(413, f"the body is longer than {self.most_bytes} bytes")
+        path = asked.url.path
+        if path == "/v1/models":
+            return await self.models(asked, after)
+        if path != "/v1/chat/completions":
+            return await self.forward(asked, raw, after)
+        try:
+            body = json.loads(raw)
+            model, own = body["model"], body.get("rsa")
+            stream, options = body.get("stream") or False, body.get("stream_options") or {}
+            if not (type(model) is str and type(stream) is bool and type(options) is dict and
+                    (own is None or type(own) in (bool, dict))):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise Refusal(400, "the body must be JSON with a model's name; stream is true or false, stream_options an "
+                               "object, rsa an object, true or false") from None
+        thinks = own is not False and (model in self.budgets or bool(own) or
+                                       not body.keys().isdisjoint({"rsa_t", "rsa_n", "rsa_k"}))
+        budget, prompt = self.budgets.get(model, self.budgets[f"{self.model}-mrsa"]), self.build_prompt
+        if thinks and model not in {self.model, *self.budgets}:
+            raise Refusal(404, f"there is no model {model!r} here: Markovian RSA is for {self.model}")
+        if not thinks and isinstance(self.source, Endpoint):
+            if own is not None or model in self.budgets:        # rewritten no more than needed
+                body.pop("rsa", None)
+                raw = json.dumps({**body, "model": self.model if model in self.budgets else model}).encode()
+            return await self.forward(asked, raw, after)
+        if not thinks:                                          # of a checkpoint here: one sample
+            if model not in {self.model, *self.budgets}:
+                raise Refusal(404, f"there is no model {model!r} here, but {self.model}")
+            body["rsa"], prompt = dict(population=1, subset=1, rounds=0, tail=0), terse_prompt
+        if len(self.jobs) >= self.most_jobs:
+            raise Refusal(429, f"{self.most_jobs} problems are under way: come back later")
+        try:
+            job = Job(body, budget, self.source, self.tokenizer, prompt)
+        except ValueError as error:
+            raise Refusal(400, str(error)) from None
+        key = asked.headers.get("authorization", "").removeprefix("Bearer ")
+        job.source.key = key or getattr(job.source, "key", "none")
+        return await self.solve(job, model, stream, bool(options.get("include_usage")), after)
+
+    async def solve(self, job, model, stream, include_usage, after):
+        """The response to a job: JSON at its end, or events from its first rollout on."""
+        from starlette.responses import JSONResponse, StreamingResponse
+        loop, said, begun = asyncio.get_running_loop(), asyncio.Queue(), time.monotonic()
+        head = {"id": f"chatcmpl-{random.getrandbits(64):016x}", "created": int(time.time()), "model": model}
+
+        def say(piece):
+            with contextlib.suppress(RuntimeError):             # the loop has ended, and nobody listens
+                loop.call_soon_threadsafe(said.put_nowait, piece)
+
+        def work():
+            try:
+                with self.turn if isinstance(job.source, Checkpoint) else contextlib.nullcontext():
+                    say(job(say))
+            except Exception as error:                          # a defect of ours, too, is an answer
+                say(error if isinstance(error, Refusal) else Refusal(500, repr(error)))
+
+        def end():
+            job.source.stop()
+            self.jobs.discard(job)
+            took = time.monotonic() - begun
+            print(f"{model}: {took:.1f} s, {job.budget}, tokens {job.tokens}, failed {len(job.failed)}", flush=True)
+
+        async def heard():
+            """What the job says, and "" after `quiet` seconds of silence."""
+            try:
+                return await asyncio.wait_for(said.get(), self.quiet)
+            except asyncio.TimeoutError:
+                return ""
+
+        def event(delta=None, finish_reason=None, **more):
+            choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason}]
+            return f"data: {json.dumps({**head, 'object': 'chat.completion.chunk', 'choices': choices, **more})}\n\n"
+
+        async def events(piece):
+            yield event({"role": "assistant", "content": ""})
+            while isinstance(piece, str):
+                yield event({"reasoning_content": piece}) if piece else ": still at work\n\n"
+                piece = await heard()
+            if isinstance(piece, Refusal):
+                yield f"data: {json.dumps(piece.content())}\n\n"
+            else:
+                content, finish_reason, usage, about = piece
+                yield event({"content": content})
+                yield event({}, finish_reason, usage=usage, rsa=about)
+                if include_usage:
+                    yield event(usage=usage)
+            yield "data: [DONE]\n\n"
+
+        self.jobs.add(job)
+        after.callback(end)
+        threading.Thread(target=work, daemon=True).start()
+        told, piece = [], await heard()
+        if stream and isinstance(piece, str):
+            return StreamingResponse(events(piece), 200, {"Cache-Control": "no-cache"}, "text/event-stream")
+        while isinstance(piece, str):
+            told.append(piece)
+            piece = await heard()
+        if isinstance(piece, Refusal):
+            raise piece
+        content, finish_reason, usage, about = piece
+        message = {"role": "assistant", "content": content, "reasoning_content": "".join(told)}
+        return JSONResponse({**head, "object": "chat.completion", "usage": usage, "rsa": about, "choices": [
+            {"index": 0, "message": message, "finish_reason": finish_reason}]})
+
+    async def behind(self, asked, raw, after):
+        """Pass a request on as it came -> the answer of the server behind, of which the head is there."""
+        import httpx
+        if not isinstance(self.source, Endpoint):
+            raise Refusal(404, f"{asked.method} {asked.url.path} is not served here")
+        headers = {"authorization": f"Bearer {self.source.key}", **asked.headers}
+        headers = {name: value for name, value in headers.items() if name not in self.HOP}
+        client = await after.enter_async_context(httpx.AsyncClient(timeout=self.source.timeout))
+        url = httpx.URL(self.source.url + asked.url.path.removeprefix("/v1"), query=asked.url.query.encode())
+        request = client.build_request(asked.method, url, content=raw, headers=headers)
+        try:
+            answer = await client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            status = 504 if isinstance(error, httpx.TimeoutException) else 502
+            raise Refusal(status, f"no answer from {self.source.url}: {error!r}") from None
+        after.push_async_callback(answer.aclose)
+        return answer
+
+    async def forward(self, asked, raw, after):
+        from starlette.responses import StreamingResponse
+        answer = await self.behind(asked, raw, after)
+        headers = {name: value for name, value in answer.headers.items() if name not in self.HOP}
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, headers)
+
+    async def models(self, asked, after):
+        """What the server behind lists, and the names for Markovian RSA."""
+        from starlette.responses import JSONResponse
+        listed = []
+        if isinstance(self.source, Endpoint):
+            answer = await self.behind(asked, b"", after)
+            text = (await answer.aread()).decode("utf-8", "replace")
+            if answer.status_code != 200:
+                raise Refusal(answer.status_code, text)
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                listed = list(json.loads(text)["data"])
+        known = {each.get("id") for each in listed if isinstance(each, dict)}
+        for name in [self.model, *self.budgets]:
+            if name not in known:
+                listed.append({"id": name, "object": "model", "created": 0, "owned_by": "rsa.py"})
+        return JSONResponse({"object": "list", "data": listed})
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------
 
 
@@ -783,10 +1235,12 @@ def parse_arguments(arguments):
     model = parser.add_mutually_exclusive_group(required=True)
     problem.add_argument("problem", nargs="?", help="the problem to solve")
     problem.add_argument("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
+    problem.add_argument("--serve", metavar="HOST:PORT", help="answer chat completions there, by Markovian RSA for the "
+                         "models NAME-mrsa and NAME-mrsa-BUDGET")
     model.add_argument("--checkpoint", metavar="FOLDER", help="in the official layout: out/tiny/final or ZAYA1-8B")
     model.add_argument("--endpoint", metavar="URL", help="a chat-completions server: http://HOST:PORT/v1")
     add = parser.add_argument
-    add("--model", metavar="NAME", help="endpoint: the served model's name")
+    add("--model", metavar="NAME", help="endpoint: the served model's name; of a served checkpoint: the folder's")
     add("--budget", choices=BUDGETS, dest="name", help="(default: tiny for a checkpoint of ours, else default)")
     add("--population", type=int, metavar="N", help="N: candidates a round; instead of the budget's")
     add("--subset", type=int, metavar="N", help="C: tails in a prompt, likewise")
@@ -811,6 +1265,8 @@ def parse_arguments(arguments):
         parser.error("--endpoint needs --model NAME")
     if given.endpoint and not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", given.endpoint):
         parser.error("--endpoint must be http://HOST:PORT/v1 or https://…, without a password, as traces hold it")
+    if given.serve and (given.trace or not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", given.serve)):
+        parser.error("--serve must be HOST:PORT, such as 127.0.0.1:8080, and writes no --trace")
     if given.resume and not given.trace:
         parser.error("--resume goes on with a --trace FILE; name it")
     # What is not said follows from the model: whether it is one of ours, and whether it is ZAYA1-8B.
@@ -822,19 +1278,23 @@ def parse_arguments(arguments):
     return given
 
 
+def serve(given, source, budget, tokenizer):
+    """Serve until Ctrl-C."""
+    with explained("--serve needs: pip install starlette uvicorn", ImportError):
+        import starlette                                        # noqa: F401
+        import uvicorn
+    model = given.model or os.path.basename(os.path.normpath(given.checkpoint))
+    server = Server(source, model, budget, tokenizer, PROMPTS[given.prompt])
+    host, port = given.serve.rsplit(":", 1)
+    print(f"http://{given.serve}/v1 answers for {model}, {', '.join(server.budgets)}; Ctrl-C ends it", flush=True)
+    uvicorn.run(server, host=host, port=int(port), log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+
+
 def asked_budget(given):
     """A Budget of the command line's numbers, and else of the preset's."""
-    numbers = asdict(BUDGETS[given.name])
-    for key in numbers:
-        if getattr(given, key) is not None:
-            numbers[key] = getattr(given, key)
-    # What was not asked for follows what was: a smaller population or budget takes subset and tail along.
-    if given.subset is None:
-        numbers["subset"] = min(numbers["subset"], numbers["population"])
-    if given.tail is None:
-        numbers["tail"] = min(numbers["tail"], numbers["budget"])
+    own = {key: getattr(given, key) for key in Budget.__dataclass_fields__ if getattr(given, key) is not None}
     with explained(f"--budget {given.name}", ValueError):
-        return Budget(**numbers)
+        return changed(BUDGETS[given.name], own)
 
 
 def run_command(given):
@@ -849,10 +1309,14 @@ def run_command(given):
             source = Checkpoint.from_pretrained(given.checkpoint, **sampling)
         tokenizer = source.tokenizer
     else:
+        with explained("--endpoint needs: pip install httpx", ImportError):
+            import httpx                                        # noqa: F401
         source = Endpoint(given.endpoint, given.model, given.key_variable, given.concurrency, given.timeout,
                           given.retries, request=given.request, **sampling)
         with explained(f"--tokenizer {given.tokenizer}", Exception):
             tokenizer = ChatTokenizer(given.tokenizer) if given.tokenizer else None
+    if given.serve:
+        return serve(given, source, budget, tokenizer)
     # What decides the samples: a trace made with other settings is another run's.
     settings = dict(problems=list(problems), budget=str(budget))
     for name in ("checkpoint", "endpoint", "model", "prompt", "seed", "temperature", "top_p", "request", "tokenizer"):

@@ -63,8 +63,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from kernels import compile_decoding, compile_loss, fuse, should_compile, summed_loss
-from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, explained, interval, left_padded, majority,
-                 markovian_rsa, prompt_ids, terse_prompt)
+from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, end_tokens, explained, interval, left_padded,
+                 majority, markovian_rsa, open_tokenizer, opening, prompt_ids, terse_prompt)
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json, write_json
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -156,9 +156,9 @@ PRESETS = {
         evaluate=Evaluation({"find": 8, "pass": 6, "column_sums": 10}, 50, BUDGETS["tiny"]),
         stages=dict(
             pretrain=Stage(200, 256, 1e4, 0.6, 1e-2, 4e-3, 4, 1),
-            midtrain=Stage(120, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
-            sft=Stage(950, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
-            **rl_stages(steps=(15, 85, 35, 15), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
+            midtrain=Stage(150, 1024, 1e5, 0.86, 6e-3, 3e-3, 8, 8, aggregation=0.3),
+            sft=Stage(1250, 512, 5e5, 0.9, 6e-3, 5e-4, 10, 2, True, aggregation=0.45),
+            **rl_stages(steps=(15, 80, 35, 15), lr=(3e-3, 3e-3, 3e-3, 1e-3), context=96, rope_theta=5e5, groups=16,
                         group_size=8, learned=4, reward_model_steps=20, tail=24))),
     "small": dict(
         tokens_per_step=131_072, text_bytes=400_000_000, balancer_lr=1e-3, eval_problems=100, eval_samples=4,
@@ -199,6 +199,7 @@ class TrainConfig:
     preset: str = option("tiny", "smoke, tiny, small or zaya1-8b: the model's shape, the stages' lengths")
     seed: int = option(0, "of the weights, the data order and the sampled answers", 0, 2**63 - 1)
     dtype: str = option("auto", "float32 or bfloat16 (autocast; weights stay float32)")
+    init: str = option(None, "a checkpoint to begin from instead of random weights: ours, ZAYA1-8B, or a base model")
     data: list = option(None, "your own .txt, .jsonl and .json files, instead of the text that Python brings")
     tasks: str = option("all", "generated reasoning problems: all, none, or names such as add,sort")
     steps: dict = option(None, "optimizer steps: 500, or pretrain=500,midtrain=200", 1)
@@ -233,8 +234,8 @@ class TrainConfig:
         for name in ("steps", "context", "lr"):
             usual = {stage: getattr(preset["stages"][stage], name) for stage in STAGES}
             setattr(self, name, stage_values(flag(name), getattr(self, name), usual))
-        usual = {**vars(preset["stages"]["warmup"]), **preset, "data": [], "out": os.path.join("out", self.preset),
-                 "micro_batch": max(16384, *self.context.values())}
+        usual = {**vars(preset["stages"]["warmup"]), **preset, "init": None, "data": [],
+                 "out": os.path.join("out", self.preset), "micro_batch": max(16384, *self.context.values())}
         for setting in dataclasses.fields(self):
             name, least, most = setting.name, setting.metadata["least"], setting.metadata["most"]
             if getattr(self, name) is None:
@@ -728,12 +729,14 @@ def tokenise(path, stem, tokenizer, context, skip_bad_lines):
             for messages in tqdm(read_jsonl(path, skip_bad_lines), desc=f"tokenising {path}", disable=None):
                 messages, verdict = trim(messages, context, tokenizer)
                 counts[verdict] += 1
-                for message in messages or []:
-                    ids, wanted = tokenizer.render([message])
+                ids, wanted = tokenizer.render(messages or [])
+                wanted = np.array(wanted, np.int8)
+                for i, message in enumerate(messages or []):
                     if "weight" in message:
-                        wanted = [-1] * len(ids)
-                    np.array(ids, np.uint32).tofile(tokens)
-                    np.array(wanted, np.int8).tofile(targets)
+                        before, after = [len(tokenizer.render(messages[:end])[0]) for end in (i, i + 1)]
+                        wanted[before:after] = -1
+                np.array(ids, np.uint32).tofile(tokens)
+                wanted.tofile(targets)
                 if messages:
                     offsets.append(targets.tell())              # a byte a token
             said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
@@ -1172,7 +1175,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
                              f"old data back, take another --out, or delete {checkpointer.folder}")
     loader = Loader(sources, stage, config.tokens_per_step, config.seed, tokenizer.pad)
     # Then the stage's own RoPE base, weights sharded over the processes, and all that a step moves.
-    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
+    if not config.init:                                         # which has its own
+        model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, weight_decay=0.1)
     balancer = PIDBalancer(model, config.balancer_lr)
@@ -1370,11 +1374,11 @@ class Group:
 
     def add(self, tokenizer, tokens, logps, choices):
         """One rollout of `roll_out`."""
-        ended = tokens[-1] == tokenizer.end
+        ended = tokens[-1] in end_tokens(tokenizer)
         self.tokens.append(tokens)
         self.logps.append(logps)
         self.choices.append(choices)
-        self.texts.append(tokenizer.decode(tokens[:-1] if ended else tokens))
+        self.texts.append(opening(tokenizer, self.prompt) + tokenizer.decode(tokens[:-1] if ended else tokens))
         self.ended.append(ended)
 
     def lengths(self):
@@ -1383,10 +1387,10 @@ class Group:
 
 def roll_out(model, prompts, group_size, context, end, generator=None, uniform=None):
     """Sample `group_size` replies of up to `context` tokens to each prompt (a list of ids) at temperature 1 -> for each
-    prompt a list of rollouts: (tokens up to the end token, log probabilities (n,) fp32, experts (L, prompt + n - 1)).
+    prompt a list of rollouts: (tokens up to an end token, log probabilities (n,) fp32, experts (L, prompt + n - 1)).
 
-    generator, or uniform (context, len(prompts) * group_size): where the random numbers are from, as in
-    zaya.Zaya.generate.
+    end: the tokens that end a reply, a list.  generator, or uniform (context, len(prompts) * group_size): where the
+    random numbers are from, as in zaya.Zaya.generate.
     """
     owners = [prompt for prompt in prompts for _ in range(group_size)]
     inputs, mask = left_padded(owners, model.config.pad_token_id or 0, model.norm.weight.device)
@@ -1395,8 +1399,9 @@ def roll_out(model, prompts, group_size, context, end, generator=None, uniform=N
                                              eos_token_id=end, uniform=uniform, record=True)
     logps, choices, rolled = logps.cpu(), choices.cpu(), [[] for _ in prompts]
     for row, tokens in enumerate(sampled[:, S:].tolist()):
-        if end in tokens:
-            tokens = tokens[:tokens.index(end) + 1]
+        ends = [place for place, token in enumerate(tokens) if token in end]
+        if ends:
+            tokens = tokens[:ends[0] + 1]
         # Left of the prompt is padding; the last token was sampled but not read, so no expert saw it.
         seen = slice(S - len(owners[row]), S + len(tokens) - 1)
         rollout = tokens, logps[row, :len(tokens)].clone(), choices[:, row, seen].clone()
@@ -1503,7 +1508,7 @@ class Actor:
         if mine:
             with autocast(self.sampler, self.dtype):            # the same precision as the trainer's
                 rolled = roll_out(self.sampler, [group.prompt for group in mine], group_size, self.stage.context,
-                                  self.tokenizer.end, uniform=uniform)
+                                  end_tokens(self.tokenizer), uniform=uniform)
             for group, rollouts in zip(mine, rolled):
                 for rollout in rollouts:
                     group.add(self.tokenizer, *rollout)
@@ -1695,7 +1700,8 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     (see Checkpointer)."""
     checkpointer = Checkpointer(name, config, tokenizer, state)
     state, measured = checkpointer.state, checkpointer.state["measured"]
-    model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
+    if not config.init:
+        model.config.rope_parameters["hybrid"]["rope_theta"] = stage.rope_theta
     # A verifier says right or wrong, and MaxRL weighs rare successes; a reward model's scores lie between.
     score, advantage_of, parts = verifier_rewards, maxrl_advantage, {}
     if stage.reward_model_steps:
@@ -1962,7 +1968,7 @@ def reading_rates(model, tokenizer, tasks, eval_spec, problems=12, population=8)
     budget, source, result = eval_spec.budget, Checkpoint(model, tokenizer), {}
     names = [name for name in shard(READERS) if name in tasks]
     for name in tqdm(names, desc="reading tails", leave=False, disable=None):
-        difficulty = eval_spec.tasks.get(name) or find_task(name).levels[-1] + 2    # as far above what RL asks as theirs
+        difficulty = eval_spec.tasks.get(name) or find_task(name).levels[-1] + 2
         asked = held_out_problems([name], problems, (difficulty,))
         found = markovian_rsa([problem.prompt for problem in asked], source, population, budget.subset, budget.rounds,
                               budget.budget, budget.tail, 0, tokenizer)
@@ -2111,7 +2117,7 @@ def load_checkpoint(folder, device):
     path, state = os.path.join(folder, "trainer.pt"), None
     try:
         model = fuse(Zaya.from_pretrained(folder, torch.float32, device))
-        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer = open_tokenizer(folder)
         if os.path.exists(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
             if not {"step", "seconds", "settings", "parts"} <= state.keys():
@@ -2341,6 +2347,22 @@ def new_model(config, shape, tokenizer):
     return fuse(Zaya(model_config))
 
 
+def initial_model(config, shape, device):
+    """--init's checkpoint, its tokenizer with it -> model, tokenizer.  Raises SystemExit if they cannot be had."""
+    if shape:
+        raise SystemExit(f"--init {config.init} brings its own shape: leave out {flag(min(shape))}")
+    with explained(f"--init {config.init}", Exception):         # damage has many kinds
+        tokenizer = open_tokenizer(config.init, chat=True)
+        model = fuse(Zaya.from_pretrained(config.init, torch.float32, device))
+    model.config.eos_token_id, model.config.pad_token_id = tokenizer.end, tokenizer.pad
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise SystemExit(f"--init {config.init}: its tokenizer has {tokenizer.vocab_size} tokens, and its model knows "
+                         f"{model.config.vocab_size}")
+    for parameter in model.parameters():                        # out of the mapped file
+        parameter.data = parameter.data.clone()
+    return model, tokenizer
+
+
 def check_same_run(folder, name, model, state, config, shape):
     """A run goes on only with the settings and the shape that it began with; which one differs is said."""
     if state is None:
@@ -2359,7 +2381,7 @@ def check_same_run(folder, name, model, state, config, shape):
 def open_stage(name, before, config, shape, device):
     """Where a stage goes on: its own checkpoint if it was begun, else the end of the stage before, else new weights
     -> model, tokenizer, trainer state (None: not begun)."""
-    for origin in (name, before):
+    for origin in filter(None, (name, before)):
         folder = os.path.join(config.out, origin)
         found = load_checkpoint(folder, device)
         if found:
@@ -2369,11 +2391,14 @@ def open_stage(name, before, config, shape, device):
                 return found
             if state["done"]:
                 return model, tokenizer, None
-        if name == STAGES[0]:
-            tokenizer = make_tokenizer(config, shape.get("vocab_size"))
-            return new_model(config, shape, tokenizer).to(device), tokenizer, None
+            raise SystemExit(f"{name} goes on from the end of {before}, which is not done: run --stages {before} first")
+    if config.init:
+        return *initial_model(config, shape, device), None
+    if name == STAGES[0]:
+        tokenizer = make_tokenizer(config, shape.get("vocab_size"))
+        return new_model(config, shape, tokenizer).to(device), tokenizer, None
     raise SystemExit(f"{name} goes on from the end of {before}, which {config.out} does not have: run --stages "
-                     f"{before} first")
+                     f"{before} first, or name a checkpoint with --init")
 
 
 def finish_stage(name, before, config, shape, report, device, dtype):

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import warnings
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -163,6 +164,43 @@ class ZayaConfig:
                 only = cls.FIXED.get(name)
                 cls._require(value in (None, {}, [], only), f"{name} {value!r} is not implemented, only {only!r}")
         return cls(**ours)
+
+    @classmethod
+    def from_legacy(cls, values, query_rows):
+        """Read the config.json of a checkpoint of alternating sublayers, attention and MoE: ZAYA1-base and its like.
+
+        query_rows: of a query projection.  A field may be a list, an entry a sublayer, 0 where it means nothing.
+        """
+        def number(*names, default=None):
+            for name in names:
+                value = values.get(name)
+                if value is not None:
+                    return max(value) if isinstance(value, list) else value
+            return default
+
+        for name in ("zaya_use_eda", "zaya_use_mod", "scale_residual_merge", "gated_linear_unit"):
+            cls._require(values.get(name, True) is True, f"{name} must be true in a legacy checkpoint")
+        for name, only in {**cls.FIXED, "clamp_temp": False, "moe_router_topk": 1, "rope_scaling": None}.items():
+            value = values.get(name, only)
+            cls._require(value == only, f"{name} {value!r} is not implemented, only {only!r}")
+        sublayers = values.get("zaya_layers") or ["a", number("num_experts")] * (number("num_hidden_layers") // 2)
+        cls._require(set(sublayers[::2]) == {"a"} and len(set(sublayers[1::2])) == 1 and len(sublayers) % 2 == 0,
+                     "zaya_layers must alternate between 'a' and a number of experts")
+        windows, head_dim = values.get("swa_layers") or [], number("kv_channels", "head_dim")
+        rope = {"rope_theta": number("rope_theta", "rotary_base"),
+                "partial_rotary_factor": number("partial_rotary_factor", "rope_pct", default=0.5)}
+        same = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{
+            **same, "num_hidden_layers": len(sublayers) // 2, "num_experts": sublayers[1], "head_dim": head_dim,
+            "num_attention_heads": number("cca_num_q_heads", default=query_rows // head_dim),
+            "num_key_value_heads": number("num_query_groups_list", "num_query_groups", "num_key_value_heads"),
+            "moe_intermediate_size": number("ffn_hidden_size_list", "ffn_hidden_size") // 2,
+            "router_hidden_size": number("zaya_mlp_expansion"), "rms_norm_eps": number("norm_epsilon", "rms_norm_eps"),
+            # The legacy window leaves the query itself out, and the official one counts it.
+            "sliding_window": max(windows) + 1 if any(windows) else None,
+            "layer_types": ["hybrid_sliding" if window else "hybrid" for window in windows[:len(sublayers):2]] or None,
+            "rope_parameters": {"hybrid": rope, "hybrid_sliding": {**rope, "rope_theta": number("swa_rotary_base",
+                                                                                              default=1e4)}}})
 
     def to_dict(self):
         return {"architectures": ["ZayaForCausalLM"], **self.FIXED, **asdict(self)}
@@ -748,6 +786,11 @@ class Zaya(nn.Module):
         name = re.sub(r"\.(gate|experts)\.", r".mlp.\1.", name)
         return name if name.startswith("lm_head.") else "model." + name
 
+    @property
+    def stored_dtype(self):
+        """What config.json says of the weights."""
+        return str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+
     def save_pretrained(self, directory, state_dict=None):
         """Write what HF's ZayaForCausalLM.from_pretrained loads, each file under a temporary name, then renamed.
 
@@ -760,39 +803,96 @@ class Zaya(nn.Module):
         save_file(state, path + ".tmp", metadata={"format": "pt"})
         os.replace(path + ".tmp", path)
         config = self.config.to_dict()
-        config["dtype"] = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        config["dtype"] = self.stored_dtype
         write_json(f"{directory}/config.json", config)
         # Without this file HF's generate and its server would be greedy, whatever temperature they are asked for.
         generation = {name: config[name] for name in ("eos_token_id", "pad_token_id")}
         write_json(f"{directory}/generation_config.json", {"do_sample": True, "top_k": 0, **generation})
 
+    # What a legacy checkpoint calls the parts of a layer: in its attention sublayer, and in its MoE sublayer.
+    LEGACY = ({"input_norm": "input_layernorm", "qkv.linear_q": "q_proj", "qkv.linear_k": "k_proj",
+               "qkv.val_proj1": "v_proj_current", "qkv.val_proj2": "v_proj_delayed", "qkv.temp": "temp",
+               "qkv.conv_qk.0": "conv_qk_depthwise", "qkv.conv_qk.1": "conv_qk_grouped"},
+              {"input_norm": "post_attention_layernorm", "zaya_block.router": "gate", "rmsnorm_eda": "norm",
+               "router_mlp.0": "fc1", "router_mlp.2": "fc2", "router_mlp.4": "out_proj",
+               "zaya_block.experts": "experts"})
+
+    @classmethod
+    def legacy_name(cls, name, layers):
+        """A legacy checkpoint's parameter name -> ours.  Its sublayers 2i and 2i + 1 are layer i's attention and MoE.
+
+        It merges a sublayer's output before the next sublayer's norm, we behind the sublayer: scales stand half a layer
+        earlier here, and those of sublayer 0 are the embedding's."""
+        name = name.removeprefix("model.")
+        place, is_scale, part = name.rpartition("res_scale.")
+        if is_scale:
+            sublayer = int(place.split(".")[1]) if place else 2 * layers
+            kind = "post_mlp" if sublayer % 2 == 0 else "post_attention"
+            return f"layers.{(sublayer - 1) // 2}.{kind}_residual_scale.{part}" if sublayer else f"input_{part}"
+        if not name.startswith("layers."):
+            return name.replace("final_norm", "norm")
+        _, sublayer, part = name.split(".", 2)
+        for theirs, ours in cls.LEGACY[int(sublayer) % 2].items():
+            part = part.replace(theirs, ours)
+        return f"layers.{int(sublayer) // 2}.{part}"
+
+    @classmethod
+    def from_legacy(cls, tensors, config):
+        """A legacy checkpoint's tensors by name -> ours, its experts stacked."""
+        state, experts = {}, {}
+        for legacy in list(tensors):
+            name, tensor = cls.legacy_name(legacy, config.num_hidden_layers), tensors.pop(legacy)
+            one = re.fullmatch(r"(.*experts)\.local_experts\.(\d+)\.linear_fc([12])\.weight", name)
+            if one:
+                stack = f"{one[1]}.{'gate_up_proj' if one[3] == '1' else 'down_proj'}"
+                experts.setdefault(stack, {})[int(one[2])] = tensor
+            else:
+                state[name] = tensor
+        for name, stack in experts.items():
+            state[name] = torch.stack([stack[number] for number in sorted(stack)])
+        # A token that the skip expert wins passes there, times its probability; here it adds nothing.  It never wins
+        # where some expert's bias is larger by 1, as probabilities are at most 1.
+        biases = [tensor for name, tensor in state.items() if name.endswith("balancing_biases")]
+        if any(bias[:-1].max() < bias[-1] + 1 for bias in biases):
+            warnings.warn("the skip expert of this legacy checkpoint may be chosen: there logits differ", stacklevel=3)
+        return state
+
     @classmethod
     def from_pretrained(cls, directory, dtype=None, device="cpu"):
-        """Read config.json and *.safetensors in the official layout.  `dtype` converts the weights one by one.
+        """Read config.json and *.safetensors, in the official layout or the legacy one of alternating sublayers.
 
-        They stay memory-mapped until they are written to or moved.  Raises FileNotFoundError or ValueError naming the
-        file or tensor.  We differ from HF 5.23, which puts the skip expert's balancing bias back to -1 at every load.
+        `dtype` converts the weights one by one.  They stay memory-mapped until they are written to or moved.  Raises
+        FileNotFoundError or ValueError naming the file or tensor.  We differ from HF 5.23, which puts the skip expert's
+        balancing bias back to -1 at every load.
         """
         path = f"{directory}/config.json"
         values = read_json(path)
+        legacy, tensors, source = "zaya_layers" in values or "cca" in values, {}, {}
+        for file, name, tensor in cls.stored_tensors(directory):
+            if name in source:
+                raise ValueError(f"{directory}: tensor {name!r} is in both {source[name]} and {file}: "
+                                 "move one of the files away")
+            source[name], tensors[name] = file, tensor
         try:
-            config = ZayaConfig.from_dict(values)
-        except ValueError as error:
+            if legacy:
+                queries = tensors.get("model.layers.0.self_attn.qkv.linear_q.weight", torch.empty(0))
+                config = ZayaConfig.from_legacy(values, len(queries))
+            else:
+                config = ZayaConfig.from_dict(values)
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
-        names = {cls.official_name(name): name for name in model.state_dict()}
-        state, source = {}, {}
-        for file, official, tensor in cls.stored_tensors(directory):
-            if official in source:
-                raise ValueError(f"{directory}: tensor {official!r} is in both {source[official]} and {file}: "
-                                 "move one of the files away")
-            source[official] = file
-            if config.tie_word_embeddings and official == "lm_head.weight":
-                continue                                        # some files hold a copy of the tied LM head
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)                 # some files hold a copy of the tied LM head
+        if legacy:
+            state = cls.from_legacy(tensors, config)
+        else:
+            names = {cls.official_name(name): name for name in model.state_dict()}
+            state = {names.get(name, name): tensor for name, tensor in tensors.items()}
+        for name, tensor in state.items():
             # The balancing biases are added to fp32 probabilities and updated in small steps: never rounded.
-            kept = torch.float32 if official.endswith("balancing_biases") else dtype
-            state[names.get(official, official)] = tensor.to(device, kept)
+            state[name] = tensor.to(device, torch.float32 if name.endswith("balancing_biases") else dtype)
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:                           # it names what is missing, too much or of another shape

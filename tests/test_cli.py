@@ -12,8 +12,10 @@ import sys
 
 import pytest
 import torch
+from conftest import randomise
 from safetensors.torch import load_file
 
+import rsa
 import train
 from zaya import Tokenizer, Zaya
 
@@ -79,7 +81,8 @@ def test_a_run_leaves_what_the_readme_says(smoke):
         assert {row["task"]: row["difficulty"] for row in rows} == eval_spec.tasks  # smoke has two
         for row in rows:
             assert row["problems"] == eval_spec.problems and f"after {after}: {row['task']}, difficulty" in table
-            assert len(row["rounds"]["markovian_rsa"]) == eval_spec.budget.rounds + 1 and ("full_rsa" in row) == (after == "final")
+            assert len(row["rounds"]["markovian_rsa"]) == eval_spec.budget.rounds + 1
+            assert ("full_rsa" in row) == (after == "final")
     for stage in train.STAGES:
         entry = report["stages"][stage]
         assert report["seconds"][stage] > 0 and f"{entry['pass@1']:.3f}" in table
@@ -262,6 +265,74 @@ def test_every_number_has_bounds(setting, value):
         train.parse_arguments([flag, f"pretrain=3,midtrain={value}"] if setting.type is dict else [f"{flag}={value}"])
     if refused.value.code != 2:                                 # 2: argparse has said that it is no whole number
         assert flag in refused.value.code and re.search("must be at least|is not a whole number", refused.value.code)
+
+
+# ---- from a checkpoint ----------------------------------------------------------------------------------------------
+
+
+def initial(kind, folder):
+    """A small checkpoint of this kind in `folder` -> the end tokens that a run from it should have."""
+    if kind == "ours":
+        tokenizer = Tokenizer()
+        config = train.ZayaConfig.preset("smoke", vocab_size=tokenizer.vocab_size, num_hidden_layers=1)
+        randomise(Zaya(config)).save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+        return [tokenizer.end]
+    pytest.importorskip("transformers")
+    from test_equality import legacy_checkpoint
+    from test_rsa import official_folder
+    official_folder(folder, "<think>\n")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    if kind == "official":
+        return ends
+    # A base model: alternating sublayers, a tokenizer without a chat template, and an end of its own.
+    for name in ("chat_template.jinja", "generation_config.json", "model.safetensors", "config.json"):
+        (folder / name).unlink()
+    legacy_checkpoint(folder, vocab_size=len(tokenizer["model"]["vocab"]) + 9)
+    return [ends[1], 1]
+
+
+@pytest.mark.parametrize("kind", ["ours", "official", "legacy"])
+def test_a_run_may_begin_from_a_checkpoint(tmp_path, kind, capsys):
+    """SFT and RL of somebody's model: its shape, RoPE base, vocabulary and tokenizer come along, and stay."""
+    (tmp_path / "from").mkdir()
+    ends, chats = initial(kind, tmp_path / "from"), tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "What is 47 + 85?"}, {"role": "assistant", "content": "<think>12</think>132"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns * 2}) + "\n" * 2)
+    line = ["--preset", "smoke", "--init", str(tmp_path / "from"), "--out", str(tmp_path / "out"), "--data", str(chats),
+            "--stages", "sft,warmup", "--steps", "2", "--tasks", "add", "--eval-problems", "1", "--log-every", "1"]
+    train.main(line)
+    begun = Zaya.from_pretrained(str(tmp_path / "from"))
+    for stage in ("sft", "warmup", "final"):
+        model, tokenizer, _ = train.load_checkpoint(str(tmp_path / "out" / stage), "cpu")
+        assert train.end_tokens(tokenizer) == ends
+        then, now = begun.config.to_dict(), model.config.to_dict()
+        assert {key for key in now if now[key] != then[key]} <= {"eos_token_id", "pad_token_id"}
+        moved = [(a - b).abs().max() for a, b in zip(model.parameters(), begun.parameters())]
+        assert 0 < max(moved) < 0.5
+    ids, targets = tokenizer.render(turns)
+    said = tokenizer.decode([i for i, target in zip(ids, targets) if target])
+    assert "132" in said and "47" not in said
+    rsa.main(["3+4", "--checkpoint", str(tmp_path / "out" / "final"), "--max-tokens", "4", "--rounds", "0",
+              "--population", "2"])
+    capsys.readouterr()
+    train.main(line)                                            # goes on, and has nothing to do
+    assert "sft: done before" in capsys.readouterr().out
+    assert "was made with init=" in stopped(*line[:2], *line[4:])
+    line += ["--hidden-size", "64", "--out", str(tmp_path / "other")]
+    assert "brings its own shape: leave out --hidden-size" in stopped(*line)
+
+
+def test_a_checkpoint_that_is_none(tmp_path):
+    line = ["--preset", "smoke", "--stages", "sft", "--out", tmp_path / "out", "--init", tmp_path / "from"]
+    assert "from" in stopped(*line)
+    (tmp_path / "from").mkdir()
+    initial("ours", tmp_path / "from")
+    (tmp_path / "from" / "config.json").write_text("{")
+    assert "config.json is damaged" in stopped(*line)
+    (tmp_path / "from" / "config.json").unlink()
+    assert "config.json" in stopped(*line)
 
 
 def test_a_terminal_without_utf8_stops_no_run(tmp_path):

@@ -1,9 +1,11 @@
 """rsa.py against servers: one here that fails on purpose, in every way a server can, and a real one."""
 import collections
+import contextlib
 import http.server
 import json
 import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -13,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from multiprocessing.dummy import DummyProcess
 from types import SimpleNamespace
 
 import pytest
@@ -33,7 +34,7 @@ COLOURS = ["red", "green", "blue", "black", "white", "brown", "grey", "pink"]
 
 def reply_to(body):
     """What the fake model says: the prompt and the seed decide it, and hardly two of them give the same."""
-    number = zlib.crc32(f"{body['messages'][0]['content']} {body['seed']}".encode())
+    number = zlib.crc32(f"{body['messages'][0]['content']} {body.get('seed')}".encode())
     return f"<think>{COLOURS[number % 8]} t{number}</think>{number % 5}"
 
 
@@ -44,11 +45,14 @@ def completion(content, finish_reason="stop", usage=None, **message):
 
 
 def clients_end(others):
-    """Wait for the threads that have begun since there were only `others`, such as a compiler's from another test."""
-    for thread in {*threading.enumerate()} - others:
-        name = re.search("process_request_thread|serve_forever", thread.name)
-        if type(thread) in (threading.Thread, DummyProcess) and not name:
-            thread.join(10)
+    """Wait for the threads that have begun since there were only `others`, such as a compiler's from another test: of
+    clients, and of the requests of those that went away."""
+    for _ in range(2):
+        for thread in {*threading.enumerate()} - others:
+            if type(thread) is threading.Thread and "serve_forever" not in thread.name:
+                with contextlib.suppress(RuntimeError):         # it has not quite begun
+                    thread.join(1 if "process_request" in thread.name else 10)
+        time.sleep(0.02)
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
@@ -73,7 +77,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.generation = object()                              # who still waits from before is not counted
         self.fault, self.reply = fault, reply or (lambda body: completion(reply_to(body)))
         self.bodies, self.keys, self.times, self.rollouts = [], [], [], collections.Counter()
-        self.running = self.most = self.crowd = 0
+        self.running = self.most = self.crowd = self.left = 0
         self.release.clear()
         return self
 
@@ -99,11 +103,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if cut:
             self.close_connection = True
 
+    def do_GET(self):
+        self.generation = None
+        self.send(200, {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "them"}]})
+
     def do_POST(self):
         server = self.server
         raw = self.rfile.read(int(self.headers["Content-Length"]))
         body = json.loads(raw)
-        rollout = body["messages"][0]["content"], body.get("seed")
+        rollout = str(body["messages"][0]["content"]), body.get("seed")
         with server.lock:
             attempt = server.rollouts[rollout]
             server.rollouts[rollout] += 1
@@ -131,6 +139,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         error = {"error": {"message": f"no: {self.headers['Authorization']} is not welcome", "code": "bad"}}
         if fault in ("slow", "hang"):
             self.server.release.wait(1.5 if fault == "slow" else 300)
+        while fault == "watch" and not self.server.release.is_set():                # until the client goes away
+            if select.select([self.connection], [], [], 0.01)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                with self.server.lock:
+                    self.server.left += 1
+                self.close_connection = True
+                return
         if isinstance(fault, int):
             self.send(fault, error)
         elif fault == "429 later":
@@ -138,6 +152,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif fault == "hang up":
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
+        elif fault == "events":
+            self.send(200, b'data: {"choices": []}\n\ndata: [DONE]\n\n', kind="text/event-stream", X_Request_Id="7")
         elif fault == "html":
             self.send(200, b"<html>busy</html>", kind="text/html")
         elif isinstance(fault, (bytes, dict)):
@@ -176,6 +192,11 @@ def problem_file(tmp_path, *problems):
     path = tmp_path / "problems.jsonl"
     path.write_text("".join(json.dumps({"problem": problem, "answer": "4"}) + "\n" for problem in problems))
     return path
+
+
+def ask_once(endpoint, prompt="why?"):
+    (_, *found), = endpoint.stream([prompt], 9, 0)
+    return found
 
 
 def solve(server, path, *arguments):
@@ -290,7 +311,7 @@ def test_a_problem_that_utf8_cannot_hold_is_asked_and_traced(server, tmp_path):
     rsa.main(["--problems", str(path), *line(server, "--trace", tmp_path / "trace")])
     assert {body["messages"][0]["content"].split("\n")[0] for body in server.bodies} == {"half ?"}
     assert len(trace_rows(tmp_path / "trace")) == 16
-    assert Endpoint(server.url, "m").ask("half \ud83d", 9, 0)[2] is None            # from Python too
+    assert ask_once(Endpoint(server.url, "m"), "half \ud83d")[2] is None            # from Python too
 
 
 def test_a_server_is_asked_without_torch(server):
@@ -457,7 +478,7 @@ def test_an_unknown_address_is_said_in_the_servers_words(server, path, hint):
     ({"choices": None, "message": "null choices"}, "null choices", 3), (["a list"], "a list", 3)])
 def test_an_error_inside_a_200_is_said_in_the_servers_words(server, body, words, tries):
     server.fresh(reply=lambda _: body)
-    text, tokens, error = Endpoint(server.url, "m", retries=2).ask("why?", 9, 0)
+    text, tokens, error = ask_once(Endpoint(server.url, "m", retries=2))
     assert text is None and tokens == 0 and words in error and "Error" not in error and len(server.bodies) == tries
 
 
@@ -496,7 +517,7 @@ def test_without_a_key_the_server_is_asked_all_the_same(server, monkeypatch):
     assert server.keys[1] == "Bearer sk-of-another-server"
     server.fresh(reply=lambda body: {"message": "none of these"})
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert "none of these" in Endpoint(server.url, "m", retries=0).ask("p", 9, 0)[2]                # nothing to hide
+    assert "none of these" in ask_once(Endpoint(server.url, "m", retries=0))[2]     # nothing to hide
 
 
 # ---- killed ---------------------------------------------------------------------------------------------------------

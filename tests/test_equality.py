@@ -8,11 +8,12 @@ import inspect
 import json
 
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
 import torch.nn.functional as F
 from conftest import randomise
 
-from zaya import Cache, Tokenizer, Zaya, ZayaConfig
+from zaya import CCA, Cache, Tokenizer, Zaya, ZayaConfig
 
 transformers = pytest.importorskip("transformers")
 official_zaya = pytest.importorskip("transformers.models.zaya")
@@ -282,3 +283,166 @@ def test_autotokenizer_gives_the_same_ids(tmp_path):
     for prompt in (False, True):
         chat = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False)
         assert chat == ours.render(messages, prompt)[0]
+
+
+# ---- legacy checkpoints ---------------------------------------------------------------------------------------------
+
+
+def legacy_checkpoint(folder, window=0, seed=0, own_head=False, **values):
+    """Write a random model in the layout of ZAYA1-base, name by name as its table says -> its tensors."""
+    E, H, K, D, X, F_, R, L, V = 32, 4, 2, 8, 3, 24, 12, 3, values.get("vocab_size", 96)
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    def around(value, size):
+        return value + 0.3 * torch.randn(size, generator=generator)
+
+    tensors = {"model.embed_tokens.weight": E**0.5 * noise(V, E), "model.final_norm.weight": around(1, E)}
+    if own_head:
+        tensors["lm_head.weight"] = noise(V, E)
+    for place in [f"layers.{n}." for n in range(2 * L)] + [""]:
+        for part in ("hidden_states", "residual")[:1 if place == "layers.0." else 2]:
+            tensors[f"model.{place}res_scale.{part}_scale"] = around(1, E)
+            tensors[f"model.{place}res_scale.{part}_bias"] = around(0, E)
+    for n in range(2 * L):
+        layer = f"model.layers.{n}."
+        tensors[layer + "input_norm.weight"] = around(1, E)
+        if n % 2 == 0:
+            C = (H + K) * D
+            tensors |= {layer + "self_attn.qkv.linear_q.weight": noise(H * D, E),
+                        layer + "self_attn.qkv.linear_k.weight": noise(K * D, E),
+                        layer + "self_attn.qkv.val_proj1.weight": noise(K * D // 2, E),
+                        layer + "self_attn.qkv.val_proj2.weight": noise(K * D // 2, E),
+                        layer + "self_attn.qkv.conv_qk.0.weight": noise(C, 1, 2),
+                        layer + "self_attn.qkv.conv_qk.0.bias": around(0, C),
+                        layer + "self_attn.qkv.conv_qk.1.weight": noise(C, D, 2) / 2,
+                        layer + "self_attn.qkv.conv_qk.1.bias": around(0, C),
+                        layer + "self_attn.qkv.temp": around(1, K), layer + "self_attn.o_proj.weight": noise(E, H * D)}
+            continue
+        router = layer + "zaya_block.router."
+        tensors |= {router + "down_proj.weight": noise(R, E), router + "down_proj.bias": around(0, R),
+                    router + "rmsnorm_eda.weight": around(1, R), router + "router_mlp.4.weight": 3 * noise(X + 1, R),
+                    router + "balancing_biases": torch.tensor([0.1, -0.1, 0.02, -1.0])}
+        if n > 1:
+            tensors[router + "router_states_scale"] = around(1, R)
+        for i in (0, 2):
+            tensors[f"{router}router_mlp.{i}.weight"] = noise(R, R)
+            tensors[f"{router}router_mlp.{i}.bias"] = around(0, R)
+        for e in range(X):
+            expert = f"{layer}zaya_block.experts.local_experts.{e}."
+            tensors[expert + "linear_fc1.weight"] = noise(2 * F_, E)
+            tensors[expert + "linear_fc2.weight"] = noise(E, F_)
+    config = {"model_type": "zaya", "cca": True, "zaya_layers": ["a", X] * L, "num_hidden_layers": 5 * L,
+              "hidden_size": E, "vocab_size": V, "num_attention_heads": 16, "cca_num_q_heads": [H, 0] * L,
+              "kv_channels": D,
+              "num_query_groups_list": [K, 0] * L, "ffn_hidden_size_list": [0, 2 * F_] * (L + 2), "rope_theta": 1e6,
+              "zaya_mlp_expansion": [0, R] * L, "norm_epsilon": 1e-5, "moe_router_topk": 1, "zaya_use_eda": True,
+              "zaya_use_mod": True, "scale_residual_merge": True, "gated_linear_unit": True, "eos_token_id": 1,
+              "max_position_embeddings": 32768, "tie_word_embeddings": not own_head, "partial_rotary_factor": 0.5,
+              "swa_layers": [0, 0, window, 0, 0, 0], "swa_rotary_base": 100.0, **values}
+    folder.mkdir(exist_ok=True)
+    safetensors_torch.save_file(tensors, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    return tensors
+
+
+def legacy_logits(tensors, ids, window=0):
+    """The forward of that layout: each sublayer first merges what the one before it gave, and then norms."""
+    def named(prefix):
+        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+    def merge(x, y, scale):
+        y = (y + scale["hidden_states_bias"]) * scale["hidden_states_scale"]
+        return y if x is None else (x + scale["residual_bias"]) * scale["residual_scale"] + y
+
+    def norm(x, weight):
+        return x * (x * x).mean(-1, keepdim=True).add(1e-5).rsqrt() * weight
+
+    x, y, r = None, tensors["model.embed_tokens.weight"][ids], None
+    for n in range(6):
+        x = merge(x, y, named(f"model.layers.{n}.res_scale."))
+        h = norm(x, tensors[f"model.layers.{n}.input_norm.weight"])
+        if n % 2 == 0:
+            part, slides = named(f"model.layers.{n}.self_attn."), n == 2 and window
+            attention = CCA(32, 4, 2, 8)
+            attention.load_state_dict({
+                "q_proj.weight": part["qkv.linear_q.weight"], "k_proj.weight": part["qkv.linear_k.weight"],
+                "v_proj_current.weight": part["qkv.val_proj1.weight"], "o_proj.weight": part["o_proj.weight"],
+                "v_proj_delayed.weight": part["qkv.val_proj2.weight"], "temp": part["qkv.temp"],
+                "conv_qk_depthwise.weight": part["qkv.conv_qk.0.weight"],
+                "conv_qk_depthwise.bias": part["qkv.conv_qk.0.bias"],
+                "conv_qk_grouped.weight": part["qkv.conv_qk.1.weight"],
+                "conv_qk_grouped.bias": part["qkv.conv_qk.1.bias"]})
+            positions = CCA.positions(h, None, 100.0 if slides else 1e6, 4)
+            if slides:                                          # the query, and as many tokens before it
+                back = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
+                positions.mask = ((back >= 0) & (back <= window))[None, None]
+            y = attention(h, positions)
+            continue
+        block = f"model.layers.{n}.zaya_block."
+        part, experts = named(block + "router."), block + "experts.local_experts."
+        state = F.linear(h, part["down_proj.weight"], part["down_proj.bias"])
+        r = state if r is None else state + r * part["router_states_scale"]
+        hidden = norm(r, part["rmsnorm_eda.weight"])
+        for i in (0, 2):
+            hidden = F.gelu(F.linear(hidden, part[f"router_mlp.{i}.weight"], part[f"router_mlp.{i}.bias"]))
+        probability = (hidden @ part["router_mlp.4.weight"].T).softmax(-1)
+        choice = (probability + part["balancing_biases"]).argmax(-1)
+        y = torch.zeros_like(h)
+        for e in range(3):
+            gate, up = F.linear(h, tensors[f"{experts}{e}.linear_fc1.weight"]).chunk(2, -1)
+            out = F.linear(F.silu(gate) * up, tensors[f"{experts}{e}.linear_fc2.weight"])
+            y = torch.where((choice == e)[..., None], out * probability[..., e:e + 1], y)
+        y = torch.where((choice == 3)[..., None], h * probability[..., 3:], y)      # skipped: it passes
+    x = merge(x, y, named("model.res_scale."))
+    head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+    return norm(x, tensors["model.final_norm.weight"]) @ head.T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window, own_head, values", [
+    (0, False, {}), (4, False, {}), (0, True, dict(cca_num_q_heads=None)),
+    (0, False, dict(kv_channels=None, head_dim=8, num_query_groups_list=None, num_query_groups=2)),
+    (0, False, dict(ffn_hidden_size_list=None, ffn_hidden_size=48, zaya_mlp_expansion=12, swa_layers=None)),
+    (0, False, dict(zaya_layers=None, num_hidden_layers=6, num_experts=3))])
+def test_legacy_checkpoints(tmp_path, window, own_head, values):
+    """They load by their names and lists, and are saved in the official layout, which transformers reads."""
+    tensors = legacy_checkpoint(tmp_path / "legacy", window, own_head=own_head, **values)
+    ids = tokens()
+    wanted = legacy_logits(tensors, ids, window)
+    model = Zaya.from_pretrained(tmp_path / "legacy")
+    close(model(ids), wanted)
+    assert model.config.num_hidden_layers == 3 and model.config.num_attention_heads == 4
+    assert model.config.sliding_window == (window + 1 if window else None)
+    routing = []
+    model.hidden_states(ids, routing=routing)
+    assert {int(choice) for choice in torch.stack(routing).unique()} == {0, 1, 2}   # all are used, none is skipped
+    model.save_pretrained(tmp_path / "official")
+    close(Zaya.from_pretrained(tmp_path / "official")(ids), wanted)
+    theirs = official_zaya.ZayaForCausalLM.from_pretrained(tmp_path / "official").eval()
+    close(theirs(ids).logits, wanted)
+
+
+def test_what_a_legacy_checkpoint_may_not_be(tmp_path):
+    folder = tmp_path / "legacy"
+    for values, words in (
+            (dict(zaya_use_eda=False), "zaya_use_eda"), (dict(clamp_temp=True), "clamp_temp True"),
+            (dict(moe_router_topk=2), "moe_router_topk 2"), (dict(cca_time0=4), "cca_time0 4"),
+            (dict(zaya_layers=["a", 3, "a", 4]), "alternate"), (dict(zaya_layers=["a", "a"] * 3), "config.json"),
+            (dict(kv_channels=None), "config.json"), (dict(zaya_mlp_expansion=None), "router_hidden_size"),
+            (dict(zaya_layers=["a", 4] * 3), "experts.gate_up_proj"), (dict(hidden_size=64), "size mismatch")):
+        legacy_checkpoint(folder, **values)
+        with pytest.raises(ValueError, match=words):
+            Zaya.from_pretrained(folder)
+    tensors = legacy_checkpoint(folder)
+    tensors.pop("model.layers.3.res_scale.residual_bias")
+    safetensors_torch.save_file(tensors, str(folder / "model.safetensors"))
+    with pytest.raises(ValueError, match="layers.1.post_attention_residual_scale.residual_bias"):
+        Zaya.from_pretrained(folder)
+    tensors = legacy_checkpoint(folder)
+    tensors["model.layers.3.zaya_block.router.balancing_biases"][-1] = -0.5
+    safetensors_torch.save_file(tensors, str(folder / "model.safetensors"))
+    with pytest.warns(UserWarning, match="skip expert"):
+        Zaya.from_pretrained(folder)

@@ -50,7 +50,7 @@ def perturb_routers(model, size=0.5):
 def roll(model, prompts=PROMPTS, group_size=4, context=24, end=-1, seed=1):
     uniform = torch.rand(context, len(prompts) * group_size, generator=torch.Generator().manual_seed(seed))
     groups, speaks = [Group(ADD, prompt) for prompt in prompts], SimpleNamespace(end=end, decode=BYTES.decode)
-    for group, rolled in zip(groups, train.roll_out(model, prompts, group_size, context, end, uniform=uniform)):
+    for group, rolled in zip(groups, train.roll_out(model, prompts, group_size, context, [end], uniform=uniform)):
         for rollout in rolled:
             group.add(speaks, *rollout)
     return groups

@@ -736,7 +736,7 @@ def test_a_checkpoint_goes_on_with_the_very_samples_it_would_have_drawn(folder, 
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("--checkpoint x", "one of the arguments problem --problems is required"),
+    ("--checkpoint x", "one of the arguments problem --problems --serve is required"),
     ("q --problems x --checkpoint x", "not allowed with argument"),
     ("q", "one of the arguments --checkpoint --endpoint is required"),
     ("q --checkpoint x --endpoint http://x --model m", "not allowed with argument"),
@@ -848,12 +848,12 @@ def test_an_official_folder_gets_the_ids_that_transformers_gives_it(tmp_path, op
     assert ours.render(messages)[0] == theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 
-@pytest.mark.parametrize("how", ["as it is", "quantized before"])
+@pytest.mark.parametrize("how", ["as it is", "8 bits", "4 bits"])
 def test_an_official_folder_on_the_command_line(tmp_path, capsys, how):
     folder = official_folder(tmp_path, "<think>\n")
-    if how == "quantized before":
-        kernels.main(["--quantize", folder, str(tmp_path / "int8")])
-        folder = str(tmp_path / "int8")
+    if how != "as it is":
+        kernels.main(["--quantize", folder, str(tmp_path / "rounded"), "--bits", how[0]])
+        folder = str(tmp_path / "rounded")
     trace = tmp_path / "x.trace"
     rsa.main(["3+4", *shortened(folder, "--rounds", 1, "--trace", trace)])
     said = capsys.readouterr().out
