@@ -424,7 +424,7 @@ def packed_layout():
         return None
     plain = (rows % 16).to(torch.uint8)
     plain = plain[:, ::2] | plain[:, 1::2] << 4
-    for layout in ((64, True), (32, True), (32, False)):        # AVX-512, AVX2, neither
+    for layout in itertools.product((64, 32, 16), (True, False)):                   # halves with AVX-512 and AVX2
         if torch.equal(pack(plain, layout).flatten(), wanted.flatten()):
             return layout
     return None
@@ -475,6 +475,8 @@ class Rounded(torch.nn.Module):
     layout = None
 
     def set_layout(self, layout):
+        if layout == self.layout:
+            return
         for name, tensor in self.named_buffers(recurse=False):
             if tensor.dtype == torch.uint8:
                 moved = []
@@ -565,8 +567,10 @@ class Int8Zaya(FusedZaya):
     def save_pretrained(self, directory, state_dict=None):
         layout = self.layers[0].experts.layout
         self.set_layout(None)                                   # in a file they have every CPU's order
-        super().save_pretrained(directory, state_dict)
-        self.set_layout(layout)
+        try:
+            super().save_pretrained(directory, state_dict)
+        finally:
+            self.set_layout(layout)
 
 
 class Int4Zaya(Int8Zaya):
@@ -624,8 +628,9 @@ def load(folder, bits=None, device="cpu"):
     else:
         model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
         model = quantize(model, bits) if bits else model
-    if isinstance(model, Int8Zaya) and device == "cpu":
+    if isinstance(model, Int4Zaya) and device == "cpu" and packed_layout():
         model.set_layout(packed_layout())
+        model._apply(torch.clone)                               # one tensor left in the mapped file keeps all of it
     return model
 
 

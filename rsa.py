@@ -353,6 +353,10 @@ class Source:
         """From any thread: end what is under way, and begin nothing more."""
         self.stopped = True
 
+    def check(self):
+        if self.stopped:
+            raise ConnectionError("stopped")
+
     def __call__(self, prompts, max_new_tokens, seed, progress=iter):
         """As markovian_rsa's generate.  progress: a bar such as tqdm, around the stream."""
         texts = [None] * len(prompts)
@@ -420,8 +424,13 @@ class ChatTokenizer:
               "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
     def __init__(self, name, chat=False):
-        from transformers import AutoTokenizer
-        self.inner, ends = AutoTokenizer.from_pretrained(name), None
+        from transformers import AutoConfig, AutoTokenizer
+        path, options, ends = os.path.join(name, "config.json"), {}, None
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as config:        # transformers refuses what a legacy config.json holds
+                if re.search('"(cca|zaya_layers)"', config.read()):
+                    options["config"] = AutoConfig.for_model("zaya")
+        self.inner = AutoTokenizer.from_pretrained(name, **options)
         for file in ("generation_config.json", "config.json"):  # a hub name has none here: it is for counting alone
             path = os.path.join(name, file)
             if ends is None and os.path.exists(path):
@@ -497,11 +506,10 @@ class Checkpoint(Source):
             raise ValueError("a checkpoint samples by temperature and top_p, two numbers, alone")
         vars(self).update(fields)
 
-    def logits(self, hidden):
-        """The model's.  `generate` asks for them at every token, and so learns of a `stop`."""
-        if self.stopped:
-            raise ConnectionError("stopped")
-        return type(self.model).logits(self.model, hidden)
+    def hidden_states(self, *given, **more):
+        """The model's.  `generate` asks for them at every token and piece of a prompt, and so learns of a `stop`."""
+        self.check()
+        return type(self.model).hidden_states(self.model, *given, **more)
 
     def rows_at_once(self, prompts, max_new_tokens):
         """How many rows of the longest prompt and `max_new_tokens` have keys and values of at most `cache_bytes`."""
@@ -512,6 +520,7 @@ class Checkpoint(Source):
         return max(1, min(self.rows, self.cache_bytes // row_bytes))
 
     def stream(self, prompts, max_new_tokens, seed, known=()):
+        self.check()
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         rows = self.rows_at_once(prompts, max_new_tokens)
         for start in range(0, len(order), rows):
@@ -519,12 +528,12 @@ class Checkpoint(Source):
             part = order[start:start + rows]
             if set(part) <= set(known):
                 continue
-            self.model.logits = self.logits
+            self.model.hidden_states = self.hidden_states
             try:
                 texts = reply(self.model, self.tokenizer, [prompts[i] for i in part], max_new_tokens, seed + start,
                               self.temperature, self.top_p, self.before)
             finally:
-                del self.model.logits
+                del self.model.hidden_states
             for i, text in zip(part, texts):
                 if i not in known:
                     yield i, text, count_tokens(text, self.tokenizer), None
@@ -563,6 +572,13 @@ def read_completion(answer):
         text = "<think>" + text                                 # the chat template had opened it; cut, it had not ended
     tokens = (answer.get("usage") or {}).get("completion_tokens")
     return sendable(text), tokens if isinstance(tokens, int) else 0
+
+
+@functools.cache
+def certificates():
+    """What a client trusts: read once, as it takes longer than a request."""
+    import httpx
+    return httpx.create_ssl_context()
 
 
 class Endpoint(Source):
@@ -631,7 +647,7 @@ class Endpoint(Source):
                 unreachable = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)) and not self.answered
             except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
                 said = f"no chat completion came back: {said or error}"
-            if self.key != "none":
+            if len(self.key) >= 8:                              # "x", a dummy, stands in many words
                 said = said.replace(self.key, "***")
             if 400 <= status < 500 and status not in (408, 409, 429):
                 break
@@ -656,10 +672,9 @@ class Endpoint(Source):
 
         async def ask_all():
             self.running = asyncio.get_running_loop(), asyncio.current_task()
-            if self.stopped:
-                raise asyncio.CancelledError
+            self.check()
             gate = asyncio.Semaphore(self.concurrency)
-            async with httpx.AsyncClient(timeout=self.timeout, limits=httpx.Limits()) as client:
+            async with httpx.AsyncClient(timeout=self.timeout, limits=httpx.Limits(), verify=certificates()) as client:
                 asked = [asyncio.ensure_future(ask(client, gate, i)) for i in range(len(prompts)) if i not in known]
                 try:
                     await asyncio.gather(*asked)
@@ -845,8 +860,9 @@ class Refusal(Exception):
 
     def content(self):
         with contextlib.suppress(ValueError):
-            own = json.loads(str(self))
+            own = json.loads(sendable(str(self)))
             if isinstance(own, dict) and own.get("error"):
+                json.dumps(own, allow_nan=False)                # ValueError: no JSON that others read
                 return own
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": None, "code": self.status}}
@@ -875,14 +891,18 @@ class Job:
     The conversation is the problem: each prompt has all of its messages, and tails beside the text of the last one.
     The answer is the first reply of the last round that gives the answer of the round's majority (of a tie, the first
     one's); if none gives any, the first whose reasoning ended.  select="aggregate": one more reply, to the last tails.
+    Answers are compared by `same`, but outside of the main thread math-verify has no say.
     """
-    most_rollouts, longest = 1024, 2**20                        # in all; tokens of one
+    most_rollouts, longest = 1024, 2**20                        # in all; tokens of one, and of its prompt's tails
 
     def __init__(self, body, budget, source, tokenizer, build_prompt):
+        # Without what UTF-8 and JSON do not hold; null is what is not given.
+        body = json.loads(sendable(json.dumps(body, ensure_ascii=False, allow_nan=False)))
+        body = {key: value for key, value in body.items() if value is not None}
         unknown = body.keys() - DECIDE - EACH - IDLE
         if unknown:
             raise ValueError(f"Markovian RSA does not know the field {min(unknown)!r}; the model by itself may")
-        if body.get("n") not in (None, 1):
+        if body.get("n", 1) != 1:
             raise ValueError("Markovian RSA gives one answer: n must be 1")
         own = {"rounds": body.get("rsa_t"), "population": body.get("rsa_n"), "subset": body.get("rsa_k"),
                "budget": body.get("max_completion_tokens", body.get("max_tokens")), "seed": body.get("seed")}
@@ -897,7 +917,8 @@ class Job:
                                  f"{key} {value!r}")
         self.seed = own.pop("seed", random.getrandbits(31))
         self.budget = changed(budget, own)
-        if self.budget.population * (self.budget.rounds + 1) > self.most_rollouts or self.budget.budget > self.longest:
+        rollouts, tails = self.budget.population * (self.budget.rounds + 1), self.budget.subset * self.budget.tail
+        if rollouts > self.most_rollouts or max(tails, self.budget.budget) > self.longest:
             raise ValueError(f"{self.budget} is too much: at most {self.most_rollouts} rollouts of {self.longest} "
                              "tokens")
         messages = body.get("messages")
@@ -911,10 +932,14 @@ class Job:
         self.problem = "\n".join(part["text"] for part in texts)
         if messages[-1].get("role") != "user" or not self.problem.strip():
             raise ValueError("the last message must be the user's, and hold a text")
+        if isinstance(source, Checkpoint):
+            if others:
+                raise ValueError("this checkpoint reads text alone")
+            messages = [{**each, "content": joined(each.get("content") or "")} for each in messages]
         self.source, self.tokenizer, self.build_prompt = copy.copy(source), tokenizer, build_prompt
         self.source.before, self.source.parts, self.source.usages = messages[:-1], others, []
         self.source.set_sampling({key: value for key, value in body.items() if key in EACH})
-        self.tokens, self.failed, self.asked, self.reasoning = [], [], 0, 0
+        self.tokens, self.failed, self.asked, self.reasoning, self.spent = [], [], 0, 0, {}
 
     def generate(self, prompts, max_new_tokens, seed):
         """markovian_rsa's; it says how far a round is, and at its end what the population answers."""
@@ -934,6 +959,7 @@ class Job:
                 thought = whole - count_tokens(answer, self.tokenizer) if "</think>" in text else whole
                 self.reasoning += round(spent * thought / whole)
             self.tokens[t] += spent
+            self.spent[text] = spent
             self.asked += count_tokens(prompts[i], self.tokenizer)
         votes = collections.Counter((final_answer(text) or "no answer")[:40] for text in texts if text is not None)
         if votes and len(prompts) > 1:
@@ -948,10 +974,10 @@ class Job:
         if self.select == "aggregate":
             tails = [candidate.tail for candidate in candidates if candidate.tail]
             tails = random.Random(f"{self.seed} last").sample(tails, min(self.budget.subset, len(tails)))
-            texts = self.generate([self.build_prompt(self.problem, tails)], self.budget.budget, self.seed)
-            if texts == [None]:
-                raise RuntimeError(self.failed[-1])
-            return texts[0], answer, votes
+            seed = random.Random(f"{self.seed} last reply").getrandbits(31)
+            last, = self.generate([self.build_prompt(self.problem, tails)], self.budget.budget, seed)
+            if last is not None:                                # if it failed, which is counted, the majority's
+                return last, answer, votes
         if answer is not None:
             return texts[answers.index(answer)], answer, votes
         ended = [text for text in texts if not text.startswith("<think>") or "</think>" in text]
@@ -968,18 +994,23 @@ class Job:
             # Where a server said why, its status and its words.
             status, said = getattr(self.source, "refusal", None) or (0, "")
             words = said if status else f"{error} {self.failed[-1:] or ''}"
-            raise Refusal(status or (400 if isinstance(error, ValueError) else 502), words) from None
+            if not 400 <= status < 600:                         # of a proxy with codes of its own, too
+                status = 400 if isinstance(error, ValueError) else 502
+            raise Refusal(status, words) from None
         reasoning, tag, content = text.rpartition("</think>")
         if text.startswith("<think>"):
             reasoning, content = (reasoning, content) if tag else (text, "")
             say(reasoning.removeprefix("<think>"))
         asked = sum(usage.get("prompt_tokens") or 0 for usage in self.source.usages) or self.asked
+        details = [usage.get("completion_tokens_details") or {} for usage in self.source.usages]
+        reasoning = sum(each.get("reasoning_tokens") or 0 for each in details) or self.reasoning
         spent = sum(self.tokens)
         usage = {"prompt_tokens": asked, "completion_tokens": spent, "total_tokens": asked + spent,
-                 "completion_tokens_details": {"reasoning_tokens": self.reasoning}}
+                 "completion_tokens_details": {"reasoning_tokens": reasoning}}
         about = {**asdict(self.budget), "seed": self.seed, "select": self.select, "answer": answer, "votes": votes,
                  "tokens": self.tokens, "failed": len(self.failed), "failures": self.failed[:8]}
-        return content.strip(), "length" if text.startswith("<think>") and not tag else "stop", usage, about
+        cut = (text.startswith("<think>") and not tag) or self.spent.get(text, 0) >= self.budget.budget
+        return content.strip(), "length" if cut else "stop", usage, about
 
 
 class Server:
@@ -990,7 +1021,9 @@ class Server:
     it ends, here and behind, in every phase.
     """
     quiet, most_jobs, most_bytes = 10.0, 64, 2**24              # seconds of silence; problems at once; a body's bytes
-    HOP = {"host", "content-length", "connection", "keep-alive", "transfer-encoding", "te", "upgrade", "trailer"}
+    # Headers of one connection, which are not passed on.
+    HOP = {b"host", b"content-length", b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade",
+           b"trailer", b"expect"}
 
     def __init__(self, source, model, budget, tokenizer, build_prompt):
         self.source, self.model, self.tokenizer, self.build_prompt = source, model, tokenizer, build_prompt
@@ -1002,9 +1035,11 @@ class Server:
         from starlette.requests import ClientDisconnect, Request
         from starlette.responses import JSONResponse
         asked, raw = Request(scope, receive), bytearray()
-        with contextlib.suppress(ClientDisconnect):
+        try:
             async for piece in asked.stream():
                 raw += piece[:self.most_bytes + 1 - len(raw)]
+        except ClientDisconnect:
+            return
 
         async def answer():
             async with contextlib.AsyncExitStack() as after:
@@ -1020,14 +1055,13 @@ class Server:
 
         # Whoever has gone needs no answer: cancelled, it closes all that `after` knows of.
         work, left = asyncio.ensure_future(answer()), asyncio.ensure_future(leave())
-        try:
+        with contextlib.suppress(asyncio.CancelledError):       # Ctrl-C: uvicorn ends what is under way
             await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            left.cancel()
-            await asyncio.gather(work, left, return_exceptions=True)
-        if not work.cancelled():
-            work.result()
+        work.cancel()
+        left.cancel()
+        ended, _ = await asyncio.gather(work, left, return_exceptions=True)
+        if isinstance(ended, Exception) and not type(ended).__module__.startswith("http"):
+            raise ended                                         # a defect; else the server behind was cut in mid-answer
 
     async def respond(self, asked, raw, after):
         """A request and its body -> the response.  after: an exit stack for what ends with it."""
@@ -1068,8 +1102,9 @@ class Server:
             job = Job(body, budget, self.source, self.tokenizer, prompt)
         except ValueError as error:
             raise Refusal(400, str(error)) from None
-        key = asked.headers.get("authorization", "").removeprefix("Bearer ")
-        job.source.key = key or getattr(job.source, "key", "none")
+        scheme, _, key = asked.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and key.strip():
+            job.source.key = key.strip()
         return await self.solve(job, model, stream, bool(options.get("include_usage")), after)
 
     async def solve(self, job, model, stream, include_usage, after):
@@ -1116,8 +1151,8 @@ class Server:
             else:
                 content, finish_reason, usage, about = piece
                 yield event({"content": content})
-                yield event({}, finish_reason, usage=usage, rsa=about)
-                if include_usage:
+                yield event({}, finish_reason, rsa=about, **({} if include_usage else {"usage": usage}))
+                if include_usage:                               # once: some clients add up
                     yield event(usage=usage)
             yield "data: [DONE]\n\n"
 
@@ -1125,7 +1160,7 @@ class Server:
         after.callback(end)
         threading.Thread(target=work, daemon=True).start()
         told, piece = [], await heard()
-        if stream and isinstance(piece, str):
+        if stream and not isinstance(piece, Refusal):
             return StreamingResponse(events(piece), 200, {"Cache-Control": "no-cache"}, "text/event-stream")
         while isinstance(piece, str):
             told.append(piece)
@@ -1137,15 +1172,20 @@ class Server:
         return JSONResponse({**head, "object": "chat.completion", "usage": usage, "rsa": about, "choices": [
             {"index": 0, "message": message, "finish_reason": finish_reason}]})
 
-    async def behind(self, asked, raw, after):
-        """Pass a request on as it came -> the answer of the server behind, of which the head is there."""
+    async def behind(self, asked, raw, after, only=None):
+        """Pass a request on as it came, or with `only` these headers -> the answer of the server behind, whose body is
+        still to come."""
         import httpx
         if not isinstance(self.source, Endpoint):
             raise Refusal(404, f"{asked.method} {asked.url.path} is not served here")
-        headers = {"authorization": f"Bearer {self.source.key}", **asked.headers}
-        headers = {name: value for name, value in headers.items() if name not in self.HOP}
-        client = await after.enter_async_context(httpx.AsyncClient(timeout=self.source.timeout))
-        url = httpx.URL(self.source.url + asked.url.path.removeprefix("/v1"), query=asked.url.query.encode())
+        # httpx by itself would ask for compressed answers, which the client may not read.
+        headers = {b"authorization": f"Bearer {self.source.key}".encode(), b"accept-encoding": b"identity"}
+        for name, value in asked.headers.raw:
+            if name not in self.HOP and (not only or name in only):
+                headers[name] = value
+        client = await after.enter_async_context(httpx.AsyncClient(timeout=self.source.timeout, verify=certificates()))
+        path = asked.scope.get("raw_path", asked.scope["path"].encode()).decode("latin-1").removeprefix("/v1")
+        url = httpx.URL(self.source.url + path, query=asked.scope["query_string"] or None)
         request = client.build_request(asked.method, url, content=raw, headers=headers)
         try:
             answer = await client.send(request, stream=True)
@@ -1158,15 +1198,17 @@ class Server:
     async def forward(self, asked, raw, after):
         from starlette.responses import StreamingResponse
         answer = await self.behind(asked, raw, after)
-        headers = {name: value for name, value in answer.headers.items() if name not in self.HOP}
-        return StreamingResponse(answer.aiter_raw(), answer.status_code, headers)
+        response = StreamingResponse(answer.aiter_raw(), answer.status_code)
+        headers = [(name.lower(), value) for name, value in answer.headers.raw]
+        response.raw_headers = [(name, value) for name, value in headers if name not in self.HOP]
+        return response
 
     async def models(self, asked, after):
         """What the server behind lists, and the names for Markovian RSA."""
         from starlette.responses import JSONResponse
         listed = []
         if isinstance(self.source, Endpoint):
-            answer = await self.behind(asked, b"", after)
+            answer = await self.behind(asked, b"", after, {b"authorization"})
             text = (await answer.aread()).decode("utf-8", "replace")
             if answer.status_code != 200:
                 raise Refusal(answer.status_code, text)
@@ -1236,7 +1278,7 @@ def parse_arguments(arguments):
     problem.add_argument("problem", nargs="?", help="the problem to solve")
     problem.add_argument("--problems", metavar="FILE", help="a .jsonl of problem and answer: solve and score them all")
     problem.add_argument("--serve", metavar="HOST:PORT", help="answer chat completions there, by Markovian RSA for the "
-                         "models NAME-mrsa and NAME-mrsa-BUDGET")
+                         "models NAME-mrsa and NAME-mrsa-BUDGET; whoever brings no key asks the endpoint with yours")
     model.add_argument("--checkpoint", metavar="FOLDER", help="in the official layout: out/tiny/final or ZAYA1-8B")
     model.add_argument("--endpoint", metavar="URL", help="a chat-completions server: http://HOST:PORT/v1")
     add = parser.add_argument
@@ -1252,7 +1294,8 @@ def parse_arguments(arguments):
     add("--seed", type=int, default=0, metavar="N", help="(default 0)")
     add("--temperature", type=bounded(float, 0, 100), default=1.0, metavar="X", help="(default 1)")
     add("--top-p", type=bounded(float, 1e-6, 1), metavar="X", help="(default: ZAYA1-8B's card's 0.95, for others 1)")
-    add("--concurrency", type=bounded(int, 1, 4096), default=16, metavar="N", help="requests at once (default 16)")
+    add("--concurrency", type=bounded(int, 1, 4096), default=16, metavar="N", help="requests at once, with --serve of "
+        "each problem (default 16)")
     add("--timeout", type=bounded(float, 0.001, 1e6), default=1800.0, metavar="SECONDS", help="(default 1800)")
     add("--retries", type=bounded(int, 0, 100), default=5, metavar="N", help="tries after a failed request (default 5)")
     add("--request", type=request_names, metavar="FIELD=NAME,FIELD=,…", help="endpoint: names (or none) of a request's "
@@ -1265,7 +1308,8 @@ def parse_arguments(arguments):
         parser.error("--endpoint needs --model NAME")
     if given.endpoint and not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", given.endpoint):
         parser.error("--endpoint must be http://HOST:PORT/v1 or https://…, without a password, as traces hold it")
-    if given.serve and (given.trace or not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", given.serve)):
+    port = re.fullmatch(r"[^:\s]+:([0-9]{1,5})", given.serve or "x:1")
+    if given.serve and (given.trace or not port or int(port[1]) > 65535):
         parser.error("--serve must be HOST:PORT, such as 127.0.0.1:8080, and writes no --trace")
     if given.resume and not given.trace:
         parser.error("--resume goes on with a --trace FILE; name it")
@@ -1280,14 +1324,13 @@ def parse_arguments(arguments):
 
 def serve(given, source, budget, tokenizer):
     """Serve until Ctrl-C."""
-    with explained("--serve needs: pip install starlette uvicorn", ImportError):
-        import starlette                                        # noqa: F401
-        import uvicorn
+    import uvicorn
     model = given.model or os.path.basename(os.path.normpath(given.checkpoint))
     server = Server(source, model, budget, tokenizer, PROMPTS[given.prompt])
     host, port = given.serve.rsplit(":", 1)
     print(f"http://{given.serve}/v1 answers for {model}, {', '.join(server.budgets)}; Ctrl-C ends it", flush=True)
-    uvicorn.run(server, host=host, port=int(port), log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+    uvicorn.run(server, host=host, port=int(port), log_level="warning", lifespan="off", ws="none", date_header=False,
+                server_header=False, timeout_graceful_shutdown=1)
 
 
 def asked_budget(given):
@@ -1304,6 +1347,10 @@ def run_command(given):
     if given.problems:
         problems, answers = zip(*read_problems(given.problems))
     sampling = dict(temperature=given.temperature, top_p=given.top_p)
+    if given.serve:
+        with explained("--serve needs: pip install starlette uvicorn", ImportError):
+            import starlette                                    # noqa: F401
+            import uvicorn                                      # noqa: F401
     if given.checkpoint:
         with explained(f"--checkpoint {given.checkpoint}", Exception):              # damage has many exceptions
             source = Checkpoint.from_pretrained(given.checkpoint, **sampling)

@@ -733,8 +733,10 @@ def tokenise(path, stem, tokenizer, context, skip_bad_lines):
                 wanted = np.array(wanted, np.int8)
                 for i, message in enumerate(messages or []):
                     if "weight" in message:
-                        before, after = [len(tokenizer.render(messages[:end])[0]) for end in (i, i + 1)]
-                        wanted[before:after] = -1
+                        before, after = [tokenizer.render(messages[:end])[0] for end in (i, i + 1)]
+                        # Where a template changes what came before, none of the sample is learned.
+                        whole = ids[:len(after)] != after
+                        wanted[0 if whole else len(before):None if whole else len(after)] = -1
                 np.array(ids, np.uint32).tofile(tokens)
                 wanted.tofile(targets)
                 if messages:

@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import warnings
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -182,11 +181,13 @@ class ZayaConfig:
             cls._require(values.get(name, True) is True, f"{name} must be true in a legacy checkpoint")
         for name, only in {**cls.FIXED, "clamp_temp": False, "moe_router_topk": 1, "rope_scaling": None}.items():
             value = values.get(name, only)
-            cls._require(value == only, f"{name} {value!r} is not implemented, only {only!r}")
+            cls._require(value == only or not (value or only), f"{name} {value!r} is not implemented, only {only!r}")
         sublayers = values.get("zaya_layers") or ["a", number("num_experts")] * (number("num_hidden_layers") // 2)
         cls._require(set(sublayers[::2]) == {"a"} and len(set(sublayers[1::2])) == 1 and len(sublayers) % 2 == 0,
                      "zaya_layers must alternate between 'a' and a number of experts")
         windows, head_dim = values.get("swa_layers") or [], number("kv_channels", "head_dim")
+        cls._require(head_dim, "head_dim or kv_channels is missing")
+        cls._require(len({*windows} - {0}) <= 1, "swa_layers must have one window")
         rope = {"rope_theta": number("rope_theta", "rotary_base"),
                 "partial_rotary_factor": number("partial_rotary_factor", "rope_pct", default=0.5)}
         same = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
@@ -854,6 +855,7 @@ class Zaya(nn.Module):
         # where some expert's bias is larger by 1, as probabilities are at most 1.
         biases = [tensor for name, tensor in state.items() if name.endswith("balancing_biases")]
         if any(bias[:-1].max() < bias[-1] + 1 for bias in biases):
+            import warnings
             warnings.warn("the skip expert of this legacy checkpoint may be chosen: there logits differ", stacklevel=3)
         return state
 

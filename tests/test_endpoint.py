@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -658,3 +659,36 @@ def test_a_real_server_says_what_the_checkpoint_says_and_samples_by_the_seeds(se
     assert len(set(texts)) == 5 and source(["3+4"] * 5, 8, 0) == texts and not set(source(["3+4"], 8, 1)) & set(texts)
     with pytest.raises(SystemExit, match="all 16 candidates of a round failed.* 400 .*pinned"):
         rsa.main(["q", "--endpoint", url, "--model", "other", "--max-tokens", "8"])
+
+
+def test_our_server_stands_before_a_real_one(served, monkeypatch):
+    """Asked by OpenAI's client and by curl: the model itself as if it were asked directly, and Markovian RSA on it."""
+    openai = pytest.importorskip("openai")
+    from test_server import serving
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    folder, url = served
+    asked = dict(messages=[{"role": "user", "content": "3+4"}], max_tokens=8, seed=1, temperature=0)
+    budget, numbers = rsa.Budget(2, 1, 1, 8, 8), {"population": 2, "subset": 1, "rounds": 1, "budget": 8, "tail": 8}
+    source = Endpoint(url, folder, concurrency=1, timeout=60)
+    with serving(source, budget, None, rsa.terse_prompt, folder) as (_, front):
+        ours = openai.OpenAI(base_url=front, api_key="none", timeout=60)
+        theirs = openai.OpenAI(base_url=url, api_key="none", timeout=60)
+        said = [[chunk.choices[0].delta.content for chunk in client.chat.completions.create(
+            model=folder, stream=True, **asked) if chunk.choices] for client in (ours, theirs)]
+        assert said[0] == said[1] and len(said[0]) > 1
+        assert {model.id for model in theirs.models.list()} <= {model.id for model in ours.models.list()}
+        with pytest.raises(openai.BadRequestError, match="pinned"):
+            ours.chat.completions.create(model="other", **asked)
+        answer = ours.chat.completions.create(model=folder + "-mrsa", **{**asked, "temperature": 1, "seed": 5})
+        result = rsa.markovian_rsa("3+4", source, **numbers, seed=5)
+        texts = [candidate.text for candidate in result.candidates]
+        assert answer.choices[0].message.content in [text.rpartition("</think>")[2].strip() for text in texts] + [""]
+        assert answer.rsa["failed"] == 0 and answer.usage.completion_tokens > 0 and answer.usage.prompt_tokens > 0
+        if shutil.which("curl"):
+            body = json.dumps({"model": folder + "-mrsa-light", "stream": True, "rsa": numbers, **asked})
+            lines = subprocess.run(["curl", "-sN", front + "/chat/completions", "-d", body], check=True, text=True,
+                                   capture_output=True).stdout.split("\n\n")
+            events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+            assert lines[-2:] == ["data: [DONE]", ""] and events[-1]["rsa"]["population"] == 2
+            assert any("round 1" in (event["choices"][0]["delta"].get("reasoning_content") or "") for event in events)

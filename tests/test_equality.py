@@ -341,7 +341,7 @@ def legacy_checkpoint(folder, window=0, seed=0, own_head=False, **values):
               "zaya_mlp_expansion": [0, R] * L, "norm_epsilon": 1e-5, "moe_router_topk": 1, "zaya_use_eda": True,
               "zaya_use_mod": True, "scale_residual_merge": True, "gated_linear_unit": True, "eos_token_id": 1,
               "max_position_embeddings": 32768, "tie_word_embeddings": not own_head, "partial_rotary_factor": 0.5,
-              "swa_layers": [0, 0, window, 0, 0, 0], "swa_rotary_base": 100.0, **values}
+              "swa_layers": [0, 0, window, 0, 0, 0], "swa_rotary_base": 100.0, "rope_scaling": False, **values}
     folder.mkdir(exist_ok=True)
     safetensors_torch.save_file(tensors, str(folder / "model.safetensors"))
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
@@ -430,8 +430,9 @@ def test_what_a_legacy_checkpoint_may_not_be(tmp_path):
     for values, words in (
             (dict(zaya_use_eda=False), "zaya_use_eda"), (dict(clamp_temp=True), "clamp_temp True"),
             (dict(moe_router_topk=2), "moe_router_topk 2"), (dict(cca_time0=4), "cca_time0 4"),
+            (dict(swa_layers=[2, 0, 3, 0, 0, 0]), "one window"),
             (dict(zaya_layers=["a", 3, "a", 4]), "alternate"), (dict(zaya_layers=["a", "a"] * 3), "config.json"),
-            (dict(kv_channels=None), "config.json"), (dict(zaya_mlp_expansion=None), "router_hidden_size"),
+            (dict(kv_channels=None), "head_dim or kv_channels"), (dict(zaya_mlp_expansion=None), "router_hidden_size"),
             (dict(zaya_layers=["a", 4] * 3), "experts.gate_up_proj"), (dict(hidden_size=64), "size mismatch")):
         legacy_checkpoint(folder, **values)
         with pytest.raises(ValueError, match=words):

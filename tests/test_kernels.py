@@ -1,5 +1,6 @@
 """kernels.py: every fast path has the values and the gradients of what it stands for, in fp32 and bf16."""
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -267,13 +268,13 @@ def test_the_product_of_4_bits(rows):
     wanted = x @ restored.t()
     close(kernels.rounded_product(x, rounded, scale), wanted, 1e-5)
     layout = kernels.packed_layout()
-    assert layout in ((64, True), (32, True), (32, False))      # else this PyTorch has another way: see packed_layout
+    assert layout, "this PyTorch packs 4 bits in another way: see packed_layout"
     packed = kernels.pack(rounded, layout)
     close(kernels.rounded_product(x, packed, scale, layout), wanted, 1e-5)
     got = kernels.rounded_product(x.bfloat16(), packed, scale, layout)
     assert got.dtype == torch.bfloat16
     close(got, wanted, 2e-2)
-    for other in ((64, True), (32, True), (32, False)):
+    for other in itertools.product((64, 32, 16), (True, False)):
         assert torch.equal(kernels.unpack(kernels.pack(rounded, other), other), rounded)
 
 

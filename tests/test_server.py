@@ -50,9 +50,9 @@ def behind():
 
 
 @contextlib.contextmanager
-def serving(source, budget=rsa.BUDGETS["light"], tokenizer=None, build_prompt=rsa.report_prompt):
+def serving(source, budget=rsa.BUDGETS["light"], tokenizer=None, build_prompt=rsa.report_prompt, model="m"):
     """A Server on a free port of this process -> itself, its URL."""
-    application = rsa.Server(source, "m", budget, tokenizer, build_prompt)
+    application = rsa.Server(source, model, budget, tokenizer, build_prompt)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -60,8 +60,7 @@ def serving(source, budget=rsa.BUDGETS["light"], tokenizer=None, build_prompt=rs
                                            timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, name="serve_forever", daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.01)
+    wait_for(lambda: server.started)
     try:
         yield application, f"http://127.0.0.1:{port}/v1"
     finally:
@@ -159,7 +158,7 @@ def test_streaming_tells_the_same_as_it_happens(front):
     content = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert content == whole.choices[0].message.content and reasoning == whole.choices[0].message.reasoning_content
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].choices[0].delta.role == "assistant"
-    assert chunks[-1].usage == whole.usage and not chunks[-1].choices
+    assert chunks[-1].usage == whole.usage and not chunks[-1].choices and chunks[-2].usage is None
     assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-2].rsa == whole.rsa
     assert len(chunks) >= 15 + 3                                # a piece for each rollout
     _, headers, raw = post(url, {"model": "m-mrsa", "messages": TALK, "rsa": SMALL, "stream": True})
@@ -267,6 +266,7 @@ def test_a_server_that_talks_nonsense_is_a_bad_gateway(front, fault):
 
 
 def test_no_server_behind(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving(rsa.Endpoint("http://127.0.0.1:9/v1", "m", retries=0)) as (_, url):
         for model, own in (("m", None), ("m-mrsa", SMALL)):
             with pytest.raises(openai.APIStatusError, match="no (server answers|answer from)") as refused:
@@ -354,7 +354,7 @@ def test_a_client_that_goes_away_ends_what_runs_for_it(front, phase, stream):
                      f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
         wait_for(lambda: behind.running == (1 if model == "m" else 4 if phase != "first round" else 3))
         running = behind.running
-    wait_for(lambda: behind.left == running, 3)
+    wait_for(lambda: behind.left == running)
     asked = len(behind.bodies)
     settled(server)
     time.sleep(0.1)
@@ -447,16 +447,22 @@ def test_a_checkpoint_is_served_without_another_server(checkpoint):
         with pytest.raises(openai.APIStatusError, match="role 'tool'"):
             create(url, messages=[{"role": "tool", "content": "x", "tool_call_id": "y"}, TALK[-1]])
         assert post(url, {}, "/embeddings")[0] == 404
-        assert "logits" not in vars(checkpoint.model)
+        with pytest.raises(openai.BadRequestError, match="reads text alone"):
+            create(url, messages=[{"role": "user", "content": [{"text": "x"}, {"type": "image_url"}]}])
+        pieces = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}, {"role": "assistant"}]
+        assert create(url, messages=[*pieces, TALK[-1]], rsa={"seed": 5}).rsa["failed"] == 0
+        assert "hidden_states" not in vars(checkpoint.model)
 
 
 def test_a_checkpoints_generation_ends_with_its_client(checkpoint):
+    endless = checkpoint.model.generate
+    checkpoint.model.generate = lambda *given, eos_token_id, **more: endless(*given, **more)
     with serving(checkpoint, rsa.Budget(4, 2, 1, 2**19, 6), checkpoint.tokenizer, rsa.terse_prompt) as (server, url):
-        checkpoint.model.config.eos_token_id = None
-        with contextlib.suppress(openai.APITimeoutError):
+        with pytest.raises(openai.APITimeoutError):
             openai.OpenAI(base_url=url, api_key="x", max_retries=0, timeout=1.0).chat.completions.create(
                 model="m-mrsa", messages=TALK)
         settled(server)                                         # long before half a million tokens
+        del checkpoint.model.generate
         assert create(url, rsa={"budget": 4, "tail": 2, "rounds": 0}).rsa["rounds"] == 0            # and it still works
 
 
@@ -473,6 +479,8 @@ def test_the_command_serves_until_ctrl_c(behind, monkeypatch):
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           env={**os.environ, "no_proxy": "127.0.0.1"},
                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
+        timer = threading.Timer(60, process.kill)               # or a failure below would be waited for
+        timer.start()
         said = process.stdout.readline()
         assert f"http://127.0.0.1:{port}/v1 answers for m, m-mrsa, m-mrsa-tiny" in said
         url = f"http://127.0.0.1:{port}/v1"
@@ -485,6 +493,7 @@ def test_the_command_serves_until_ctrl_c(behind, monkeypatch):
         assert (about["population"], about["subset"], about["rounds"], about["budget"]) == (3, 3, 1, 9)
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=20)[0]
+        timer.cancel()
     assert "Traceback" not in rest and "m-mrsa: " in rest and "tokens [9, 9]" in rest
 
 
