@@ -16,7 +16,7 @@ from rl_parts import SHAPE, TOKENIZER, settings
 
 TASKS, PROBLEMS = ("sort", "add"), 400          # held-out problems, of both tasks together
 # Only replies count in the loss: the prompts are random digits.
-SHORT = train.Stage(600, 64, 1e4, 1.0, 2e-2, 6e-3, difficulty=8, turns=1, mask_prompts=True)
+SHORT = train.Stage(600, 64, 1e4, 1.0, 2e-2, 6e-3, difficulty=15, turns=1, mask_prompts=True)
 LONG = replace(SHORT, steps=60, context=256, lr=6e-3, lr_end=6e-4)
 
 
