@@ -362,6 +362,15 @@ def test_a_client_that_goes_away_ends_what_runs_for_it(front, phase, stream):
     wait_for(lambda: all("process_request" in thread.name for thread in {*threading.enumerate()} - before))
 
 
+def test_a_client_may_go_away_while_it_asks(front):
+    behind, server, url = front
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port))) as line:
+        line.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 900\r\n\r\n{{".encode())
+        time.sleep(0.2)
+    assert create(url).rsa["failed"] == 0 and len(behind.bodies) == 15 and not server.jobs
+
+
 def test_fifty_clients_at_once_leave_nothing_behind(front):
     behind, server, url = front
     own = {"population": 2, "subset": 1, "rounds": 1, "budget": 9, "tail": 1}
