@@ -1,7 +1,7 @@
 """How fast three things are beside what they replace, each side in a process of its own, in turns, on one thread.
 
     python notebooks/experiments/speed.py              # minutes; needs git's history and transformers
-    python notebooks/experiments/speed.py --threads 2
+    python notebooks/experiments/speed.py generate --threads 2 --turns 1
 
 The older code is commit 0d920a6, the first edition.  All get the same checkpoint: out/tiny/final, or --checkpoint.
 """
@@ -16,7 +16,7 @@ import time
 from types import SimpleNamespace
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-OLD, ROUNDS = "0d920a6", 3
+OLD = "0d920a6"
 
 
 def timed(function, count):
@@ -57,11 +57,11 @@ def measure(what, checkpoint, inputs):
     return timed(lambda: train.train_step(model, optimizers, balancer, given["batch"], config, torch.float32, 1e-4), 9)
 
 
-def in_turns(sides, checkpoint, inputs, threads):
-    """{name: (path, what)} -> {name: median seconds over ROUNDS turns}."""
+def in_turns(sides, checkpoint, inputs, threads, turns):
+    """{name: (path, what)} -> {name: median seconds over so many turns}."""
     found = {name: [] for name in sides}
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-    for _ in range(ROUNDS):
+    for _ in range(turns):
         for name, (path, what) in sides.items():
             command = [sys.executable, os.path.abspath(__file__), "--measure", what, "--checkpoint", checkpoint,
                        "--inputs", inputs]
@@ -83,7 +83,7 @@ def make_inputs(checkpoint, path):
     tasks = train.PRESETS["tiny"]["stages"]["rlve"].tasks
     for i in range(32):
         task = train.find_task(tasks[i % len(tasks)])
-        prompts.append(prompt_ids(tokenizer, train.draw(task, i, task.levels[i % 3], False).prompt))
+        prompts.append(prompt_ids(tokenizer, train.draw(task, i, task.levels[i % len(task.levels)], False).prompt))
     stage = train.PRESETS["tiny"]["stages"]["sft"]
     source = train.TaskSource(list(train.TASKS), stage, tokenizer, 0)
     *batch, _ = train.Loader([source], stage, 2048, 0, tokenizer.pad).next()
@@ -93,6 +93,8 @@ def make_inputs(checkpoint, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", nargs="*", help="rollouts, step, generate (default: all three)")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--checkpoint", default=os.path.join(ROOT, "out", "tiny", "final"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -108,17 +110,17 @@ def main():
         git = ["git", "-C", ROOT, "worktree"]
         subprocess.run([*git, "add", "--detach", "-f", old, OLD], check=True, capture_output=True)
         try:
-            print(f"{given.threads} thread(s), medians of {ROUNDS} turns\n\n| what | side | seconds | times now's |\n"
-                  "|---|---|---|---|")
+            print(f"{given.threads} thread(s), medians of {given.turns} turn(s)\n\n"
+                  "| what | side | seconds | times now's |\n|---|---|---|---|")
             kinds = ["transformers, eager fp32", "transformers, grouped_mm fp32", "transformers, grouped_mm bf16"]
-            for what, sides in {
-                    "a round of 256 RL rollouts": {OLD: (old, "rollouts"), "now": (ROOT, "rollouts")},
-                    "a training step of 2,048 tokens": {OLD: (old, "step"), "now": (ROOT, "step")},
-                    "64 new tokens for 64 rows": {**{kind: (ROOT, kind) for kind in kinds},
-                                                  "now": (ROOT, "generate")}}.items():
-                seconds = in_turns(sides, checkpoint, inputs, given.threads)
+            tables = {"rollouts": ("a round of 256 RL rollouts", {OLD: (old, "rollouts")}),
+                      "step": ("a training step of 2,048 tokens", {OLD: (old, "step")}),
+                      "generate": ("64 new tokens for 64 rows", {kind: (ROOT, kind) for kind in kinds})}
+            for what in given.what or tables:
+                title, sides = tables[what]
+                seconds = in_turns({**sides, "now": (ROOT, what)}, checkpoint, inputs, given.threads, given.turns)
                 for side, each in seconds.items():
-                    print(f"| {what} | {side} | {each:.3f} | {each / seconds['now']:.2f} |", flush=True)
+                    print(f"| {title} | {side} | {each:.3f} | {each / seconds['now']:.2f} |", flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", old], check=True, capture_output=True)
 
