@@ -560,9 +560,9 @@ class Int8Zaya(FusedZaya):
         return f"int{self.bits}"
 
     def set_layout(self, layout):
-        for module in self.modules():
-            if isinstance(module, Rounded):
-                module.set_layout(layout)
+        rounded = [module for module in self.modules() if isinstance(module, Rounded)]
+        for module in tqdm(rounded, desc="packing 4 bits", leave=False, disable=None):
+            module.set_layout(layout)
 
     def save_pretrained(self, directory, state_dict=None):
         layout = self.layers[0].experts.layout
@@ -588,7 +588,7 @@ def quantize(model, bits=8):
     with torch.device("meta"):
         quantized = kind(model.config)
     state = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tqdm(model.state_dict().items(), desc="rounding", unit=" tensors", leave=False, disable=None):
         if kind.ROUNDED.search(name):
             state[name], state[re.sub("(weight|proj)$", "scale", name)] = kind.rounded(name, tensor)
         else:

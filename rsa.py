@@ -2,6 +2,7 @@
 
     python rsa.py --checkpoint out/tiny/final "find 06b,85c"
     python rsa.py --endpoint http://localhost:8000/v1 --model Zyphra/ZAYA1-8B --problems aime.jsonl --trace aime.trace
+    python rsa.py --serve 127.0.0.1:8080 --endpoint http://localhost:8000/v1 --model Zyphra/ZAYA1-8B
 
     population -> tails of tau tokens -> C of them in a prompt -> a new candidate
 
@@ -387,10 +388,10 @@ def reply(model, tokenizer, prompts, max_new_tokens, seed, temperature=1.0, top_
     inputs, mask = left_padded(rows, tokenizer.pad, model.norm.weight.device)
     out = model.generate(inputs, max_new_tokens, temperature, top_p, attention_mask=mask, eos_token_id=tokenizer.end,
                          generator=torch.Generator().manual_seed(seed))[:, inputs.shape[1]:]
-    ends, texts = end_tokens(tokenizer), []
+    ends, opened, texts = end_tokens(tokenizer), opening(tokenizer, rows[0]), []
     for row in out.tolist():
         kept = itertools.takewhile(lambda token: token not in ends, row)
-        texts.append(opening(tokenizer, rows[0]) + tokenizer.decode(kept))
+        texts.append(opened + tokenizer.decode(kept))
     return texts
 
 
@@ -588,7 +589,8 @@ class Endpoint(Source):
     that are no chat completion) is asked for again up to `retries` times, with back-off.  A rollout that still fails,
     or whose request the server refuses (a prompt too long), is reported in the server's words, not replaced.  A wrong
     key, model or address (401, 403, 404, or no server there) ends the stream with ConnectionError.  `request`: other
-    names for the fields max_tokens, seed, temperature and top_p; "" leaves one out.  The key is never printed.
+    names for the fields max_tokens, seed, temperature and top_p; "" leaves one out.  The key is never printed (one of
+    less than eight characters is taken for a dummy).
     """
     back_off = 0.5                                              # seconds before the second try; doubles from there
 

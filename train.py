@@ -734,9 +734,10 @@ def tokenise(path, stem, tokenizer, context, skip_bad_lines):
                 for i, message in enumerate(messages or []):
                     if "weight" in message:
                         before, after = [tokenizer.render(messages[:end])[0] for end in (i, i + 1)]
-                        # Where a template changes what came before, none of the sample is learned.
-                        whole = ids[:len(after)] != after
-                        wanted[0 if whole else len(before):None if whole else len(after)] = -1
+                        if ids[:len(after)] == after:
+                            wanted[len(before):len(after)] = -1
+                        else:                                   # the template changes earlier turns: learn none
+                            wanted[:] = -1
                 np.array(ids, np.uint32).tofile(tokens)
                 wanted.tofile(targets)
                 if messages:
@@ -1970,6 +1971,7 @@ def reading_rates(model, tokenizer, tasks, eval_spec, problems=12, population=8)
     budget, source, result = eval_spec.budget, Checkpoint(model, tokenizer), {}
     names = [name for name in shard(READERS) if name in tasks]
     for name in tqdm(names, desc="reading tails", leave=False, disable=None):
+        # One that is not evaluated is asked above its own levels.
         difficulty = eval_spec.tasks.get(name) or find_task(name).levels[-1] + 2
         asked = held_out_problems([name], problems, (difficulty,))
         found = markovian_rsa([problem.prompt for problem in asked], source, population, budget.subset, budget.rounds,

@@ -12,8 +12,8 @@ One rule covers padding, packing, caching and sliding windows: **a token at posi
 Attention, both convolutions and the value shift obey it, so `position_ids` that restart at 0 pack several samples in
 one row, and position -1 marks padding.  Nothing else in this file knows about either.
 
-Featuring: the whole architecture, cached and left-padded generation, official checkpoints, the balancer that trains the
-router's biases, a tokenizer.  Does NOT include: fused kernels (kernels.py), training (train.py).
+Featuring: the whole architecture, cached and left-padded generation, official and legacy checkpoints, the balancer that
+trains the router's biases, a tokenizer.  Does NOT include: fused kernels (kernels.py), training (train.py).
 """
 import json
 import math
@@ -175,6 +175,7 @@ class ZayaConfig:
                 value = values.get(name)
                 if value is not None:
                     return max(value) if isinstance(value, list) else value
+            cls._require(default is not None, f"{' or '.join(names)} is missing")
             return default
 
         for name in ("zaya_use_eda", "zaya_use_mod", "scale_residual_merge", "gated_linear_unit"):
@@ -186,7 +187,6 @@ class ZayaConfig:
         cls._require(set(sublayers[::2]) == {"a"} and len(set(sublayers[1::2])) == 1 and len(sublayers) % 2 == 0,
                      "zaya_layers must alternate between 'a' and a number of experts")
         windows, head_dim = values.get("swa_layers") or [], number("kv_channels", "head_dim")
-        cls._require(head_dim, "head_dim or kv_channels is missing")
         cls._require(len({*windows} - {0}) <= 1, "swa_layers must have one window")
         rope = {"rope_theta": number("rope_theta", "rotary_base"),
                 "partial_rotary_factor": number("partial_rotary_factor", "rope_pct", default=0.5)}

@@ -432,7 +432,7 @@ def test_what_a_legacy_checkpoint_may_not_be(tmp_path):
             (dict(moe_router_topk=2), "moe_router_topk 2"), (dict(cca_time0=4), "cca_time0 4"),
             (dict(swa_layers=[2, 0, 3, 0, 0, 0]), "one window"),
             (dict(zaya_layers=["a", 3, "a", 4]), "alternate"), (dict(zaya_layers=["a", "a"] * 3), "config.json"),
-            (dict(kv_channels=None), "head_dim or kv_channels"), (dict(zaya_mlp_expansion=None), "router_hidden_size"),
+            (dict(kv_channels=None), "kv_channels or head_dim is missing"), (dict(rope_theta=None), "rope_theta or"),
             (dict(zaya_layers=["a", 4] * 3), "experts.gate_up_proj"), (dict(hidden_size=64), "size mismatch")):
         legacy_checkpoint(folder, **values)
         with pytest.raises(ValueError, match=words):

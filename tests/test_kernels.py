@@ -304,7 +304,7 @@ def test_rounded_models(bits, changes, tmp_path):
     for folder, now in (("saved", None), ("folder", None), ("plain", bits)):
         model = kernels.load(str(tmp_path / folder), now)
         assert type(model) is kernels.ROUNDED[bits] and model.state_dict().keys() == rounded.state_dict().keys()
-        close(model(ids), wanted, 1e-4)
+        close(model(ids), wanted, 1e-5 if bits == 8 else 1e-4)
         if bits == 4 and kernels.packed_layout():
             assert model.layers[0].experts.layout == kernels.packed_layout()
         model.set_layout(None)
