@@ -622,12 +622,17 @@ def quantize_checkpoint(source, target, bits=8):
 
 
 def load(folder, bits=None, device="cpu"):
-    """A checkpoint, fused: as it is stored, or rounded to 8 or 4 bits.  Raises OSError, ValueError."""
+    """A checkpoint, fused: as it is stored, or rounded to 8 or 4 bits.  Raises OSError, ValueError.
+
+    A small model in half precision is widened on a CPU: its weights fit into the cache, and C decodes it."""
     if stored_bits(folder):
         model = ROUNDED[stored_bits(folder)].from_pretrained(folder, device=device).requires_grad_(False)
     else:
         model = fuse(zaya.Zaya.from_pretrained(folder, device=device))
-        model = quantize(model, bits) if bits else model
+        if bits:
+            model = quantize(model, bits)
+        elif device == "cpu" and model.parameter_counts()["total"] <= SMALL:
+            model = model.float()
     if isinstance(model, Int4Zaya) and device == "cpu" and packed_layout():
         model.set_layout(packed_layout())
         model._apply(torch.clone)                               # one tensor left in the mapped file keeps all of it
@@ -637,6 +642,8 @@ def load(folder, bits=None, device="cpu"):
 # ---- decoding on a CPU: one C function ------------------------------------------------------------------------------
 # A decoding step in PyTorch is hundreds of small operations, in C one call.  A call may hold several tokens of a row:
 # so prompts are read, of any lengths and without padding.  For small models in fp32; `decoding_in_c` says when.
+
+SMALL = 2**27           # parameters: at more, each call of generate would wait for `folded`
 
 STEP = r"""
 #include <math.h>
@@ -959,7 +966,7 @@ def decoding_in_c(model):
         problem = "the layers are of a class of their own"
     elif any(size % 16 for size in sizes.values()):
         problem = f"{sizes} must be multiples of 16"
-    elif sum(tensor.numel() for tensor in state) > 2**27:
+    elif sum(tensor.numel() for tensor in state) > SMALL:
         problem = "at more than 2^27 parameters each call of generate would wait for `folded`"
     if problem:
         return None, f"PyTorch decodes: {problem}"

@@ -318,6 +318,17 @@ def test_rounded_models(bits, changes, tmp_path):
     assert size < (0.45 if bits == 8 else 0.4)                  # of fp32, with a tenth of it not rounded
 
 
+def test_a_small_checkpoint_in_half_precision_is_widened(tmp_path, monkeypatch):
+    """On a CPU, where C then decodes it; a large one stays what it is."""
+    model = small().bfloat16()
+    model.save_pretrained(str(tmp_path))
+    loaded = kernels.load(str(tmp_path))
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+    assert torch.equal(loaded.layers[0].gate.fc1.weight, model.layers[0].gate.fc1.weight.float())
+    monkeypatch.setattr(kernels, "SMALL", 1000)
+    assert kernels.load(str(tmp_path)).norm.weight.dtype == torch.bfloat16
+
+
 def read_bytes(folder):
     return (folder / "model.safetensors").read_bytes()
 
