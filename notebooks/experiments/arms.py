@@ -1,7 +1,8 @@
 """What the experiments share: one training loop, paired intervals, one table, one command line.
 
     python notebooks/experiments/router.py               # the table, over the seeds in notebooks/results/router
-    python notebooks/experiments/router.py --seeds 3     # first measures those of seeds 0, 1 and 2 that are not there
+    python notebooks/experiments/router.py --seeds 2     # first measures those of seeds 0 and 1 that are not there
+    ATEN_CPU_CAPABILITY=default python notebooks/experiments/router.py --seeds 3    # and 2 with other arithmetic
 
 An experiment has arms, one change each.  The arms of a seed share first weights, batches and rates, so that what
 differs between two of them is paired by seed.
@@ -43,10 +44,11 @@ def read_results(name):
 
 
 def write_result(name, seed, **result):
-    """results/<name>/seed-N.json, with the command that made it."""
+    """results/<name>/seed-N.json, with the command that made it, and the arithmetic: the CPU's vector instructions."""
     folder = os.path.join(RESULTS, name)
     os.makedirs(folder, exist_ok=True)
-    result = {"command": "python " + " ".join(sys.argv), "seed": seed, **result}
+    arithmetic = torch.backends.cpu.get_cpu_capability().lower()
+    result = {"command": "python " + " ".join(sys.argv), "seed": seed, "arithmetic": arithmetic, **result}
     write_json(os.path.join(folder, f"seed-{seed}.json"), result)
 
 
@@ -137,14 +139,14 @@ def markdown(rows):
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def table(results, bases, columns, group="arms"):
+def table(results, bases, columns):
     """Markdown, a row for each arm, over its seeds.
 
     columns: {head: (measure(arm), form)}.  bases: {arm: the arm that it is a change of, or None}: how the first measure
     differs from that arm's, paired by seed, is the last column.
     """
     (head, (first, _)), *_ = columns.items()
-    rows, seeds = [["", *columns, f"{head} minus [95 %]"]], list(map(of(group), results))
+    rows, seeds = [["", *columns, f"{head} minus [95 %]"]], list(map(of("arms"), results))
     for arm, base in bases.items():
         rows.append([arm])
         for measure, form in columns.values():
@@ -153,20 +155,22 @@ def table(results, bases, columns, group="arms"):
     return markdown(rows)
 
 
-def main(description, name, prepare, measure, bases, columns, steps, group="arms"):
-    """Command line of an experiment: measure(prepare(seed, steps), arm) each arm of the seeds that are asked for and
-    not there yet, then print the `table` of all seeds."""
+def main(description, name, prepare, measure, bases, columns, steps):
+    """Command line of an experiment: measure(prepare(seed, steps), arm, {arm: row so far}) each arm of the seeds that
+    are asked for and not there yet, then print the `table` of all seeds."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=0, help="measure those of seeds 0 … N-1 that are not there")
     parser.add_argument("--steps", type=int, default=steps, help=f"of training; {steps} in the stored results")
+    parser.add_argument("--name", default=name, help=f"of the folder in results; {name} in the evidence")
     given = parser.parse_args()
     for seed in range(given.seeds):
-        if os.path.exists(os.path.join(RESULTS, name, f"seed-{seed}.json")):
-            continue
-        setting, rows = prepare(seed, given.steps), {}
-        for arm in bases:
+        path = os.path.join(RESULTS, given.name, f"seed-{seed}.json")
+        rows = read_json(path)["arms"] if os.path.exists(path) else {}
+        missing = [arm for arm in bases if arm not in rows]
+        setting = prepare(seed, given.steps) if missing else None
+        for arm in missing:
             begun = time.perf_counter()
-            rows[arm] = measure(setting, arm)
+            rows[arm] = measure(setting, arm, rows)
             print(f"seed {seed}, {arm}: {time.perf_counter() - begun:.0f} s", flush=True)
-        write_result(name, seed, steps=given.steps, **{group: rows})
-    print(table(read_results(name), bases, columns, group))
+            write_result(given.name, seed, steps=given.steps, arms=rows)
+    print(table(read_results(given.name), bases, columns))

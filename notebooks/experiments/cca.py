@@ -1,11 +1,13 @@
-"""CCA rung by rung, and CCGQA against MHA and GQA, at equal parameters and tokens: the held-out loss of each.
+"""CCA rung by rung, and CCGQA against MHA, GQA and a canon layer, at equal parameters and tokens.
 
     python notebooks/experiments/cca.py --seeds 3
 
 Every arm is one module in the place of a layer's `self_attn`.  An arm begins with the same numbers as the others in
-every tensor of the same name and shape.  What its attention has less in parameters, its experts get in width.
-02_cca.ipynb runs a smaller ladder live.
+every tensor of the same name and shape.  What its attention has less in parameters, its experts get in width.  Each is
+trained twice: on the pretraining mixture, which asks for everything at once, and as a smaller model on drills that ask
+for the one thing that convolutions are said to do.  02_cca.ipynb runs a smaller ladder live.
 """
+import random
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -15,12 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zaya import CCA, Zaya
+from zaya import CCA, Zaya, ZayaConfig
 
 # The published ratios, as in `attention`: 8 heads of 24 for MHA, 4 query heads and 1 KV head for CCGQA.
 SHAPE = dict(hidden_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, head_dim=24,
              num_experts=4, moe_intermediate_size=128, router_hidden_size=32, initializer_range=192 ** -0.5)
+# Of the drills: 2 layers, the fewest in which one token can find another by what stands before it.
+DRILL_SHAPE = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+                   num_experts=4, moe_intermediate_size=128, router_hidden_size=16, initializer_range=128 ** -0.5,
+                   vocab_size=32)
+DRILL_STAGE = arms.train.Stage(400, 64, 1e4, 1.0, 1e-2, 1e-3, difficulty=0, turns=1, mask_prompts=True)
 
+# ---- attention, arm by arm ------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -57,6 +65,24 @@ class Attention(nn.Module):
             q = q[:, :, 0].unflatten(1, (k.shape[1], -1))                           # (B, K, H / K, D)
             out = F.scaled_dot_product_attention(q, k, v, mask).flatten(1, 2)[:, :, None]
         return self.o_proj(out.transpose(1, 2).flatten(2))                          # of (B, S, H * D)
+
+
+class Canon(Attention):
+    """A canon layer before plain attention: x + conv(x), depthwise over the last four tokens of the stream itself."""
+
+    def __init__(self, hidden_size, *shape):
+        super().__init__(hidden_size, *shape)
+        # train.make_optimizers gives what is named conv_qk to AdamW, as it does CCA's convolutions.
+        self.conv_qk_stream = nn.Conv1d(hidden_size, hidden_size, 4, groups=hidden_size, bias=False)
+
+    def forward(self, x, positions, cache=None):
+        mixed, position_ids = x, positions.position_ids
+        for back, tap in enumerate(self.conv_qk_stream.weight[:, 0].flip(-1).unbind(-1)):
+            earlier = F.pad(x, (0, 0, back, 0))[:, :x.shape[1]]
+            if position_ids is not None:                        # a sample's first token has none before it
+                earlier = earlier * (position_ids >= back)[..., None]
+            mixed = mixed + earlier * tap
+        return super().forward(mixed, positions, cache)
 
 
 class Nothing(nn.Module):
@@ -100,10 +126,10 @@ class ValueShift(CCA):
 
 
 LADDER = {"nothing": Attention, "one conv": OneConv, "two convs": TwoConvs, "+ value shift": ValueShift,
-          "+ q-k-mean": CCA}                                    # the last one is CCA as it is in zaya.py: CCGQA
+          "+ q-k-mean": CCA, "canon": Canon}                    # "+ q-k-mean" is CCA as it is in zaya.py: CCGQA
 # Each arm and what it is compared with: a rung with the one before it, the rivals with the last one.
 ARMS = {"nothing": None, "one conv": "nothing", "two convs": "one conv", "+ value shift": "two convs",
-        "+ q-k-mean": "+ value shift", "MHA": "+ q-k-mean", "GQA": "+ q-k-mean"}
+        "+ q-k-mean": "+ value shift", "canon": "nothing", "MHA": "+ q-k-mean", "GQA": "+ q-k-mean"}
 
 
 def attention(kind, E, D):
@@ -137,17 +163,82 @@ def build(kind, shape, seed):
             nn.init.zeros_(parameter)
     return model
 
+# ---- the drills -----------------------------------------------------------------------------------------------------
 
-def measure(setting, kind):
-    """Train one arm -> its parameters, "loss" of each step, "held out" by source."""
+
+class Drill:
+    """A source for train.Loader: endless sequences of symbols, in which only what can be known counts in the loss.
+
+    The vocabulary: 0 is padding, 1 ends a pair or a text, 2 asks, 3 … 31 are symbols.
+    """
+    is_traces = True                                            # made, not read: without an end
+
+    def __init__(self, name, seed):
+        self.name, self.seed = name, seed
+
+    def size(self, held_out):
+        return None
+
+    def get(self, index, held_out):
+        rng = random.Random(f"{self.seed} {self.name} {index} {held_out}")
+        return self.copy(rng) if self.name == "copy" else self.recall(rng, hops=int(self.name[0]))
+
+    @staticmethod
+    def recall(rng, hops):
+        """Ten pairs "a b", in any order, that lead from symbol to symbol; then four times "a ?" and where `hops` of
+        them lead to."""
+        symbols = rng.sample(range(4, 32), 10)
+        leads_to, ids = dict(zip(symbols, symbols[1:] + symbols[:1])), []
+        for first in rng.sample(symbols, 10):
+            ids += [first, leads_to[first], 1]
+        marks = [0] * len(ids)
+        for place in rng.sample(range(10), 4):
+            ids += [symbols[place], *[2] * hops, symbols[(place + hops) % 10]]
+            marks += [0] * (1 + hops) + [1]
+        return ids, marks
+
+    @staticmethod
+    def copy(rng):
+        """Eight symbols, up to 40 others that are to be passed over, and the eight again."""
+        text, between = rng.choices(range(4, 20), k=8), rng.choices(range(20, 32), k=rng.randint(0, 40))
+        return [*text, 1, *between, 2, *text], [0] * (len(text) + len(between) + 2) + [1] * 8
+
+
+DRILLS = ("1 hop", "2 hops", "copy")
+
+
+@torch.no_grad()
+def accuracy(model, source):
+    """The share of a drill's held-out answers that are the model's likeliest."""
+    loader = arms.train.Loader([source], DRILL_STAGE, 256 * DRILL_STAGE.context, 0, 0, held_out=True)
+    inputs, targets, positions, _ = loader.next()
+    asked = targets >= 0
+    found = model.eval()(inputs, position_ids=positions).argmax(-1)
+    return (found == targets)[asked].float().mean().item()
+
+
+def drill(kind, config):
+    """Train a small model on all drills -> {drill: accuracy}."""
+    sources = [Drill(name, config.seed) for name in DRILLS]
+    setting = arms.Setting(config, DRILL_STAGE, arms.train.Tokenizer(), sources)
+    model = build(kind, replace(ZayaConfig.preset("smoke"), **DRILL_SHAPE), config.seed)
+    list(arms.practise(model, setting, name=f"{kind}, drills"))
+    return {source.name: accuracy(model, source) for source in sources}
+
+
+def measure(setting, kind, rows):
+    """Train one arm -> its parameters, "loss" of each step, "held out" by source, "drills"."""
     model, losses = build(kind, setting.shape, setting.config.seed), []
     for row in arms.practise(model, setting, name=kind):
         losses.append(round(row["loss"], 4))
-    return {**model.parameter_counts(), "loss": losses, "held out": arms.held_out(model, setting)}
+    return {**model.parameter_counts(), "loss": losses, "held out": arms.held_out(model, setting),
+            "drills": drill(kind, setting.config)}
 
 
 COLUMNS = {"held-out loss": (arms.loss, ".3f"), "on traces": (arms.of("held out", "traces"), ".3f"),
-           "parameters": (arms.of("total"), ",.0f"), "active": (arms.of("active"), ",.0f")}
+           "1 hop": (arms.of("drills", "1 hop"), ".2f"), "2 hops": (arms.of("drills", "2 hops"), ".2f"),
+           "copy": (arms.of("drills", "copy"), ".2f"), "parameters": (arms.of("total"), ",.0f"),
+           "active": (arms.of("active"), ",.0f")}
 
 if __name__ == "__main__":
     arms.main(__doc__, "cca", partial(arms.prepare, **SHAPE), measure, ARMS, COLUMNS, steps=250)

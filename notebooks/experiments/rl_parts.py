@@ -2,14 +2,18 @@
 
     python notebooks/experiments/rl_parts.py --seeds 3
 
-A seed is one SFT on two tasks whose teacher searches, and from its end the same number of RL steps by each arm.  The
-`stale` arms sync the sampler every 8 steps instead of every 2, so that the mask and the replay have something to do.
-06_sft_and_rl.ipynb runs one arm live.
+A seed is one SFT on two tasks whose teacher searches, and from its end the same number of RL steps by each arm.  To
+imitate a search is to be right as often as its guesses are: "more SFT" goes on for as many seconds of the CPU as the
+recipe's RL took, and shows that cap.  The arms of lag 8 have a sampler in bf16 that gets the trainer's weights, in
+fp32, every 8 steps instead of every 2: there the mask and the replay have something to do.  06_sft_and_rl.ipynb runs
+one arm live.
 """
 import copy
-from dataclasses import replace
+import time
+from dataclasses import dataclass, replace
 
 import arms
+import numpy as np
 import torch
 from arms import train
 
@@ -46,25 +50,31 @@ def right_or_wrong(group):
 
 
 def learn(model, batches, rollouts, mask, replay):
-    """The gradient of train.rl_step, with another mask, or with experts that the trainer's router chooses anew."""
+    """The gradient of train.rl_step, with another mask, or with experts that the trainer's router chooses anew -> the
+    share of tokens that were masked."""
     model.train()
+    masked = tokens = 0
     for inputs, targets, positions, choices, sampled_logp, advantage in batches:
         routing = list(choices) if replay else []
         logp = train.token_logps(model, inputs, targets, positions, routing)
         keep = mask(logp.detach().exp(), sampled_logp.exp(), advantage, 0.1)
+        wanted = targets >= 0
+        masked, tokens = masked + (wanted & ~keep).sum().item(), tokens + wanted.sum().item()
         # With delta = 1 policy_loss masks nothing of its own.
         train.policy_loss(logp, sampled_logp, advantage * keep, rollouts, delta=1.0).backward()
+    return masked / tokens
 
 
-def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train.dppo_mask, replay=True, sync_every=2):
-    """train.rl_stage's loop without its files; an arm swaps one of the arguments -> one row a step."""
+def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train.dppo_mask, replay=True, lag=2,
+              sampler=torch.float32):
+    """train.rl_stage's loop without its files; an arm swaps some of the arguments -> one row a step."""
     config, rows = settings(seed), []
     optimizers = train.make_optimizers(model, stage.lr, momentum=0.0)
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    actor = train.Actor(model, TOKENIZER, stage, f"{seed} rl", right_or_wrong)
-    actor.sync_every = actor.most_stale = sync_every
+    actor = train.Actor(model, TOKENIZER, stage, f"{seed} rl", right_or_wrong, sampler)
+    actor.sync_every = actor.most_stale = lag
     for step in range(stage.steps):
-        if step % sync_every == 0:
+        if step % lag == 0:
             actor.sync(model, step)
         groups, generated = actor.take(step)
         row = train.rollout_metrics(generated, groups, step)
@@ -76,7 +86,7 @@ def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train
                 bonus[i] = train.length_reward(lengths, rewards[i], actor.best(group), stage.length_reward)
             batches = train.rl_batches(groups, advantage(rewards, bonus), config.micro_batch, TOKENIZER.pad, "cpu")
             row["flips"], row["kl"], row["kl_live"] = train.replay_gap(model, batches[len(batches) // 2])
-            learn(model, batches, rewards.numel(), mask, replay)
+            row["masked"] = learn(model, batches, rewards.numel(), mask, replay)
             lr = train.learning_rate(step, stage.steps, stage.lr, stage.lr_end)
             train.optimizer_step(model, optimizers, config.grad_clip, lr)
             balancer.step()
@@ -84,36 +94,55 @@ def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train
     return rows
 
 
+FAR = dict(lag=8, sampler=torch.bfloat16)
 # What each arm swaps, as arguments of `reinforce`.
 SWAPPED = {"recipe": {},
            "GRPO": dict(advantage=train.grpo_advantage),
-           "PPO clip": dict(mask=ppo_mask),
-           "no replay": dict(replay=False),
-           "stale": dict(sync_every=8),
-           "stale, PPO clip": dict(sync_every=8, mask=ppo_mask),
-           "stale, no replay": dict(sync_every=8, replay=False)}
+           "bf16, lag 8": FAR,
+           "bf16, lag 8, PPO clip": dict(**FAR, mask=ppo_mask),
+           "bf16, lag 8, no replay": dict(**FAR, replay=False)}
+
+
+@dataclass
+class Setting:
+    """What the arms of a seed share; seconds are the CPU's."""
+    model: train.Zaya
+    seed: int
+    stage: train.RLStage
+    problems: list
+    sft_seconds: float
 
 
 def prepare(seed, steps):
     """The same SFT for every arm of a seed, and held-out problems."""
     model = train.new_model(settings(seed), SHAPE, TOKENIZER)
+    begun = time.process_time()
     imitate(model, seed)
-    return model, seed, replace(RL, steps=steps), train.held_out_problems(TASKS, 30, LEVELS)
+    seconds = time.process_time() - begun
+    return Setting(model, seed, replace(RL, steps=steps), train.held_out_problems(TASKS, 60, LEVELS), seconds)
 
 
-def measure(setting, name):
-    start, seed, stage, problems = setting
-    model = copy.deepcopy(start)
-    if name == "more SFT":                                      # as many steps again, at the rate RL begins with
-        imitate(model, seed, replace(SFT, lr=RL.lr), "more")
-    else:
-        reinforce(model, seed, stage, **SWAPPED[name])
-    return {"pass@1": float(train.solve_rates(model, TOKENIZER, problems, 4).mean())}
+def measure(setting, name, rows):
+    """An arm's pass@1, and what it took; of an RL arm also the flips and the KL divergence, means over its steps."""
+    model, begun, row = copy.deepcopy(setting.model), time.process_time(), {}
+    if name == "more SFT":                                      # at the rate RL begins with
+        row["steps"] = round(SFT.steps * rows["recipe"]["seconds"] / setting.sft_seconds)
+        imitate(model, setting.seed, replace(SFT, lr=RL.lr, steps=row["steps"]), "more")
+    elif name != "SFT":
+        log = reinforce(model, setting.seed, setting.stage, **SWAPPED[name])
+        for key in ("flips", "kl_live", "masked"):
+            found = [step[key] for step in log if key in step]
+            row[key] = float(np.mean(found)) if found else None
+    row["seconds"] = time.process_time() - begun
+    return {"pass@1": float(train.solve_rates(model, TOKENIZER, setting.problems, 4).mean()), **row}
 
 
 # Each arm and what it is compared with.
-ARMS = {"more SFT": None, "recipe": "more SFT", "GRPO": "recipe", "PPO clip": "recipe", "no replay": "recipe",
-        "stale": "recipe", "stale, PPO clip": "stale", "stale, no replay": "stale"}
+ARMS = {"SFT": None, "recipe": "SFT", "more SFT": "recipe", "GRPO": "recipe", "bf16, lag 8": "recipe",
+        "bf16, lag 8, PPO clip": "bf16, lag 8", "bf16, lag 8, no replay": "bf16, lag 8"}
+COLUMNS = {"pass@1": (arms.of("pass@1"), ".3f"), "CPU seconds": (arms.of("seconds"), ".0f"),
+           "flips": (arms.of("flips"), ".4f"), "KL, sampler to trainer": (arms.of("kl_live"), ".2g"),
+           "masked": (arms.of("masked"), ".4f")}
 
 if __name__ == "__main__":
-    arms.main(__doc__, "rl_parts", prepare, measure, ARMS, {"pass@1": (arms.of("pass@1"), ".3f")}, RL.steps)
+    arms.main(__doc__, "rl_parts", prepare, measure, ARMS, COLUMNS, RL.steps)

@@ -182,7 +182,7 @@ def condensed(curves):
     return short
 
 
-def measure(setting, arm):
+def measure(setting, arm, rows):
     """One arm's row of a file: how soon and how even the load gets, and what that costs."""
     model, curves = fit(setting, arm)
     return {**condensed(curves), "held out": arms.held_out(model, setting)}

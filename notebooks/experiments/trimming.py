@@ -93,7 +93,7 @@ def score(model, stage, tasks=TASKS, count=PROBLEMS):
     return {"fits": {"right": rates[fits].mean()}, "longer": {"right": rates[~fits].mean()}}
 
 
-def measure(setting, arm):
+def measure(setting, arm, rows):
     """Both phases of one arm -> "after short", "after long": the scores."""
     (config, short), way, result = setting, WAYS[arm], {}
     model = train.new_model(config, SHAPE, TOKENIZER)
