@@ -42,7 +42,7 @@ def test_a_verdict_follows_from_the_seeds(tmp_path, monkeypatch, losses, verdict
     store(tmp_path, losses, [2.0, 2.0, 2.0])
     monkeypatch.setattr(arms, "RESULTS", str(tmp_path))
     found = evidence.row("lower", "0.1", "02_cca", "made", [("loss", "a", "b")])
-    assert found[4] == f"**{verdict}**" and found[3] == 3 and f"{np.mean(losses) - 2:+.3f}" in found[2]
+    assert found[4] == f"**{verdict}**" and found[3].startswith("3") and f"{np.mean(losses) - 2:+.3f}" in found[2]
 
 
 def test_half_of_the_effects_are_partly(tmp_path, monkeypatch):

@@ -37,10 +37,7 @@ def read_json(path):
 
 def read_results(name):
     """What results/<name>/seed-*.json hold, one dict for each seed."""
-    paths = sorted(glob.glob(os.path.join(RESULTS, name, "seed-*.json")))
-    if not paths:
-        raise SystemExit(f"{RESULTS}/{name} has no seed yet: notebooks/experiments/{name}.py measures them")
-    return list(map(read_json, paths))
+    return list(map(read_json, sorted(glob.glob(os.path.join(RESULTS, name, "seed-*.json")))))
 
 
 def write_result(name, seed, **result):
@@ -148,6 +145,8 @@ def table(results, bases, columns):
     (head, (first, _)), *_ = columns.items()
     rows, seeds = [["", *columns, f"{head} minus [95 %]"]], list(map(of("arms"), results))
     for arm, base in bases.items():
+        if any(name and name not in seed for seed in seeds for name in (arm, base)):
+            continue                                            # not measured yet
         rows.append([arm])
         for measure, form in columns.values():
             rows[-1].append(by_seed([measure(seed[arm]) for seed in seeds], form))
@@ -173,4 +172,5 @@ def main(description, name, prepare, measure, bases, columns, steps):
             rows[arm] = measure(setting, arm, rows)
             print(f"seed {seed}, {arm}: {time.perf_counter() - begun:.0f} s", flush=True)
             write_result(given.name, seed, steps=given.steps, arms=rows)
-    print(table(read_results(given.name), bases, columns))
+    results = read_results(given.name)
+    print(table(results, bases, columns) if results else "no seed has been measured yet: --seeds 3 does")

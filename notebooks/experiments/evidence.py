@@ -5,9 +5,10 @@
 A verdict is a rule and no opinion: every effect of the row must have the claimed sign and a 95 % interval over seeds
 (Student's t) that leaves 0 out; some of them make it "partly", none "not at this scale"; one on the other side of 0 is
 called the opposite.  The rows of Markovian RSA against its rivals have a rule of their own: its intervals over the
-problems must be above the rival's in every run.
+problems must be above the rival's in every run.  A row is "open" before three seeds have been measured.
 """
 import os
+import sys
 
 import arms
 import cca
@@ -69,18 +70,36 @@ CLAIMS = [                      # (claim, published, notebook, experiment, effec
     ("Replaying the sampler's experts learns more, the sampler in bf16 and 8 steps behind", "no numbers",
      "06_sft_and_rl", "rl_parts", [("pass@1", "bf16, lag 8", "bf16, lag 8, no replay")]),
 ]
+NOT_YET = ["not measured yet"]
 
 
-def line(claim, published, measured, seeds, held, notebook, opposite=False):
+def line(claim, published, measured, results, held, notebook, opposite=False):
     """A row of the table; held: how many of the measured effects are as claimed."""
     verdict = "reproduced" if held == len(measured) else "partly" if held else "not at this scale"
     verdict += ": the opposite" if opposite else ""
-    return [claim, published, "; ".join(measured), seeds, f"**{verdict}**", f"[{notebook}](../{notebook}.ipynb)"]
+    seeds = {result["seed"] for result in results}
+    if len(seeds) < 3:
+        verdict = "open"
+    old = " (first edition)" if results and "arithmetic" not in results[0] else ""
+    return [claim, published, "; ".join(measured), f"{len(seeds)}{old}", f"**{verdict}**",
+            f"[{notebook}](../{notebook}.ipynb)"]
+
+
+def is_there(seed, measure, arm):
+    """Whether a seed has what `measure` looks at in this arm."""
+    try:
+        return measure(seed[arm]) is not None
+    except KeyError:
+        return False
 
 
 def row(claim, published, notebook, experiment, effects):
-    seeds = list(map(of("arms"), arms.read_results(experiment)))
-    measured, held, opposite = [], 0, False
+    results, measured, held, opposite = arms.read_results(experiment), [], 0, False
+    needed = {(MEASURES[what][0], name) for what, *both in effects for name in both}
+    results = [result for result in results if all(is_there(result["arms"], *each) for each in needed)]
+    seeds = list(map(of("arms"), results))
+    if len(seeds) < 2:
+        effects = []
     for what, name, other in effects:
         measure, claimed = MEASURES[what]
         found = arms.compare(seeds, measure, name, other)
@@ -88,7 +107,7 @@ def row(claim, published, notebook, experiment, effects):
         held += min(claimed * low, claimed * high) > 0
         opposite |= max(claimed * low, claimed * high) < 0
         measured.append(f"{what}, {name} minus {other}, {arms.paired(found)}")
-    return line(claim, published, measured, len(seeds), held, notebook, opposite)
+    return line(claim, published, measured or NOT_YET, results, held, notebook, opposite)
 
 
 def beats(row, rival):
@@ -108,7 +127,7 @@ def equal_tokens_row(found):
                         + f", above both in {above} of {len(rows)} runs")
         held += above == len(rows)
     return line("Markovian RSA beats one sample and the vote of as many tokens", "AIME'25 88.3 to 91.9", measured,
-                len({run["seed"] for run in found}), held, "07_markovian_rsa")
+                found, held, "07_markovian_rsa")
 
 
 def equal_seconds_row(results):
@@ -121,23 +140,32 @@ def equal_seconds_row(results):
         measured.append("{} at {}: {:.2f}, the vote {:.2f}".format(rows[0]["task"], rows[0]["difficulty"], *shares)
                         + f", above it in {above} of {len(rows)} runs")
         held += above == len(rows)
-    return line("… and the vote of as many seconds", "no numbers", measured, len(results), held, "07_markovian_rsa")
+    return line("… and the vote of as many seconds", "no numbers", measured or NOT_YET, results, held,
+                "07_markovian_rsa")
 
 
 def codesign_row(results):
-    measured, held = [], 0
-    for task in results[0]["rounds"]["own rows"]:
-        gains = [{name: curves[task][-1] - curves[task][0] for name, curves in result["rounds"].items()}
-                 for result in results]
-        more = [gain["own rows"] - gain["no rows"] for gain in gains]
+    measured, held, tasks = [], 0, results[0]["rounds"]["own rows"] if len(results) > 1 else []
+    for task in tasks:
+        more = []
+        for rounds in map(of("rounds"), results):
+            gain = {name: rounds[name][task][-1] - rounds[name][task][0] for name in ("own rows", "no rows")}
+            more.append(gain["own rows"] - gain["no rows"])
         held += arms.interval(more)[1] > 0
         measured.append(f"{task}, gain of two rounds, own rows minus no rows, {arms.paired(more)}")
-    return line("… and only with a model trained for it", "Qwen3-4B gains much less", measured, len(results), held,
-                "07_markovian_rsa")
+    return line("… and only with a model trained for it", "Qwen3-4B gains much less", measured or NOT_YET, results,
+                held, "07_markovian_rsa")
+
+
+def about(module):
+    """What a script says of itself below its commands."""
+    return module.__doc__.split("\n\n")[2].strip()
 
 
 def of_seeds(results):
     """Which seeds, with which arithmetic, by which command."""
+    if not all("arithmetic" in result for result in results):
+        return f"{len(results)} seeds, with the data and the models of the first edition: to be measured anew"
     return ", ".join(f"seed {result['seed']} ({result['arithmetic']})" for result in results)
 
 
@@ -158,19 +186,23 @@ def text():
     whole, results = arms.read_json(runs.PATH), arms.read_results("markovian_rsa")
     rows = [head, *(row(*claim) for claim in CLAIMS), equal_tokens_row(whole), equal_seconds_row(results),
             codesign_row(results)]
-    parts = ["# Evidence", "Made by `python notebooks/experiments/evidence.py`.", __doc__.split("\n\n")[2],
+    parts = ["# Evidence", "Made by `python notebooks/experiments/evidence.py`.", about(sys.modules[__name__]),
              arms.markdown(rows)]
     for title, module, name in (("CCA", cca, "cca"), ("Routers and balancers", router, "router"),
                                 ("Residual scaling", residual_scaling, "residual_scaling"),
                                 ("… three times as long", residual_scaling, "residual_scaling_long"),
                                 ("Trimming", trimming, "trimming"), ("Parts of RL", rl_parts, "rl_parts")):
         stored = arms.read_results(name)
-        about = f"`notebooks/experiments/{module.__name__}.py`, {stored[0]['steps']} steps: {of_seeds(stored)}."
-        parts += [f"## {title}", module.__doc__.split("\n\n")[2], about,
+        if not stored:
+            continue
+        steps = f", {stored[0]['steps']} steps" if "steps" in stored[0] else ""
+        told = f"`notebooks/experiments/{module.__name__}.py`{steps}: {of_seeds(stored)}."
+        parts += [f"## {title}", about(module), told,
                   arms.table(stored, module.ARMS, module.COLUMNS)]
-    parts += ["## Markovian RSA", markovian_rsa.__doc__.split("\n\n")[2],
-              f"`notebooks/experiments/markovian_rsa.py`: {of_seeds(results)}.", markovian_rsa.tables(),
-              "After every stage, share right with one sample → after two rounds, mean (range) of the whole runs, on "
+    parts += ["## Markovian RSA", about(markovian_rsa)]
+    if results:
+        parts += [f"`notebooks/experiments/markovian_rsa.py`: {of_seeds(results)}.", markovian_rsa.tables()]
+    parts += ["After every stage, share right with one sample → after two rounds, mean (range) over the whole runs, on "
               "12 problems:", every_stage(whole), "## Whole runs", "`notebooks/experiments/runs.py`.",
               runs.table(whole)]
     return "\n\n".join(parts) + "\n"
