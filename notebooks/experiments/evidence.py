@@ -34,7 +34,7 @@ def recalled(arm):
 
 
 # What is measured on an arm, and whether a claim says that it is more (+1) or less (-1) than on the other arm.
-MEASURES = {"loss": (arms.loss, -1), "drills": (recalled, 1), "steps": (steps_to_even, -1),
+MEASURES = {"loss": (arms.loss, -1), "drills": (recalled, 1), "steps to 0.99": (steps_to_even, -1),
             "entropy": (of("end", "entropy"), 1), "pass@1": (of("pass@1"), 1),
             "log of the last layer's norm": (lambda arm: np.log(residual_scaling.last_norm(arm)), -1),
             "right after short": (of("after short", "longer", "right"), 1),
@@ -48,7 +48,7 @@ CLAIMS = [                      # (claim, published, notebook, experiment, effec
     ("Recall and copying ask for a convolution", "no numbers", "02_cca", "cca",
      [("drills", "one conv", "nothing"), ("drills", "canon", "nothing"), ("drills", "+ q-k-mean", "nothing")]),
     ("An MLP router with EDA evens the load several times sooner", "several times",
-     "03_router_and_balancing", "router", [("steps", "MLP + EDA", "linear")]),
+     "03_router_and_balancing", "router", [("steps to 0.99", "MLP + EDA", "linear")]),
     ("The PID-like bias update balances without an auxiliary loss", "no auxiliary loss", "03_router_and_balancing",
      "router", [("entropy", "MLP + EDA", "no balancing"), ("entropy", "MLP + EDA", "auxiliary loss")]),
     ("Top-1 without a residual expert is best at equal FLOPs", "no numbers", "03_router_and_balancing", "router",
@@ -62,7 +62,7 @@ CLAIMS = [                      # (claim, published, notebook, experiment, effec
       ("right after short", "AP trimming", "drop long"), ("right after long", "AP trimming", "cut the end"),
       ("right after long", "AP trimming", "cut the middle"), ("right after long", "AP trimming", "drop long")]),
     ("RL learns on where a searching teacher caps SFT, in equal seconds", "no numbers",
-     "06_sft_and_rl", "rl_parts", [("pass@1", "recipe", "more SFT")]),
+     "06_sft_and_rl", "rl_parts", [("pass@1", "recipe", "SFT"), ("pass@1", "recipe", "more SFT")]),
     ("MaxRL's advantage learns more than GRPO's", "no numbers", "06_sft_and_rl", "rl_parts",
      [("pass@1", "recipe", "GRPO")]),
     ("DPPO's mask learns more than PPO's clip (bf16 sampler, lag 8)", "no numbers",
@@ -140,7 +140,7 @@ def equal_seconds_row(results):
         measured.append("{} at {}: {:.2f}, the vote {:.2f}".format(rows[0]["task"], rows[0]["difficulty"], *shares)
                         + f", above it in {above} of {len(rows)} runs")
         held += above == len(rows)
-    return line("… and the vote of as many seconds", "no numbers", measured or NOT_YET, results, held,
+    return line("… and the vote of about as many seconds", "no numbers", measured or NOT_YET, results, held,
                 "07_markovian_rsa")
 
 

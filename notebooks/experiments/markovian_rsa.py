@@ -101,7 +101,7 @@ def tables():
     columns = {"Markovian RSA": ("markovian_rsa", ".2f"), "the vote": ("vote", ".2f"),
                "samples it has": ("samples", ".0f"), "CPU seconds": ("seconds", ".0f"),
                "the vote's": ("vote_seconds", ".0f")}
-    spent = [["finished model, equal seconds", *columns]]
+    spent = [["finished model, about equal seconds", *columns]]
     for rows in zip(*(result["seconds"] for result in results)):
         spent.append([f"{rows[0]['task']} at {rows[0]['difficulty']}"])
         for key, form in columns.values():
