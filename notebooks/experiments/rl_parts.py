@@ -21,7 +21,7 @@ from zaya import PIDBalancer, Tokenizer
 
 TASKS, LEVELS = ("find", "falsify"), (1, 2, 3)
 SHAPE = dict(hidden_size=64, moe_intermediate_size=64, num_attention_heads=4, head_dim=16, router_hidden_size=16)
-SFT = train.Stage(200, 128, 1e4, 1.0, 1e-2, 1e-3, difficulty=3, turns=1, mask_prompts=True)
+SFT = train.Stage(300, 128, 1e4, 1.0, 1e-2, 1e-3, difficulty=3, turns=1, mask_prompts=True)
 RL = train.RLStage(40, 96, 1e4, 3e-3, 1e-3, TASKS, groups=8, group_size=8, learned=8)
 TOKENIZER = Tokenizer()                                                    # bytes: no merges to learn
 
@@ -43,6 +43,16 @@ def ppo_mask(pi, mu, advantage, clip=0.2):
     return torch.where(advantage > 0, pi <= mu * (1 + clip), pi >= mu * (1 - clip))
 
 
+class Actor(train.Actor):
+    """Asks at LEVELS, where so small a model is right now and then; the tasks' own levels are for a larger one."""
+
+    def draw_prompt(self, rng):
+        name = min(self.asked, key=self.asked.get)
+        level = LEVELS[self.asked[name] % len(LEVELS)]
+        self.asked[name] += 1
+        return self.new_group(name, level, rng)
+
+
 def right_or_wrong(group):
     """The verifier's word: train.py pays for parts of an answer too."""
     verify = train.find_task(group.problem.task).verify
@@ -58,8 +68,7 @@ def learn(model, batches, rollouts, mask, replay):
         routing = list(choices) if replay else []
         logp = train.token_logps(model, inputs, targets, positions, routing)
         keep = mask(logp.detach().exp(), sampled_logp.exp(), advantage, 0.1)
-        wanted = targets >= 0
-        masked, tokens = masked + (wanted & ~keep).sum().item(), tokens + wanted.sum().item()
+        masked, tokens = masked + (~keep).sum().item(), tokens + keep.numel()
         # With delta = 1 policy_loss masks nothing of its own.
         train.policy_loss(logp, sampled_logp, advantage * keep, rollouts, delta=1.0).backward()
     return masked / tokens
@@ -71,7 +80,7 @@ def reinforce(model, seed, stage=RL, advantage=train.maxrl_advantage, mask=train
     config, rows = settings(seed), []
     optimizers = train.make_optimizers(model, stage.lr, momentum=0.0)
     balancer = PIDBalancer(model, config.balancer_lr / 10)
-    actor = train.Actor(model, TOKENIZER, stage, f"{seed} rl", right_or_wrong, sampler)
+    actor = Actor(model, TOKENIZER, stage, f"{seed} rl", right_or_wrong, sampler)
     actor.sync_every = actor.most_stale = lag
     for step in range(stage.steps):
         if step % lag == 0:
