@@ -53,7 +53,7 @@ CLAIMS = [                      # (claim, published, notebook, experiment, effec
      "router", [("entropy", "MLP + EDA", "no balancing"), ("entropy", "MLP + EDA", "auxiliary loss")]),
     ("Top-1 without a residual expert is best at equal FLOPs", "no numbers", "03_router_and_balancing", "router",
      [("loss", "MLP + EDA", "top-2"), ("loss", "MLP + EDA", "residual expert")]),
-    ("Residual scaling controls the stream's norm at no cost", "4·L·D parameters, L = 80 joins",
+    ("Residual scaling controls the stream's norm nearly for free", "4·L·D parameters, L = 80 joins",
      "04_residual_scaling", "residual_scaling",
      [("log of the last layer's norm", "residual scaling", "plain residual")]),
     ("Answer-preserving trimming learns from traces too long to fit", "no numbers", "05_answer_preserving_trimming",
@@ -163,7 +163,7 @@ def about(module):
 
 
 def of_seeds(results):
-    """Which seeds, with which arithmetic, by which command."""
+    """Which seeds, with which arithmetic."""
     if not all("arithmetic" in result for result in results):
         return f"{len(results)} seeds, with the data and the models of the first edition: to be measured anew"
     return ", ".join(f"seed {result['seed']} ({result['arithmetic']})" for result in results)

@@ -6,7 +6,7 @@ A seed is one SFT on two tasks whose teacher searches, and from its end the same
 imitate a search is to be right as often as its guesses are: "more SFT" goes on for as many seconds of the CPU as the
 recipe's RL took, and shows that cap.  The arms of lag 8 have a sampler in bf16 that gets the trainer's weights, in
 fp32, every 8 steps instead of every 2: there the mask and the replay have something to do.  06_sft_and_rl.ipynb runs
-one arm live.
+one arm live.  Of the stored seeds the fourth was added, to narrow the intervals, when two had been looked at.
 """
 import copy
 import time
@@ -113,7 +113,7 @@ SWAPPED = {"recipe": {},
 
 
 @dataclass
-class Setting:
+class Start:
     """What the arms of a seed share; seconds are the CPU's."""
     model: train.Zaya
     seed: int
@@ -128,7 +128,7 @@ def prepare(seed, steps):
     begun = time.process_time()
     imitate(model, seed)
     seconds = time.process_time() - begun
-    return Setting(model, seed, replace(RL, steps=steps), train.held_out_problems(TASKS, 60, LEVELS), seconds)
+    return Start(model, seed, replace(RL, steps=steps), train.held_out_problems(TASKS, 60, LEVELS), seconds)
 
 
 def measure(setting, name, rows):
