@@ -9,7 +9,8 @@ Every path is a plain function, usable alone, that says in one line what it equa
     grouped_experts       the experts as two grouped matrix products                      under torch.compile, GPU
     linear_cross_entropy  LM head and loss in chunks, never holding (N, V) logits         any device
     triton_residual_norm, triton_cca_mix, grouped_mm        one source for CUDA and ROCm  GPU
-    compile_loss, compile_decoding                          one graph for a training step, one for a decoding step
+    compile_loss          one graph for a training step                                   CPU, GPU
+    GraphedStep           a decoding step as one CUDA graph                               GPU
     quantize, load        weights rounded to 8 or 4 bits
     Slots                 `generate` with one C function a step                     CPU, small models in fp32
 
@@ -45,14 +46,13 @@ import zaya
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
+# Asked once, here: torch.compile could not follow the question.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def on_gpu(x):
     """Whether the Triton kernels below are to be used: CUDA and ROCm builds of PyTorch bring Triton."""
-    return x.is_cuda and has_triton()
+    return x.is_cuda and HAS_TRITON
 
 
 def sample_lengths(position_ids):
@@ -226,7 +226,7 @@ class FusedLayer(zaya.Layer):
         y = self.experts(h.flatten(0, 1), choice.flatten(), weight.flatten()).view_as(h)
         return self.post_mlp_residual_scale(x, y), r, choice
 
-# ---- torch.compile --------------------------------------------------------------------------------------------------
+# ---- torch.compile and CUDA graphs ----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -244,30 +244,35 @@ def compile_loss(backend="inductor"):
     return loss
 
 
-def should_compile(model, tokens):
-    """Whether a stage of so many tokens gets back what compiling its training step costs -> bool, and why.
+def should_compile(model, tokens, passes):
+    """Whether a stage of so many tokens, in so many passes, gets back what compiling its step costs -> bool, and why.
 
     Decided from sizes and not from the clock: a run that is taken up again computes what it would have computed.
     """
-    compiled, not_compiled = "the training step is compiled: ", "the training step is not compiled: "
-    if model.norm.weight.device.type != "cpu":
-        return True, compiled + "this is a GPU"
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        get_cpp_compiler()
-    except Exception:                                           # Inductor raises its own, and others
-        return False, not_compiled + "there is no C++ compiler here"
-    if any(size % 8 for size in model.layers[0].experts.down_proj.shape[1:]):
-        return False, not_compiled + "grouped products need sizes (hidden, moe_intermediate) in multiples of 8"
-    # As measured with preset tiny on one core; elsewhere that is rough, so the saving must be three times the cost.
-    seconds = 6 * model.parameter_counts()["active"] * tokens / 7e10                # forward and backward
-    saved, cost = 0.3 * seconds, 20 * len(model.layers)
-    sums = f"that might save {saved:.0f} of {seconds:.0f} s and cost {cost} s"
-    return (True, compiled + sums) if saved > 3 * cost else (False, not_compiled + sums)
+    active, layers = model.parameter_counts()["active"], len(model.layers)
+    if model.norm.weight.device.type == "cpu":
+        try:
+            from torch._inductor.cpp_builder import get_cpp_compiler
+            get_cpp_compiler()
+        except Exception:                                       # Inductor raises its own, and others
+            return False, "the training step is not compiled: there is no C++ compiler here"
+        if any(size % 8 for size in model.layers[0].experts.down_proj.shape[1:]):
+            return False, ("the training step is not compiled: grouped products need sizes (hidden, "
+                           "moe_intermediate) in multiples of 8")
+        # As measured with preset tiny on one core; elsewhere that is rough, so the saving must be three times the cost.
+        seconds = 6 * active * tokens / 7e10                                        # forward and backward
+        saved, cost, least = 0.3 * seconds, 20 * layers, 3
+    else:
+        # As measured on an H200: to launch a layer's operations takes 8 ms a pass, and compiling halves a step.
+        seconds = max(0.008 * layers * passes, 6 * active * tokens / 1e13)
+        saved, cost, least = seconds / 2, 20 + 6 * layers, 1
+    compiled = saved > least * cost
+    return compiled, (f"the training step is {'' if compiled else 'not '}compiled: that might save {saved:.0f} of "
+                      f"{seconds:.0f} s and cost {cost} s")
 
 
 class Slot:
-    """What stands for a zaya.LayerCache while a decode step is traced: buffers (B, K, T, D) and the column to write."""
+    """What stands for a zaya.LayerCache in a decode step: buffers (B, K, T, D) and the column to write."""
 
     def __init__(self, column, k, v, packed, delayed):
         self.column, self.k, self.v, self.packed, self.delayed = column, k, v, packed, delayed
@@ -299,23 +304,53 @@ def decode_step(model, token, position_ids, column, buffers):
     return model.norm(x), torch.stack(choices)
 
 
-def compile_decoding(model, backend="inductor"):
-    """Let a fused model's `generate`, and all that decodes one token at a time, run its steps compiled -> the model.
+def capture(step):
+    """Note what `step()` launches on a GPU, without running it -> (a function that launches it all, step's outputs)."""
+    graph = torch.cuda.CUDAGraph()
+    # Autocast must not lend the graph a weight that it has cast outside: that copy is gone when autocast ends.
+    dtype, cast = torch.get_autocast_dtype("cuda"), torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", dtype, cast, cache_enabled=False), \
+            torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = step()
+    return graph.replay, outputs
 
-    Raises ValueError for sliding windows, which a decode step's mask does not know.
+
+class GraphedStep:
+    """`decode_step` as one CUDA graph, in place of the hundreds of launches that a GPU waits for.
+
+    A graph knows addresses: it serves while weights and buffers stay where they are, so fewer rows and every BLOCK-th
+    token ask for a new one.  The first step after that runs as it is, the second is captured, and all others replay it.
+    Who gives a model new weights, instead of writing into the old, sets its `graphed_step` to None.
     """
-    if "hybrid_sliding" in model.config.layer_types:
-        raise ValueError("compile_decoding: this model has layers with sliding windows; use it as it is")
-    # On a GPU hundreds of small kernels a step are launched together as a CUDA graph, where that is possible.
-    mode = "reduce-overhead" if backend == "inductor" and torch.cuda.is_available() else None
-    model.compiled_step = torch.compile(decode_step, fullgraph=True, backend=backend, mode=mode)
-    return model
+    BLOCK = 256
+    key = replay = None
+
+    def __deepcopy__(self, memo):
+        return GraphedStep()
+
+    def __call__(self, model, token, position_ids, column, buffers):
+        given = token, position_ids, column
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        rope = dict(model.config.rope_parameters["hybrid"])     # numbers, which the graph keeps
+        key = [autocast, rope, token.shape, model.embed_tokens.weight.data_ptr()]
+        for tensor in itertools.chain(*buffers):
+            key += [tensor.data_ptr(), tensor.shape]
+        if key != self.key:
+            self.key, self.replay = key, None
+            return decode_step(model, *given, buffers)
+        if self.replay is None:
+            self.given = [tensor.clone() for tensor in given]
+            self.replay, self.outputs = capture(lambda: decode_step(model, *self.given, buffers))
+        for own, new in zip(self.given, given):
+            own.copy_(new)
+        self.replay()
+        return [output.clone() for output in self.outputs]
 
 
 class FusedZaya(zaya.Zaya):
-    """zaya.Zaya whose LM head, outside of training, reads bf16 or int8 weights as they are, and whose decoding steps
-    can be compiled."""
-    compiled_step = None                                        # or what `compile_decoding` made
+    """zaya.Zaya whose LM head, outside of training, reads bf16 or int8 weights as they are, and which decodes as one
+    CUDA graph a step, or by one C function."""
+    graphed_step = None                                         # on a GPU a GraphedStep, once needed; False: never
 
     def logits(self, hidden):
         weight = self.output_weight
@@ -325,27 +360,31 @@ class FusedZaya(zaya.Zaya):
         with torch.autocast(hidden.device.type, enabled=False):
             if weight.dtype == torch.int8:
                 return rounded_product(hidden.float(), weight, head.scale)
-            # An fp32 copy of a slice stays in the cache, one of the whole (V, E) would be read from memory again.
-            return torch.cat([hidden.float() @ part.float().mT for part in weight.split(1024)], -1)
+            if hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and not torch.version.hip:
+                # Products of bf16 numbers are exact in fp32, in which they are added up.
+                logits = torch.mm(hidden.flatten(0, -2), weight.mT, out_dtype=torch.float32)
+                return logits.unflatten(0, hidden.shape[:-1])
+            # An fp32 copy of a slice stays in a CPU's cache, one of the whole (V, E) would be read from memory again.
+            slices = weight.split(2**15 if hidden.is_cuda else 1024)
+            return torch.cat([hidden.float() @ part.float().mT for part in slices], -1)
 
     def hidden_states(self, input_ids, attention_mask=None, position_ids=None, cache=None, routing=None):
         if isinstance(cache, Slots):
             return cache.hidden_states(input_ids, attention_mask, routing)
         one_token = cache is not None and cache.columns and input_ids.shape[1] == 1
         plain = attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()
-        if not (self.compiled_step and one_token and plain):
+        # Not where FSDP2 has made it a class of its own, since there weights come and go.
+        if self.graphed_step is None and input_ids.is_cuda and type(self) is FusedZaya:
+            self.graphed_step = "hybrid_sliding" not in self.config.layer_types and GraphedStep()
+        if not (self.graphed_step and one_token and plain):
             return super().hidden_states(input_ids, attention_mask, position_ids, cache, routing)
         position_ids = torch.full_like(input_ids, cache.columns)
         if cache.position is not None:
             position_ids = cache.position[:, None]
             cache.position = cache.position + 1
-        buffers = [self.static_buffers(slot) for slot in cache.layers]
+        buffers = [self.static_buffers(slot, self.graphed_step.BLOCK) for slot in cache.layers]
         column = torch.full((1,), cache.columns, device=input_ids.device)
-        for tensor in (input_ids, position_ids, *sum(buffers, ())):
-            torch._dynamo.maybe_mark_dynamic(tensor, [0, 2] if tensor.ndim == 4 else 0)
-        # Two sizes that happen to be equal at the first call, rows and columns, are not the same size.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
-            hidden, choices = self.compiled_step(self, input_ids, position_ids, column, buffers)
+        hidden, choices = self.graphed_step(self, input_ids, position_ids, column, buffers)
         for slot in cache.layers:
             slot.columns += 1
         if routing is not None:
@@ -357,7 +396,7 @@ class FusedZaya(zaya.Zaya):
         return Slots(self, library) if library else super().new_cache()
 
     @staticmethod
-    def static_buffers(slot, block=64):
+    def static_buffers(slot, block):
         """-> k, v, packed, delayed of a LayerCache; k and v end with the block of columns that its next token needs."""
         room = block - slot.columns % block
         if slot.k.shape[2] != slot.columns + room:
@@ -958,8 +997,8 @@ def decoding_in_c(model):
         problem = "the weights must be fp32 on a CPU"
     elif torch.is_autocast_enabled("cpu"):
         problem = "autocast asks for another dtype"
-    elif model.compiled_step:
-        problem = "compile_decoding asks for PyTorch's compiler"
+    elif model.graphed_step:
+        problem = "a CUDA graph is asked for"
     elif "hybrid_sliding" in config.layer_types:
         problem = "a sliding window forgets columns"
     elif any(type(layer) is not FusedLayer for layer in model.layers):
@@ -1521,7 +1560,9 @@ def benchmark(device="cpu", B=16, S=256, compiled=False):
     add(f"training step, {B} x {S}", step(plain), step(fused))
     if compiled:
         half = torch.bfloat16
-        add("training step in bf16, compiled", step(fused, dtype=half), step(fused, compile_loss(), half))
+        add("training step, compiled", step(plain), step(fused, compile_loss()))
+        add("… in bf16 (error: some tokens choose another expert)", step(plain, dtype=half),
+            step(fused, compile_loss(), half))
     add(f"generate, {len(prompt)} rows, 64 new tokens (error 0: the same)",
         lambda: [plain.generate(prompt, 64, temperature=0)], lambda: [fused.generate(prompt, 64, temperature=0)])
     return rows

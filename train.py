@@ -62,7 +62,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from kernels import compile_decoding, compile_loss, fuse, should_compile, summed_loss
+from kernels import compile_loss, fuse, should_compile, summed_loss
 from rsa import (BUDGETS, Budget, Checkpoint, count_tokens, cut_tail, end_tokens, explained, interval, left_padded,
                  majority, markovian_rsa, open_tokenizer, opening, prompt_ids, terse_prompt)
 from zaya import PIDBalancer, Tokenizer, Zaya, ZayaConfig, read_json, write_json
@@ -215,7 +215,7 @@ class TrainConfig:
     out: str = option(None, "folder of the run, default out/<preset>; an existing run goes on")
     device: str = option("auto", "cpu, cuda (CUDA and ROCm alike) or mps")
     shard: int = option(0, "torchrun: processes that share one copy of the weights, such as a node's; 0: all", 0)
-    no_compile: bool = option(False, "compile neither the training step nor a GPU's decoding step")
+    no_compile: bool = option(False, "do not compile the training step")
     skip_bad_lines: bool = option(False, "skip and count unreadable lines of --data instead of stopping")
     log_every: int = option(20, "print a line every so many steps, RL every quarter of it", 1)
     save_every: int = option(100, "write a checkpoint every so many steps, RL a fifth of it", 1)
@@ -1186,7 +1186,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
     loss_of, twin = summed_loss, make_twin(model)
     if not config.no_compile:
-        compiled, why = should_compile(model, stage.steps * config.tokens_per_step)
+        passes = stage.steps * math.ceil(config.tokens_per_step / config.micro_batch)
+        compiled, why = should_compile(model, stage.steps * config.tokens_per_step, passes)
         if compiled:
             loss_of, twin = compile_loss(), None
         print(f"{name}: {why}")
@@ -1716,8 +1717,6 @@ def rl_stage(name, config, stage, model, tokenizer, state, device, dtype):
     sft, seed = stage_settings(config, "sft"), config.seed + 1000 * STAGES.index(name)
     sources = make_sources(config, sft, tokenizer, seed)
     rehearsal = Loader(sources, sft, stage.rehearsal * sft.context, seed, tokenizer.pad)
-    if device != "cpu" and not config.no_compile:
-        compile_decoding(actor.sampler)
     model = shard_model(model, config.shard)
     optimizers = make_optimizers(model, stage.lr, momentum=0.0)
     # A tenth of the pretraining rate: RL prompts cover few tasks, and balancing hard on them would undo the

@@ -8,6 +8,7 @@ trained twice: on the pretraining mixture, which asks for everything at once, an
 for the one thing that convolutions are said to do.  02_cca.ipynb runs a smaller ladder live.
 """
 import random
+import types
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -185,15 +186,15 @@ class Drill:
 
     @staticmethod
     def recall(rng, hops):
-        """Ten pairs "a b", in any order, that lead from symbol to symbol; then four times "a ?" and where `hops` of
-        them lead to."""
-        symbols = rng.sample(range(4, 32), 10)
+        """Six pairs "a b", in any order, that lead from symbol to symbol and back to the first; then for each "a ?" and
+        where `hops` of them lead to."""
+        symbols = rng.sample(range(4, 32), 6)
         leads_to, ids = dict(zip(symbols, symbols[1:] + symbols[:1])), []
-        for first in rng.sample(symbols, 10):
+        for first in rng.sample(symbols, 6):
             ids += [first, leads_to[first], 1]
         marks = [0] * len(ids)
-        for place in rng.sample(range(10), 4):
-            ids += [symbols[place], *[2] * hops, symbols[(place + hops) % 10]]
+        for place in rng.sample(range(6), 6):
+            ids += [symbols[place], *[2] * hops, symbols[(place + hops) % 6]]
             marks += [0] * (1 + hops) + [1]
         return ids, marks
 
@@ -220,7 +221,7 @@ def accuracy(model, source):
 def drill(kind, config):
     """Train a small model on all drills -> {drill: accuracy}."""
     sources = [Drill(name, config.seed) for name in DRILLS]
-    setting = arms.Setting(config, DRILL_STAGE, arms.train.Tokenizer(), sources)
+    setting = arms.Setting(config, DRILL_STAGE, types.SimpleNamespace(pad=0), sources)      # numbers, so no text
     model = build(kind, replace(ZayaConfig.preset("smoke"), **DRILL_SHAPE), config.seed)
     list(arms.practise(model, setting, name=f"{kind}, drills"))
     return {source.name: accuracy(model, source) for source in sources}
