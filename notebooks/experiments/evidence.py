@@ -70,7 +70,6 @@ CLAIMS = [                      # (claim, published, notebook, experiment, effec
     ("Replaying the sampler's experts learns more (bf16 sampler, lag 8)", "no numbers",
      "06_sft_and_rl", "rl_parts", [("pass@1", "bf16, lag 8", "bf16, lag 8, no replay")]),
 ]
-NOT_YET = ["not measured yet"]
 
 
 def line(claim, published, measured, results, held, notebook, opposite=False):
@@ -80,26 +79,12 @@ def line(claim, published, measured, results, held, notebook, opposite=False):
     seeds = {result["seed"] for result in results}
     if len(seeds) < 3:
         verdict = "open"
-    old = " (first edition)" if results and "arithmetic" not in results[0] else ""
-    return [claim, published, "; ".join(measured), f"{len(seeds)}{old}", f"**{verdict}**",
-            f"[{notebook}](../{notebook}.ipynb)"]
-
-
-def is_there(seed, measure, arm):
-    """Whether a seed has what `measure` looks at in this arm."""
-    try:
-        return measure(seed[arm]) is not None
-    except KeyError:
-        return False
+    return [claim, published, "; ".join(measured), len(seeds), f"**{verdict}**", f"[{notebook}](../{notebook}.ipynb)"]
 
 
 def row(claim, published, notebook, experiment, effects):
     results, measured, held, opposite = arms.read_results(experiment), [], 0, False
-    needed = {(MEASURES[what][0], name) for what, *both in effects for name in both}
-    results = [result for result in results if all(is_there(result["arms"], *each) for each in needed)]
     seeds = list(map(of("arms"), results))
-    if len(seeds) < 2:
-        effects = []
     for what, name, other in effects:
         measure, claimed = MEASURES[what]
         found = arms.compare(seeds, measure, name, other)
@@ -107,7 +92,7 @@ def row(claim, published, notebook, experiment, effects):
         held += min(claimed * low, claimed * high) > 0
         opposite |= max(claimed * low, claimed * high) < 0
         measured.append(f"{what}, {name} minus {other}, {arms.paired(found)}")
-    return line(claim, published, measured or NOT_YET, results, held, notebook, opposite)
+    return line(claim, published, measured, results, held, notebook, opposite)
 
 
 def beats(row, rival):
@@ -140,20 +125,20 @@ def equal_seconds_row(results):
         measured.append("{} at {}: {:.2f}, the vote {:.2f}".format(rows[0]["task"], rows[0]["difficulty"], *shares)
                         + f", above it in {above} of {len(rows)} runs")
         held += above == len(rows)
-    return line("… and the vote of about as many seconds", "no numbers", measured or NOT_YET, results, held,
+    return line("… and the vote of about as many seconds", "no numbers", measured, results, held,
                 "07_markovian_rsa")
 
 
 def codesign_row(results):
-    measured, held, tasks = [], 0, results[0]["rounds"]["own rows"] if len(results) > 1 else []
-    for task in tasks:
+    measured, held = [], 0
+    for task in results[0]["rounds"]["own rows"]:
         more = []
         for rounds in map(of("rounds"), results):
             gain = {name: rounds[name][task][-1] - rounds[name][task][0] for name in ("own rows", "no rows")}
             more.append(gain["own rows"] - gain["no rows"])
         held += arms.interval(more)[1] > 0
         measured.append(f"{task}, gain of two rounds, own rows minus no rows, {arms.paired(more)}")
-    return line("… and only with a model trained for it", "Qwen3-4B gains much less", measured or NOT_YET, results,
+    return line("… and only with a model trained for it", "Qwen3-4B gains much less", measured, results,
                 held, "07_markovian_rsa")
 
 
@@ -164,8 +149,6 @@ def about(module):
 
 def of_seeds(results):
     """Which seeds, with which arithmetic."""
-    if not all("arithmetic" in result for result in results):
-        return f"{len(results)} seeds, with the data and the models of the first edition: to be measured anew"
     return ", ".join(f"seed {result['seed']} ({result['arithmetic']})" for result in results)
 
 
@@ -193,16 +176,11 @@ def text():
                                 ("… three times as long", residual_scaling, "residual_scaling_long"),
                                 ("Trimming", trimming, "trimming"), ("Parts of RL", rl_parts, "rl_parts")):
         stored = arms.read_results(name)
-        if not stored:
-            continue
-        steps = f", {stored[0]['steps']} steps" if "steps" in stored[0] else ""
-        told = f"`notebooks/experiments/{module.__name__}.py`{steps}: {of_seeds(stored)}."
-        parts += [f"## {title}", about(module), told,
-                  arms.table(stored, module.ARMS, module.COLUMNS)]
-    parts += ["## Markovian RSA", about(markovian_rsa)]
-    if results:
-        parts += [f"`notebooks/experiments/markovian_rsa.py`: {of_seeds(results)}.", markovian_rsa.tables()]
-    parts += ["After every stage, share right with one sample → after two rounds, mean (range) over the whole runs, on "
+        told = f"`notebooks/experiments/{module.__name__}.py`, {stored[0]['steps']} steps: {of_seeds(stored)}."
+        parts += [f"## {title}", about(module), told, arms.table(stored, module.ARMS, module.COLUMNS)]
+    parts += ["## Markovian RSA", about(markovian_rsa),
+              f"`notebooks/experiments/markovian_rsa.py`: {of_seeds(results)}.", markovian_rsa.tables(),
+              "After every stage, share right with one sample → after two rounds, mean (range) over the whole runs, on "
               "12 problems:", every_stage(whole), "## Whole runs", "`notebooks/experiments/runs.py`.",
               runs.table(whole)]
     return "\n\n".join(parts) + "\n"
