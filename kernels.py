@@ -263,8 +263,8 @@ def should_compile(model, tokens, passes):
         seconds = 6 * active * tokens / 7e10                                        # forward and backward
         saved, cost, least = 0.3 * seconds, 20 * layers, 3
     else:
-        # As measured on an H200: to launch a layer's operations takes 8 ms a pass, and compiling halves a step.
-        seconds = max(0.008 * layers * passes, 6 * active * tokens / 1e13)
+        # As measured on an H200: to launch a layer's operations takes some 10 ms a pass, and compiling halves a step.
+        seconds = max(0.01 * layers * passes, 6 * active * tokens / 1e13)
         saved, cost, least = seconds / 2, 20 + 6 * layers, 1
     compiled = saved > least * cost
     return compiled, (f"the training step is {'' if compiled else 'not '}compiled: that might save {saved:.0f} of "
@@ -320,7 +320,8 @@ class GraphedStep:
 
     A graph knows addresses: it serves while weights and buffers stay where they are, so fewer rows and every BLOCK-th
     token ask for a new one.  The first step after that runs as it is, the second is captured, and all others replay it.
-    Who gives a model new weights, instead of writing into the old, sets its `graphed_step` to None.
+    Of the weights the embedding's address alone is looked at.  Who gives a model other new weights, instead of writing
+    into the old, sets its `graphed_step` to None.
     """
     BLOCK = 256
     key = replay = None
@@ -332,7 +333,7 @@ class GraphedStep:
         given = token, position_ids, column
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         rope = dict(model.config.rope_parameters["hybrid"])     # numbers, which the graph keeps
-        key = [autocast, rope, token.shape, model.embed_tokens.weight.data_ptr()]
+        key = [autocast, torch.is_inference_mode_enabled(), rope, token.shape, model.embed_tokens.weight.data_ptr()]
         for tensor in itertools.chain(*buffers):
             key += [tensor.data_ptr(), tensor.shape]
         if key != self.key:
@@ -360,10 +361,11 @@ class FusedZaya(zaya.Zaya):
         with torch.autocast(hidden.device.type, enabled=False):
             if weight.dtype == torch.int8:
                 return rounded_product(hidden.float(), weight, head.scale)
-            if hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16 and not torch.version.hip:
+            bf16 = hidden.dtype == weight.dtype == torch.bfloat16
+            if bf16 and hidden.is_cuda and not torch.version.hip and not torch.is_grad_enabled():
                 # Products of bf16 numbers are exact in fp32, in which they are added up.
-                logits = torch.mm(hidden.flatten(0, -2), weight.mT, out_dtype=torch.float32)
-                return logits.unflatten(0, hidden.shape[:-1])
+                logits = torch.mm(hidden.reshape(-1, weight.shape[1]), weight.mT, out_dtype=torch.float32)
+                return logits.view(*hidden.shape[:-1], len(weight))
             # An fp32 copy of a slice stays in a CPU's cache, one of the whole (V, E) would be read from memory again.
             slices = weight.split(2**15 if hidden.is_cuda else 1024)
             return torch.cat([hidden.float() @ part.float().mT for part in slices], -1)
@@ -373,10 +375,7 @@ class FusedZaya(zaya.Zaya):
             return cache.hidden_states(input_ids, attention_mask, routing)
         one_token = cache is not None and cache.columns and input_ids.shape[1] == 1
         plain = attention_mask is None and position_ids is None and not routing and not torch.is_grad_enabled()
-        # Not where FSDP2 has made it a class of its own, since there weights come and go.
-        if self.graphed_step is None and input_ids.is_cuda and type(self) is FusedZaya:
-            self.graphed_step = "hybrid_sliding" not in self.config.layer_types and GraphedStep()
-        if not (self.graphed_step and one_token and plain):
+        if not (one_token and plain and self.has_graph(input_ids)):
             return super().hidden_states(input_ids, attention_mask, position_ids, cache, routing)
         position_ids = torch.full_like(input_ids, cache.columns)
         if cache.position is not None:
@@ -391,6 +390,21 @@ class FusedZaya(zaya.Zaya):
             routing.extend(choices)
         return hidden
 
+    def has_graph(self, input_ids):
+        """Whether decoding steps are to be a CUDA graph: on a GPU, if nothing in the layers might wait for it."""
+        if type(self) is not FusedZaya:                         # FSDP2 makes a class of its own: there weights move
+            return False
+        if self.graphed_step is None and on_gpu(input_ids):
+            known = all((type(layer), type(layer.self_attn), type(layer.experts))
+                        == (FusedLayer, FusedCCA, FusedExperts) for layer in self.layers)
+            self.graphed_step = known and "hybrid_sliding" not in self.config.layer_types and GraphedStep()
+        return bool(self.graphed_step)
+
+    def _apply(self, *given, **more):                           # what .to(), .cpu() and .half() do
+        if self.graphed_step:
+            self.graphed_step = None
+        return super()._apply(*given, **more)
+
     def new_cache(self):
         library, _ = decoding_in_c(self)
         return Slots(self, library) if library else super().new_cache()
@@ -403,7 +417,7 @@ class FusedZaya(zaya.Zaya):
             # Zeros: columns not yet written are read, masked, and 0 times garbage may be NaN.
             slot.k = F.pad(slot.k[:, :, :slot.columns], (0, 0, 0, room))
             slot.v = F.pad(slot.v[:, :, :slot.columns], (0, 0, 0, room))
-        slot.packed = slot.packed.contiguous()                  # a stride is a guard
+        slot.packed = slot.packed.contiguous()                  # a graph keeps strides
         slot.delayed = slot.delayed.contiguous()
         return slot.k, slot.v, slot.packed, slot.delayed
 
@@ -1351,7 +1365,7 @@ def plain_mix(packed, current, delayed, vectors, weight, temp, cos, sin, link):
 
 
 def differentiate_mix(ctx, *gradients):
-    # PyTorch convolves again and differentiates that; torch.compile, which training on a GPU uses, fuses it.
+    # PyTorch convolves again and differentiates that; torch.compile fuses it.
     *tensors, cos, sin, link = ctx.saved_tensors
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]

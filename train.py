@@ -1186,8 +1186,8 @@ def supervised_stage(name, config, stage, model, tokenizer, state, device, dtype
     checkpointer.resume(model, optimizers, loader=loader, balancer=balancer)
     loss_of, twin = summed_loss, make_twin(model)
     if not config.no_compile:
-        passes = stage.steps * math.ceil(config.tokens_per_step / config.micro_batch)
-        compiled, why = should_compile(model, stage.steps * config.tokens_per_step, passes)
+        mine = config.tokens_per_step / world_size()            # this process' tokens in a step
+        compiled, why = should_compile(model, stage.steps * mine, stage.steps * math.ceil(mine / config.micro_batch))
         if compiled:
             loss_of, twin = compile_loss(), None
         print(f"{name}: {why}")

@@ -200,23 +200,32 @@ def test_the_compiled_training_step(backend, layers):
             assert torch.equal(a.gate.load, 2 * b.gate.load)   # the plain one ran forward twice
 
 
-def test_decoding_as_a_cuda_graph(monkeypatch):
-    """Without a GPU: `capture` stands for one that launches what was noted again, on the tensors that it saw then."""
-    captured, replayed = [], []
+@pytest.fixture
+def captured(monkeypatch):
+    """Without a GPU: instead of `capture`, one whose replay runs the step again on the tensors that it saw then.
+
+    -> a list with the number of replays of each graph."""
+    counts = []
 
     def capture(step):
-        outputs = []
-        captured.append(outputs)
+        number, outputs = len(counts), []
+        counts.append(0)
 
         def replay():
-            replayed.append(outputs)
-            for own, new in zip(outputs, step()) if outputs else ():
-                own.copy_(new)
-            outputs.extend([] if outputs else step())
+            counts[number] += 1
+            new = step()
+            for own, other in zip(outputs, new):
+                own.copy_(other)
+            outputs.extend([] if outputs else new)
         return replay, outputs
 
     monkeypatch.setattr(kernels, "capture", capture)
     monkeypatch.setattr(kernels.GraphedStep, "BLOCK", 16)
+    return counts
+
+
+def test_decoding_as_a_cuda_graph(captured):
+    """The same tokens, whatever the columns, the rows, the padding, the ends."""
     cache = zaya.LayerCache()
     cache.append(*torch.ones(2, 1, 2, 3, 4))
     assert not cache.k[:, :, 3:].any() and not cache.v[:, :, 3:].any()          # read, masked, before they are written
@@ -228,21 +237,64 @@ def test_decoding_as_a_cuda_graph(monkeypatch):
     for rows, new, padding, eos in ((6, 40, mask, None), (6, 40, mask, 40), (3, 9, None, None)):
         given = [(ids[:rows], new, 1.0, 1.0, padding, torch.Generator().manual_seed(5), eos) for _ in range(2)]
         assert torch.equal(model.generate(*given[0]), plain.generate(*given[1]))
-    assert len(replayed) > 60 > 20 > len(captured) >= 3         # a graph serves many steps, but not all
+    assert sum(captured) > 60 > 20 > len(captured) >= 3         # a graph serves many steps, but not all
     routing, caches = ([], []), [zaya.Cache(2) for _ in range(2)]
     with torch.no_grad():                                       # the experts taken are recorded too
         for some, cache, chosen in zip((plain, model), caches, routing):
             some.hidden_states(ids, cache=cache)
             some.hidden_states(ids[:, :1], cache=cache, routing=chosen)
     assert all(torch.equal(a, b) for a, b in zip(*routing)) and len(routing[0]) == 2
-    with torch.no_grad():
-        model.norm.weight.mul_(2)                               # trained on, in place: the graph reads the new weights
-        plain.norm.weight.mul_(2)
-    assert torch.equal(model.generate(ids, 9, temperature=0), plain.generate(ids, 9, temperature=0))
-    assert copy.deepcopy(model).graphed_step.key is None       # a copy has weights elsewhere
-    model.config.rope_parameters["hybrid"]["rope_theta"] *= 2   # a number in the graph
-    plain.config.rope_parameters["hybrid"]["rope_theta"] *= 2
-    assert torch.equal(model.generate(ids, 9, temperature=0), plain.generate(ids, 9, temperature=0))
+
+
+@torch.no_grad()
+def test_what_a_cuda_graph_knows(captured):
+    """New weights in the old place, without a new graph; what is built into it asks for a new one."""
+    model, step = kernels.fuse(small(num_hidden_layers=2)), kernels.GraphedStep()
+    cache = zaya.LayerCache()
+    model.layers[0](torch.randn(3, 4, model.config.hidden_size), None, None, cache)
+    buffers = [[part.clone() for part in model.static_buffers(cache, 16)] for _ in model.layers]
+
+    def same():
+        """Of the step, and of decode_step as it is: the first call notes new things, the second captures them."""
+        for token in torch.randint(10, 300, (3, 3, 1)):
+            given = token, torch.full((3, 1), 4), torch.tensor([4])
+            expected, _ = kernels.decode_step(model, *given, copy.deepcopy(buffers))
+            own = [[part.clone() for part in layer] for layer in buffers]
+            hidden, _ = step(model, *given, buffers)
+            for layer, kept in zip(buffers, own):
+                for part, before in zip(layer, kept):
+                    part.copy_(before)                          # as if the token had not been read
+            close(hidden, expected, 1e-6)
+        return list(captured)
+
+    assert same() == [2] and same() == [5]
+    model.norm.weight.mul_(2)
+    assert same() == [8]
+    model.config.rope_parameters["hybrid"]["rope_theta"] *= 2
+    assert same() == [8, 2]
+    model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight + 1)
+    assert same() == [8, 2, 2]
+    with torch.inference_mode():
+        assert same() == [8, 2, 2, 2]
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert same() == [8, 2, 2, 2, 2]
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    model.graphed_step = step
+    assert copy.deepcopy(model).graphed_step.key is None        # a copy has weights elsewhere
+    assert model.double().graphed_step is None                  # and so has one in another dtype
+
+
+def test_which_models_get_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    token, own = torch.ones(1, 1), kernels.fuse(small())
+    own.layers[1].experts.__class__ = zaya.Experts              # which asks how many tokens each expert has
+    sliding = kernels.fuse(small(layer_types=["hybrid_sliding"] * 3, sliding_window=5))
+    assert kernels.fuse(small()).has_graph(token)
+    assert not any(model.has_graph(token) for model in (own, sliding, kernels.quantize(small())))
+    monkeypatch.undo()
+    assert not kernels.fuse(small()).has_graph(token)
 
 
 def test_compiling_is_a_matter_of_the_stages_length():
