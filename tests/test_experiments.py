@@ -1,4 +1,5 @@
 """What the evidence rests on: the intervals, the verdicts, the drills, and the arms that stand beside ZAYA1's parts."""
+import dataclasses
 import doctest
 import json
 import os
@@ -42,7 +43,7 @@ def test_a_verdict_follows_from_the_seeds(tmp_path, monkeypatch, losses, verdict
     store(tmp_path, losses, [2.0, 2.0, 2.0])
     monkeypatch.setattr(arms, "RESULTS", str(tmp_path))
     found = evidence.row("lower", "0.1", "02_cca", "made", [("loss", "a", "b")])
-    assert found[4] == f"**{verdict}**" and found[3].startswith("3") and f"{np.mean(losses) - 2:+.3f}" in found[2]
+    assert found[4] == f"**{verdict}**" and found[3] == 3 and f"{np.mean(losses) - 2:+.3f}" in found[2]
 
 
 def test_half_of_the_effects_are_partly(tmp_path, monkeypatch):
@@ -90,6 +91,12 @@ def test_a_drills_answers_follow_from_what_stands_before(name):
                 found = leads_to[found]
             assert ids[i - hops:i] == [2] * hops and ids[i] == found
         assert len(answers) == 6
+
+
+def test_the_drills_train(monkeypatch):
+    monkeypatch.setattr(cca, "DRILL_STAGE", dataclasses.replace(cca.DRILL_STAGE, steps=2))
+    found = cca.drill("canon", arms.train.parse_arguments(["--preset", "smoke"])[0])
+    assert list(found) == list(cca.DRILLS) and all(0 <= share < 0.5 for share in found.values())
 
 
 @torch.no_grad()

@@ -3,8 +3,8 @@
     python notebooks/experiments/runs.py 0 1 2:avx2 0:default    # seeds, each with ATEN_CPU_CAPABILITY if one is named
     python notebooks/experiments/runs.py                         # what results/runs.json says, as a table
 
-A run takes 20 minutes of two idle cores and stays in out/run-SEED-ARITHMETIC; what is in runs.json already is not run
-again, and a run that was stopped goes on.
+A run takes 20 minutes of two idle cores and stays in out/run-SEED-ARITHMETIC.  What is in runs.json, with as many
+threads (OMP_NUM_THREADS), is not run again, and a run that was stopped goes on.
 """
 import os
 import platform
@@ -93,13 +93,13 @@ def draw(runs):
 
 def table(runs):
     """Two tables: each run, and the worst of all."""
-    rows = [["seed", "arithmetic", "minutes", "after", "task", *METHODS, "stands out"]]
+    rows = [["seed", "arithmetic", "threads", "minutes", "after", "task", *METHODS, "stands out"]]
     worst = {}
     for run in runs:
         for row in run["ttc"]:
             task = f"{row['task']} at {row['difficulty']}"
             shares = [f"{row[method]:.2f}" if method in row else "" for method in METHODS]
-            rows.append([run["seed"], run["arithmetic"], run["minutes"], row["after"], task, *shares,
+            rows.append([run["seed"], run["arithmetic"], run["threads"], run["minutes"], row["after"], task, *shares,
                          "yes" if stands_out(row) else "no"])
             worst.setdefault((row["after"], task), []).append(row)
     lines = [["after", "task", "runs", "Markovian RSA, least", "one sample, most", "vote, most", "stands out in"]]
@@ -118,7 +118,8 @@ def main():
     for name in sys.argv[1:]:
         seed, _, arithmetic = name.partition(":")
         own = arithmetic or torch.backends.cpu.get_cpu_capability().lower()
-        if (int(seed), own) not in [(run["seed"], run["arithmetic"]) for run in runs]:
+        known = [(run["seed"], run["arithmetic"], run["threads"]) for run in runs]
+        if (int(seed), own, torch.get_num_threads()) not in known:
             runs.append(whole_run(int(seed), arithmetic))
             arms.write_json(PATH, runs)
             draw(runs)
