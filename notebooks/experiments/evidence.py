@@ -6,7 +6,8 @@ A verdict is a rule and no opinion: every effect of the row must have the claime
 (Student's t) that leaves 0 out; some of them make it "partly", none "not at this scale"; one on the other side of 0 is
 called the opposite.  A row is "open" before three seeds have been measured.  Of Markovian RSA and its rivals the effect
 is the difference from the better rival, over runs, and beside it stands in how many runs its interval over the problems
-is above theirs.  (Until a fifth whole run failed, the rule for these rows was: above in every run.)
+is above theirs.  Until a fifth whole run failed, the rule for these rows was: above in every run.  That run, seed 0
+with one thread, is in the row of equal tokens; the two rows below it are of three of the others.
 """
 import os
 import sys
