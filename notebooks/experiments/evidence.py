@@ -177,7 +177,7 @@ def every_stage(found):
 
 
 def text():
-    head = "claim", "published", "measured: mean over seeds [95 % interval]", "seeds", "verdict", "notebook"
+    head = "claim", "published", "measured: mean [95 % interval]", "seeds or runs", "verdict", "notebook"
     whole, results = arms.read_json(runs.PATH), arms.read_results("markovian_rsa")
     rows = [head, *(row(*claim) for claim in CLAIMS), equal_tokens_row(whole), equal_seconds_row(results),
             codesign_row(results)]
