@@ -92,12 +92,12 @@ def test_the_first_screen_quotes_the_worst_of_the_runs():
 
 
 def test_every_number_was_printed_by_a_committed_result():
-    """Where the run, the evidence or the tour of the model say it: among all results some number nearly always fits.
-    Commands, links and the lengths of the files are other tests'."""
+    """Where the run, the evidence, the GPU's page or the tour of the model say it: among all results some number nearly
+    always fits.  Commands, links and the lengths of the files are other tests'."""
     text = re.sub(r"^```(sh|python)\n.*?^```|\]\([^)]*\)|^\[\d+\]: .*|^\| `\w+\.py` .*", "", read("README.md"),
                   flags=re.S | re.M)
     tour = json.loads(read("notebooks", "01_model_tour.ipynb"))
-    printed = [read(RESULTS, "tiny", "output.txt"), read(RESULTS, "EVIDENCE.md")]
+    printed = [read(RESULTS, "tiny", "output.txt"), read(RESULTS, "EVIDENCE.md"), read(RESULTS, "gpu.md")]
     printed += ["".join(output.get("text", "")) for cell in tour["cells"] for output in cell.get("outputs", [])]
     claimed = numbers(text)
     assert len(claimed) > 40 and not claimed - numbers("\n".join(printed)), claimed - numbers("\n".join(printed))

@@ -74,17 +74,13 @@ CLAIMS = [                      # (claim, published, notebook, experiment, effec
 ]
 
 
-def seeds_of(results):
-    return {result["seed"] for result in results}
-
-
-def line(claim, published, measured, seeds, held, notebook, opposite=False):
-    """A row of the table; held: how many of the measured effects are as claimed."""
+def line(claim, published, measured, results, held, notebook, opposite=False):
+    """A row of the table, of one result a seed or run; held: how many of the measured effects are as claimed."""
     verdict = "reproduced" if held == len(measured) else "partly" if held else "not at this scale"
     verdict += ": the opposite" if opposite else ""
-    if len(seeds) < 3:
+    if len(results) < 3:
         verdict = "open"
-    return [claim, published, "; ".join(measured), len(seeds), f"**{verdict}**", f"[{notebook}](../{notebook}.ipynb)"]
+    return [claim, published, "; ".join(measured), len(results), f"**{verdict}**", f"[{notebook}](../{notebook}.ipynb)"]
 
 
 def row(claim, published, notebook, experiment, effects):
@@ -97,7 +93,7 @@ def row(claim, published, notebook, experiment, effects):
         held += min(claimed * low, claimed * high) > 0
         opposite |= max(claimed * low, claimed * high) < 0
         measured.append(f"{what}, {name} minus {other}, {arms.paired(found)}")
-    return line(claim, published, measured, seeds_of(results), held, notebook, opposite)
+    return line(claim, published, measured, results, held, notebook, opposite)
 
 
 def beats(row, rival):
@@ -125,7 +121,7 @@ def equal_tokens_row(found):
         held += well
         measured.append(said)
     return line("Markovian RSA beats one sample and the vote of as many tokens", "AIME'25 88.3 to 91.9", measured,
-                range(len(found)), held, "07_markovian_rsa")
+                found, held, "07_markovian_rsa")
 
 
 def equal_seconds_row(results):
@@ -137,7 +133,7 @@ def equal_seconds_row(results):
         well, said = against_rivals(f"{rows[0]['task']} at {rows[0]['difficulty']}", rows, ("vote",), above)
         held += well
         measured.append(said)
-    return line("… and the vote of about as many seconds", "no numbers", measured, seeds_of(results), held,
+    return line("… and the vote of about as many seconds", "no numbers", measured, results, held,
                 "07_markovian_rsa")
 
 
@@ -150,7 +146,7 @@ def codesign_row(results):
             more.append(gain["own rows"] - gain["no rows"])
         held += arms.interval(more)[1] > 0
         measured.append(f"{task}, gain of two rounds, own rows minus no rows, {arms.paired(more)}")
-    return line("… and only with a model trained for it", "Qwen3-4B gains much less", measured, seeds_of(results),
+    return line("… and only with a model trained for it", "Qwen3-4B gains much less", measured, results,
                 held, "07_markovian_rsa")
 
 

@@ -125,17 +125,20 @@ def main():
     parser.add_argument("--out", default=os.path.join(arms.ROOT, "out", "gpu"), help="default out/gpu")
     parser.add_argument("--measure-8b", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    machine = os.path.join(given.out, "machine.txt")
     if given.parts and not torch.cuda.is_available():
         raise SystemExit("gpu.py: this PyTorch sees no GPU; `--parts` alone prints the page of what is in --out")
+    if not given.parts and not os.path.exists(machine):
+        raise SystemExit(f"gpu.py: nothing was measured into {given.out} yet: name parts, or leave --parts out")
     if given.measure_8b:
         return measure_8b()
     os.makedirs(given.out, exist_ok=True)
     if given.parts:
-        with open(os.path.join(given.out, "machine.txt"), "w", encoding="utf-8") as file:
+        with open(machine, "w", encoding="utf-8") as file:
             file.write(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
     for name in given.parts:
         run(name, given.out)
-    with open(os.path.join(given.out, "machine.txt"), encoding="utf-8") as file:
+    with open(machine, encoding="utf-8") as file:
         print(f"`python notebooks/experiments/gpu.py` on {file.read()}\n{page(given.out)}")
 
 
